@@ -1,0 +1,149 @@
+"""Which implementation of an operator runs, and why.
+
+``auto`` takes the first backend in the order triton, cuda, cpp, reference that can serve the tensor at hand.
+``CODMD_BACKEND`` replaces ``auto``; an explicit ``backend=`` argument wins over both.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("codmd")
+
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: where its module lies and which tensors it takes."""
+
+    name: str
+    module: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    summary: str
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("triton", "codmd.kernels", ("cuda",), HALF_AND_SINGLE, "Triton kernels, NVIDIA and AMD GPUs"),
+        Backend("cuda", "codmd.ops._cuda", ("cuda",), HALF_AND_SINGLE, "CUDA extension, NVIDIA GPUs"),
+        Backend("cpp", "codmd.ops._cpp", ("cpu",), HALF_AND_SINGLE, "C++ extension, CPUs"),
+        Backend(
+            "reference",
+            "codmd.ops._reference",
+            ("cpu", "cuda", "any other"),
+            (*HALF_AND_SINGLE, torch.float64),
+            "PyTorch, any device",
+        ),
+    )
+}
+NAMES = ("auto", *BACKENDS)
+
+
+@functools.cache
+def load(name: str) -> tuple[ModuleType | None, str]:
+    """Import a backend once. Returns ``(module, "")`` or ``(None, why it cannot be used)``; never raises."""
+    try:
+        module = importlib.import_module(BACKENDS[name].module)
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+    reason = getattr(module, "load_error", None)
+    return (None, reason) if reason else (module, "")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its CPU interpreter (``TRITON_INTERPRET=1``), so that its kernels take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.lru_cache(maxsize=256)
+def _refusal(name: str, device: str, dtype: torch.dtype) -> str:
+    backend = BACKENDS[name]
+    takes_cpu = name == "triton" and interpreting()
+    if name != "reference" and device not in backend.devices and not (takes_cpu and device == "cpu"):
+        return f"takes {' and '.join(backend.devices)} tensors, not {device}"
+    if dtype not in backend.dtypes:
+        return f"takes {', '.join(str(d).removeprefix('torch.') for d in backend.dtypes)}, not {str(dtype).removeprefix('torch.')}"
+    return load(name)[1]
+
+
+@functools.lru_cache(maxsize=256)
+def _resolve(requested: str, device: str, dtype: torch.dtype) -> ModuleType:
+    if requested == "auto":
+        for name in BACKENDS:
+            reason = _refusal(name, device, dtype)
+            if not reason:
+                logger.debug("codmd: %s %s tensors run on %s", device, dtype, name)
+                break
+            if device in BACKENDS[name].devices and dtype in BACKENDS[name].dtypes:
+                logger.info("codmd: backend %s is not used for %s tensors: %s", name, device, reason)
+    else:
+        name, reason = requested, _refusal(requested, device, dtype)
+        if reason:
+            raise ValueError(f"backend={requested!r} cannot be used here: {reason}. `codmd doctor` lists what can be")
+    module, _ = load(name)
+    assert module is not None
+    return module
+
+
+def select(requested: str, tensor: torch.Tensor) -> ModuleType:
+    """The module that serves ``tensor``.
+
+    Args:
+        requested: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
+        tensor: decides device and dtype.
+
+    Raises:
+        ValueError: unknown name, or the backend asked for cannot serve the tensor (the reason is in the message).
+    """
+    if requested == "auto":
+        requested = os.environ.get("CODMD_BACKEND", "auto") or "auto"
+        if requested not in NAMES:
+            raise ValueError(f"CODMD_BACKEND={requested!r} is not a backend; allowed: {', '.join(NAMES)}")
+    return _resolve(requested, tensor.device.type, tensor.dtype)
+
+
+def check_name(backend: str) -> None:
+    """Raise ``ValueError`` unless ``backend`` names one, or is ``"auto"``."""
+    if backend not in NAMES:
+        raise ValueError(f"backend={backend!r} is not known; allowed: {', '.join(NAMES)}")
+
+
+def describe() -> str:
+    """What ``codmd doctor`` prints: for each device, which backend runs and why the others do not."""
+    requested = os.environ.get("CODMD_BACKEND", "auto") or "auto"
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, CODMD_BACKEND={requested}"]
+    if torch.cuda.is_available():
+        lines += [
+            f"cuda:{i} {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+            for i in range(torch.cuda.device_count())
+        ]
+    else:
+        lines.append("no CUDA device is visible to torch")
+    for device in ("cpu", "cuda"):
+        chosen = None
+        lines.append(f"\n{device} tensors (float32, bfloat16, float16):")
+        for name, backend in BACKENDS.items():
+            reason = _refusal(name, device, torch.float32)
+            if not reason and chosen is None and requested in ("auto", name):
+                chosen, state = name, "runs"
+            elif not reason:
+                state = "available on request"
+            elif device not in backend.devices and name != "reference":
+                continue
+            else:
+                state = f"not usable: {reason}"
+            lines.append(f"  {name:<10} {backend.summary:<38} {state}")
+        if chosen is None:
+            lines.append(f"  CODMD_BACKEND={requested} cannot serve {device} tensors: operators will raise")
+    lines.append("\nfloat64 tensors always run on the reference.")
+    return "\n".join(lines)

@@ -1,0 +1,340 @@
+"""``relation_loss`` and ``relation_matrix``: the relation term of CoDMD (arXiv 2606.21982).
+
+The forward pass computes the loss *and* its gradient at the level of pooled features (a few kilobytes); the
+backward pass broadcasts that gradient over the pixels. Eager calls go straight from an ``autograd.Function`` to
+the backend; traced calls (``torch.compile``, ``export``, fake tensors) go through ``torch.ops.codmd``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from codmd import backends, distributed, reference
+from codmd.ops import _checks
+from codmd.reference.relation import Pool
+
+
+class RelationTerms(NamedTuple):
+    """What ``relation_loss(..., return_terms=True)`` returns: 0-dim tensors, each with its own gradient."""
+
+    total: Tensor
+    batch: Tensor
+    frame: Tensor
+
+
+def relation_loss(
+    student: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    temperature: float = 0.1,
+    batch_weight: float = 1.0,
+    frame_weight: float = 1.0,
+    layout: str = "bfchw",
+    pool: Pool = "mean",
+    frame_mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    batch_grad: str = "global",
+    backend: str = "auto",
+    return_terms: bool = False,
+) -> Tensor | RelationTerms:
+    """Divergence between the student's relations and those the score difference asks for.
+
+    With S the cosine similarities of pooled features and Δ = S(fake) - S(real), the loss is the mean over rows
+    of KL(softmax((S(student) - Δ)/τ) ‖ softmax(S(student)/τ)); no gradient flows through the target. The frame
+    term relates the frames of one sample, the batch term the samples' time-averaged features.
+
+    Args:
+        student: generated latents, ``[B, F, C, H, W]`` (layout ``"bfchw"``) or ``[B, C, F, H, W]``
+            (``"bcfhw"``), float32, bfloat16, float16 (float64 on the reference); any strides.
+        real: the teacher's x0 prediction after guidance, like ``student``, without gradient.
+        fake: the critic's x0 prediction, like ``student``, without gradient.
+        temperature: τ of both softmaxes, > 0.
+        batch_weight: weight of the batch term, >= 0; at 0 it is neither computed nor gathered.
+        frame_weight: weight of the frame term, >= 0.
+        layout: ``"bfchw"`` or ``"bcfhw"``.
+        pool: ``"mean"`` over all pixels, ``(rows, columns)`` regional means, or ``None`` for every pixel.
+        frame_mask: boolean ``[B, F]``, ``True`` marks a valid frame. Other frames are neither rows nor columns
+            and get no gradient; a sample with fewer than two valid frames adds 0 to the frame term.
+        group: process group whose samples form the batch relation; ``None`` means this process alone. Under
+            sequence or context parallelism this is the data-parallel group.
+        batch_grad: ``"global"`` (after data-parallel averaging, the gradient of one process with the global
+            batch) or ``"local"`` (1/world size of it, as CoDMD's published training does).
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
+        return_terms: return :class:`RelationTerms` instead of the weighted total.
+
+    Returns:
+        The 0-dim loss in float32 (float64 for float64 inputs), or its terms. Fewer than two frames (samples)
+        make the frame (batch) term exactly 0. Non-finite inputs give a non-finite loss.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it. ``RuntimeError`` on a
+            second differentiation.
+
+    Source: CoDMD, arXiv 2606.21982; gradients and the sound form in ``docs/mathematics.md``.
+    """
+    _checks.check_layout(layout)
+    _checks.check_latents(student, real=real, fake=fake)
+    temperature = _checks.check_positive("temperature", temperature)
+    batch_weight = _checks.check_weight("batch_weight", batch_weight)
+    frame_weight = _checks.check_weight("frame_weight", frame_weight)
+    grid = _checks.check_pool(pool, layout, student.shape)
+    _checks.check_frame_mask(frame_mask, student, layout)
+    _checks.check_one_of("batch_grad", batch_grad, ("global", "local"))
+    backends.check_name(backend)
+    group_name = _group_name(group)
+    arguments = (
+        student, real, fake, frame_mask, temperature, batch_weight, frame_weight,
+        layout, grid, group_name, batch_grad, backend,
+    )  # fmt: skip
+    if _traced(student):
+        terms, _, _ = torch.ops.codmd.relation_loss(*arguments)
+        total, batch, frame = terms.unbind()
+    else:
+        total, batch, frame = _Relation.apply(*arguments)
+    return RelationTerms(total, batch, frame) if return_terms else total
+
+
+def relation_matrix(
+    latents: Tensor, axis: str = "frame", pool: Pool = "mean", layout: str = "bfchw"
+) -> Tensor:
+    """Cosine similarities S = u uᵀ among the frames of each sample, or among the samples of the batch.
+
+    Composed of differentiable PyTorch operators on the reference's equations, in float32 at least.
+
+    Args:
+        latents: ``[B, F, C, H, W]`` or ``[B, C, F, H, W]`` as ``layout`` says.
+        axis: ``"frame"`` or ``"batch"`` (of the time-averaged features).
+        pool: as in :func:`relation_loss`.
+        layout: ``"bfchw"`` or ``"bcfhw"``.
+
+    Returns:
+        ``[B, F, F]`` for frames, ``[B, B]`` for the batch; float32, or float64 for float64 latents.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+    """
+    _checks.check_layout(layout)
+    _checks.check_latents(latents)
+    _checks.check_one_of("axis", axis, ("frame", "batch"))
+    grid = _checks.check_pool(pool, layout, latents.shape)
+    with torch.autocast(latents.device.type, enabled=False):
+        features = reference.frame_features(latents, layout, _pool(grid))
+        return reference.relation(features if axis == "frame" else reference.batch_features(features))
+
+
+def _group_name(group: dist.ProcessGroup | None) -> str:
+    if group is None:
+        return ""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    return group.group_name
+
+
+def _traced(tensor: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )
+
+
+def _pool(grid: list[int] | None) -> Pool:
+    """The ``pool`` argument back from its form in a schema."""
+    if grid is None:
+        return None
+    return "mean" if grid == [1, 1] else (grid[0], grid[1])
+
+
+def _forward(
+    student: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    frame_mask: Tensor | None,
+    temperature: float,
+    batch_weight: float,
+    frame_weight: float,
+    layout: str,
+    grid: list[int] | None,
+    group_name: str,
+    batch_grad: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(terms [3] = total, batch, frame; gradient of the frame term; gradient of the batch term)."""
+    run = backends.select(backend, student)
+    pool = _pool(grid)
+    group = distributed.resolve(group_name) if group_name and batch_weight else None
+    if group is None or group.size() == 1:
+        return run.relation_forward(
+            student, real, fake, frame_mask, layout, pool, temperature, batch_weight, frame_weight
+        )
+    frame, frame_grad, pooled = run.relation_frames(
+        student, real, fake, frame_mask, layout, pool, temperature, frame_weight
+    )
+    gathered = distributed.gather_rows(pooled, group_name)
+    samples, scale = pooled.shape[0], distributed.gradient_scale(batch_grad, group.size())
+    terms, rows_grad = run.relation_batch(
+        gathered, frame, group.rank() * samples, samples, temperature, batch_weight, frame_weight, scale
+    )
+    return terms, frame_grad, rows_grad
+
+
+def _backward(
+    out: Tensor,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    student: Tensor | None,
+    frame_mask: Tensor | None,
+    frame_grad: Tensor,
+    batch_grad: Tensor,
+    layout: str,
+    grid: list[int] | None,
+    batch_weight: float,
+    frame_weight: float,
+    backend: str,
+) -> None:
+    backends.select(backend, out).relation_backward(
+        out, *gradients, student, frame_mask, frame_grad, batch_grad, layout, _pool(grid), batch_weight, frame_weight
+    )
+
+
+def dense_strides(shape: Any, strides: Any) -> tuple[int, ...]:
+    """The gradient's strides: the student's own when they cover memory densely, else contiguous ones."""
+    expected, dense = 1, True
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        dense, expected = dense and stride == expected, expected * size
+    if dense:
+        return tuple(strides)
+    contiguous = [1]
+    for size in reversed(shape[1:]):
+        contiguous.append(contiguous[-1] * size)
+    return tuple(reversed(contiguous))
+
+
+class _Relation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        terms, frame_grad, batch_grad = _forward(student, *rest)
+        _, _, frame_mask, _, batch_weight, frame_weight, layout, grid, _, _, backend = rest
+        ctx.save_for_backward(frame_grad, batch_grad, frame_mask, student if grid is None else None)
+        ctx.student = student.shape, student.stride(), student.dtype
+        ctx.options = layout, grid, batch_weight, frame_weight, backend
+        ctx.set_materialize_grads(False)
+        total, batch, frame = terms.unbind()
+        return total, batch, frame
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        frame_grad, batch_grad, frame_mask, student = ctx.saved_tensors
+        shape, strides, dtype = ctx.student
+        out = torch.empty_strided(shape, dense_strides(shape, strides), dtype=dtype, device=frame_grad.device)
+        _backward(out, gradients, student, frame_mask, frame_grad, batch_grad, *ctx.options)  # type: ignore[arg-type]
+        return out, *[None] * 11
+
+
+_OPTIONS = (
+    "float temperature, float batch_weight, float frame_weight, str layout, int[]? grid, "
+    "str group_name, str batch_grad, str backend"
+)
+_relation_loss = torch.library.custom_op(
+    "codmd::relation_loss",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor student, Tensor real, Tensor fake, Tensor? frame_mask, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_relation_loss.register_fake
+def _(
+    student: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    frame_mask: Tensor | None,
+    temperature: float,
+    batch_weight: float,
+    frame_weight: float,
+    layout: str,
+    grid: list[int] | None,
+    group_name: str,
+    batch_grad: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    samples, frames, channels, height, width = student.shape
+    if layout == "bcfhw":
+        frames, channels = channels, frames
+    length = channels * (height * width if grid is None else grid[0] * grid[1])
+    rows = samples * distributed.resolve(group_name).size() if group_name else samples
+    dtype = reference.compute_dtype(student.dtype)
+    frame_shape = (samples, frames, frames if grid is None else length) if frame_weight and frames > 1 else (0,)
+    batch_shape = (samples, length) if batch_weight and rows > 1 else (0,)
+    return (
+        student.new_empty(3, dtype=dtype),
+        student.new_empty(frame_shape, dtype=dtype),
+        student.new_empty(batch_shape, dtype=dtype),
+    )
+
+
+@torch.library.custom_op(
+    "codmd::relation_loss_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_terms, Tensor? student, Tensor? frame_mask, Tensor frame_grad, Tensor batch_grad, "
+        "SymInt[] size, SymInt[] stride, ScalarType dtype, str layout, int[]? grid, float batch_weight, "
+        "float frame_weight, str backend) -> Tensor"
+    ),
+)
+def _relation_loss_backward(
+    grad_terms: Tensor,
+    student: Tensor | None,
+    frame_mask: Tensor | None,
+    frame_grad: Tensor,
+    batch_grad: Tensor,
+    size: list[int],
+    stride: list[int],
+    dtype: torch.dtype,
+    layout: str,
+    grid: list[int] | None,
+    batch_weight: float,
+    frame_weight: float,
+    backend: str,
+) -> Tensor:
+    out = torch.empty_strided(size, stride, dtype=dtype, device=grad_terms.device)
+    total, batch, frame = grad_terms.unbind()
+    _backward(
+        out, (total, batch, frame), student, frame_mask, frame_grad, batch_grad,
+        layout, grid, batch_weight, frame_weight, backend,
+    )  # fmt: skip
+    return out
+
+
+@_relation_loss_backward.register_fake
+def _(grad_terms: Tensor, *arguments: Any) -> Tensor:
+    _, _, _, _, size, stride, dtype = arguments[:7]
+    return torch.empty_strided(size, stride, dtype=dtype, device=grad_terms.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, _, _, frame_mask, _, batch_weight, frame_weight, layout, grid, _, _, backend = inputs
+    _, frame_grad, batch_grad = output
+    ctx.save_for_backward(frame_grad, batch_grad, frame_mask, student if grid is None else None)
+    ctx.student = list(student.shape), list(dense_strides(student.shape, student.stride())), student.dtype
+    ctx.options = layout, grid, batch_weight, frame_weight, backend
+    ctx.set_materialize_grads(False)
+
+
+def _traced_backward(ctx: Any, grad_terms: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    frame_grad, batch_grad, frame_mask, student = ctx.saved_tensors
+    if grad_terms is None:
+        return (None,) * 12
+    grad = torch.ops.codmd.relation_loss_backward(
+        grad_terms, student, frame_mask, frame_grad, batch_grad, *ctx.student, *ctx.options
+    )
+    return grad, *[None] * 11
+
+
+_relation_loss.register_autograd(_traced_backward, setup_context=_setup_context)
