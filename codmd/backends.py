@@ -72,7 +72,7 @@ def _refusal(name: str, device: str, dtype: torch.dtype) -> str:
     if name != "reference" and device not in backend.devices and not (takes_cpu and device == "cpu"):
         return f"takes {' and '.join(backend.devices)} tensors, not {device}"
     if dtype not in backend.dtypes:
-        return f"takes {', '.join(str(d).removeprefix('torch.') for d in backend.dtypes)}, not {str(dtype).removeprefix('torch.')}"
+        return f"takes {', '.join(map(str, backend.dtypes))}, not {dtype}"
     return load(name)[1]
 
 

@@ -42,7 +42,7 @@ def _host_group(group_name: str) -> dist.ProcessGroup:
 
 def resolve(group_name: str) -> dist.ProcessGroup:
     """The process group of a name (operators carry names: a schema cannot hold a group)."""
-    return dist.distributed_c10d._resolve_process_group(group_name)
+    return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
 
 
 def check_equal_rows(rows: int, columns: int, group_name: str) -> None:
@@ -66,7 +66,7 @@ def gather_rows(rows: Tensor, group_name: str) -> Tensor:
         ValueError: on every rank, when the ranks' shapes differ.
     """
     group = resolve(group_name)
-    check_equal_rows(*rows.shape, group_name)
+    check_equal_rows(rows.shape[0], rows.shape[1], group_name)
     gathered = rows.new_empty(group.size() * rows.shape[0], rows.shape[1])
     dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
     return gathered

@@ -85,7 +85,9 @@ def check_pool(pool: Any, layout: str, shape: torch.Size) -> list[int] | None:
         raise ValueError(f'pool must be "mean", None or a tuple of two integers (rows, columns), got {pool!r}')
     height, width = shape[3], shape[4]
     if not (1 <= pool[0] <= height and 1 <= pool[1] <= width):
-        raise ValueError(f"pool={tuple(pool)} must lie between (1, 1) and the latent's height and width ({height}, {width})")
+        raise ValueError(
+            f"pool={tuple(pool)} must lie between (1, 1) and the latent's height and width ({height}, {width})"
+        )
     return list(pool)
 
 

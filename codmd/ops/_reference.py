@@ -51,7 +51,11 @@ def _features(student: Tensor, real: Tensor, fake: Tensor, layout: str, pool: Po
 
 
 def _frames(
-    features: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, pool: Pool, temperature: float, frame_weight: float
+    features: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    pool: Pool,
+    temperature: float,
+    frame_weight: float,
 ) -> tuple[Tensor, Tensor]:
     x = features[0]
     if not frame_weight or x.shape[1] < 2:
@@ -163,7 +167,8 @@ def relation_backward(
     if batch_grad.numel() and batch_scale is not None:
         share = torch.full_like(total[:, :, :1, :1, :1], 1 / frames)
         if frame_mask is not None:
-            share = (frame_mask / frame_mask.sum(1, keepdim=True).clamp(min=1)).to(total.dtype)[:, :, None, None, None]
+            valid = frame_mask.to(total.dtype)
+            share = (valid / valid.sum(1, keepdim=True).clamp(min=1))[:, :, None, None, None]
         total += batch_scale * share * batch_grad.view(samples, 1, *features)
     if pool is not None:
         rows = reference.region_average(height, features[1], total)

@@ -99,9 +99,7 @@ def relation_loss(
     return RelationTerms(total, batch, frame) if return_terms else total
 
 
-def relation_matrix(
-    latents: Tensor, axis: str = "frame", pool: Pool = "mean", layout: str = "bfchw"
-) -> Tensor:
+def relation_matrix(latents: Tensor, axis: str = "frame", pool: Pool = "mean", layout: str = "bfchw") -> Tensor:
     """Cosine similarities S = u uᵀ among the frames of each sample, or among the samples of the batch.
 
     Composed of differentiable PyTorch operators on the reference's equations, in float32 at least.
@@ -198,7 +196,16 @@ def _backward(
     backend: str,
 ) -> None:
     backends.select(backend, out).relation_backward(
-        out, *gradients, student, frame_mask, frame_grad, batch_grad, layout, _pool(grid), batch_weight, frame_weight
+        out,
+        *gradients,
+        student,
+        frame_mask,
+        frame_grad,
+        batch_grad,
+        layout,
+        _pool(grid),
+        batch_weight,
+        frame_weight,
     )
 
 

@@ -7,6 +7,7 @@ float32, every other dtype in itself; float64 inputs give the truth that tests a
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import torch
@@ -36,7 +37,7 @@ def region_average(size: int, regions: int, like: Tensor) -> Tensor:
     """``[regions, size]`` matrix that averages over the balanced partition i*size//regions .. (i+1)*size//regions."""
     edges = [i * size // regions for i in range(regions + 1)]
     matrix = like.new_zeros(regions, size)
-    for i, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(edges)):
         matrix[i, start:end] = 1 / (end - start)
     return matrix
 
@@ -145,7 +146,9 @@ def divergence(
     t_max = t.amax(-1, keepdim=True)
     excess = torch.where(x <= EXPONENT_LIMIT, q * expm1_minus(x.clamp(max=EXPONENT_LIMIT)), t.exp() - q * (1 + x))
     beyond = t_max > EXPONENT_LIMIT
-    log_z = torch.where(beyond, t_max + (t - t_max).exp().sum(-1, keepdim=True).log(), excess.sum(-1, keepdim=True).log1p())
+    log_z = torch.where(
+        beyond, t_max + (t - t_max).exp().sum(-1, keepdim=True).log(), excess.sum(-1, keepdim=True).log1p()
+    )
     y = x - log_z
     p = (t - log_z).exp()
     p_minus_q = torch.where(y < EXPONENT_LIMIT, q * torch.expm1(y.clamp(max=EXPONENT_LIMIT)), p - q)
@@ -174,7 +177,7 @@ def divergence_plain(similarity: Tensor, target: Tensor, temperature: float) -> 
 
 def similarity_gradient(q_minus_p: Tensor, temperature: float, rows: Tensor | int) -> Tensor:
     """G = ∂L/∂S = (q - p)/(τ n) for L = (1/n) Σ_i KL_i."""
-    return q_minus_p / (temperature * rows)
+    return q_minus_p / rows / temperature
 
 
 def feature_gradient_matrix(features: Tensor, gradient: Tensor) -> Tensor:
@@ -235,8 +238,8 @@ def batch_term(
 ) -> Tensor:
     """L_batch: the divergence among the B samples' time-averaged features; features ``[B, F, K]``."""
     valid = None if frame_mask is None else frame_mask.any(dim=1)
-    features = (batch_features(v, frame_mask) for v in (student, real, difference))
-    return relation_divergence(*features, temperature, valid)
+    x, r, d = (batch_features(v, frame_mask) for v in (student, real, difference))
+    return relation_divergence(x, r, d, temperature, valid)
 
 
 def relation_loss(
