@@ -78,16 +78,17 @@ def relation(features: Tensor) -> Tensor:
 def unit_difference(real: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
     """(r̂, e): the unit vectors of ``real`` and how ``difference = fake - real`` changes them, e = f̂ - r̂.
 
-    e = (d - r̂·(‖f‖ - ‖r‖)) / ‖f‖, where ‖f‖ - ‖r‖ = d·(f + r) / (‖f‖ + ‖r‖) does not cancel.
+    e = (d - r̂·(‖f‖ - ‖r‖)) / ‖f‖, where ‖f‖ - ‖r‖ = d·(f + r) / (‖f‖ + ‖r‖) does not cancel. Where a norm is
+    below the floor, e is f̂ - r̂ as it stands.
     """
     fake = real + difference
     norm_real, norm_fake = real.norm(dim=-1, keepdim=True), fake.norm(dim=-1, keepdim=True)
     floor_real, floor_fake = norm_real.clamp(min=NORM_FLOOR), norm_fake.clamp(min=NORM_FLOOR)
-    change = (difference * (fake + real)).sum(-1, keepdim=True) / (norm_real + norm_fake).clamp(min=NORM_FLOOR)
-    clamped = (norm_real < NORM_FLOOR) | (norm_fake < NORM_FLOOR)
-    change = torch.where(clamped, floor_fake - floor_real, change)
     unit_real = real / floor_real
-    return unit_real, (difference - unit_real * change) / floor_fake
+    growth = (difference * (fake + real)).sum(-1, keepdim=True) / (norm_real + norm_fake).clamp(min=NORM_FLOOR)
+    change = (difference - unit_real * growth) / floor_fake
+    clamped = (norm_real < NORM_FLOOR) | (norm_fake < NORM_FLOOR)
+    return unit_real, torch.where(clamped, fake / floor_fake - unit_real, change)
 
 
 def score_difference_relation(real: Tensor, difference: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""Inputs shared by the tests: latents with a critic that tracks the teacher, and errors against float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codmd import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("bfchw", "bcfhw")
+POOLS = ("mean", (2, 3), None)
+
+
+def latents(
+    shape: tuple[int, ...] = (2, 5, 4, 7, 9),
+    dtype: torch.dtype = torch.float32,
+    layout: str = "bfchw",
+    perturbation: float = 0.1,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(student, real, fake) of a ``[B, F, C, H, W]`` shape in ``layout``; fake - real is relative to real."""
+    generator = torch.Generator().manual_seed(seed)
+    student, real, noise = (torch.randn(shape, generator=generator) for _ in range(3))
+    fake = real + perturbation * noise
+    out = [v.to(dtype) for v in (student, real, fake)]
+    if layout == "bcfhw":
+        out = [v.transpose(1, 2).contiguous() for v in out]
+    return out[0].requires_grad_(), out[1], out[2]
+
+
+def frame_mask(samples: int, frames: int, seed: int = 0) -> Tensor:
+    """Random mask; the last sample has one valid frame, the one before (if any) none."""
+    mask = torch.rand(samples, frames, generator=torch.Generator().manual_seed(seed)) > 0.3
+    mask[0, :2] = True
+    if samples > 1:
+        mask[-1] = False
+        mask[-1, -1] = True
+    if samples > 2:
+        mask[-2] = False
+    return mask
+
+
+def loss_and_gradient(function, student: Tensor, *args, upstream=(1.0, 0.0, 0.0), **kwargs) -> tuple[Tensor, Tensor]:
+    """The three terms and the gradient of their ``upstream``-weighted sum with respect to ``student``."""
+    leaf = student.detach().requires_grad_()
+    terms = function(leaf, *args, **kwargs)
+    loss = sum(weight * term for weight, term in zip(upstream, terms, strict=True))
+    gradient = torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else torch.zeros_like(leaf)
+    return torch.stack([t.detach() for t in terms]), gradient
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """‖value - truth‖ / ‖truth‖ in float64 (0 when both are 0)."""
+    truth = truth.double()
+    norm = truth.norm()
+    error = (value.double() - truth).norm()
+    return float(error / norm) if norm > 0 else float(error)
+
+
+def truth(student: Tensor, real: Tensor, fake: Tensor, upstream=(1.0, 0.0, 0.0), **kwargs) -> tuple[Tensor, Tensor]:
+    """The float64 reference on the upcast inputs."""
+    wide = [v.detach().double() for v in (student, real, fake)]
+    return loss_and_gradient(reference.relation_loss, *wide, upstream=upstream, **kwargs)
+
+
+def same_dtype(student: Tensor, real: Tensor, fake: Tensor, upstream=(1.0, 0.0, 0.0), **kwargs) -> tuple[Tensor, Tensor]:
+    """The PyTorch path in the inputs' own dtype, the yardstick of every backend's error."""
+    return loss_and_gradient(reference.relation_loss, student, real, fake, upstream=upstream, **kwargs)

@@ -1,0 +1,14 @@
+"""Shared fixtures: fresh memory is poisoned with NaN, one seed a test, few threads."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _deterministic_memory():
+    """Fill uninitialised memory with NaN, so that an element no kernel wrote shows up."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
