@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The small algebra of one relation: n rows of K features become n x n cosine similarities, a divergence per
+// row, and the matrix M with d(loss)/d(x_i) = sum_j M_ij x_j (CoDMD, arXiv 2606.21982).
+//
+// Rows x (student), r (real) and d = fake - real enter only through inner products, so short features (pooled)
+// and long ones (every pixel, streamed Grams) share every line below. Header only: the CPU code instantiates it
+// with double, device code may instantiate it with float.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define CODMD_HD __host__ __device__
+#else
+#define CODMD_HD
+#endif
+
+namespace codmd {
+
+// Inner products of row i with row j.
+template <class T>
+struct Inner {
+  T xx;  // x_i . x_j
+  T rr;  // r_i . r_j
+  T rd;  // r_i . d_j
+  T dr;  // d_i . r_j
+  T dd;  // d_i . d_j
+};
+
+template <class T>
+struct Norms {
+  T student;  // max(|x|, 1e-12)
+  T real;     // max(|r|, 1e-12)
+  T fake;     // max(|f|, 1e-12)
+  T change;   // fake - real, without the cancellation
+  bool clamped;  // |x| lies under the floor: the norm is a constant there
+};
+
+// A NaN norm fails the comparison and stays NaN.
+template <class T>
+CODMD_HD inline T at_least_floor(T norm) {
+  return norm < T(1e-12) ? T(1e-12) : norm;
+}
+
+// `own` is row i with itself; `fake_squared` = |f_i|^2 is summed from f itself, which keeps its digits when
+// real and difference nearly cancel.
+template <class T>
+CODMD_HD inline Norms<T> norms(const Inner<T>& own, T fake_squared) {
+  using std::sqrt;
+  const T x = sqrt(own.xx), a = sqrt(own.rr), b = sqrt(fake_squared);
+  Norms<T> result;
+  result.student = at_least_floor(x);
+  result.real = at_least_floor(a);
+  result.fake = at_least_floor(b);
+  result.clamped = x < T(1e-12);
+  const bool either_clamped = a < T(1e-12) || b < T(1e-12);
+  result.change = either_clamped ? result.fake - result.real : (T(2) * own.rd + own.dd) / (a + b);
+  return result;
+}
+
+// S_ij(x).
+template <class T>
+CODMD_HD inline T cosine(const Inner<T>& pair, const Norms<T>& i, const Norms<T>& j) {
+  return pair.xx / (i.student * j.student);
+}
+
+// Delta_ij = S_ij(f) - S_ij(r) = e_i . f_j/|f_j| + r_i/|r_i| . e_j with e_i = (d_i - r_i (|f_i| - |r_i|)/|r_i|)/|f_i|,
+// the change of the unit vector. Every summand is of the order of d: no digit is lost when fake nears real.
+template <class T>
+CODMD_HD inline T score_difference(const Inner<T>& pair, const Norms<T>& i, const Norms<T>& j) {
+  const T left = (pair.dr + pair.dd) - (i.change / i.real) * (pair.rr + pair.rd);
+  const T right = pair.rd - (j.change / j.real) * pair.rr;
+  return left / (i.fake * j.fake) + right / (i.real * j.fake);
+}
+
+// expm1(x) - x, by its series where the subtraction would cancel.
+template <class T>
+CODMD_HD inline T expm1_minus_identity(T x) {
+  using std::expm1;
+  if (!(x > T(-0.5) && x < T(0.5))) return expm1(x) - x;
+  T sum = T(1) / T(15);
+  for (int k = 14; k >= 3; --k) sum = (T(1) + sum * x) / T(k);
+  return T(0.5) * x * x * (T(1) + sum * x);
+}
+
+// KL(p || q) of one row, q = softmax(S/tau), p = softmax((S - Delta)/tau), with the shift centred under q so that
+// the first order cancels analytically. On entry `shift` holds Delta, on return p - q. `log_q` is scratch [n].
+template <class T>
+CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* log_q, int n, T temperature) {
+  using std::exp;
+  using std::expm1;
+  using std::log;
+  using std::log1p;
+  const T overflow = T(20);  // above it expm1(x) swamps q and the direct form is exact
+
+  T top = similarity[0];
+  for (int j = 1; j < n; ++j) top = similarity[j] > top ? similarity[j] : top;
+  T partition = T(0);
+  for (int j = 0; j < n; ++j) {
+    log_q[j] = (similarity[j] - top) / temperature;
+    partition += exp(log_q[j]);
+  }
+  const T log_partition = log(partition);
+  T mean = T(0);
+  for (int j = 0; j < n; ++j) {
+    log_q[j] -= log_partition;
+    mean += exp(log_q[j]) * shift[j];
+  }
+
+  T excess = T(0), largest = log_q[0];
+  for (int j = 0; j < n; ++j) {
+    const T x = (mean - shift[j]) / temperature;
+    const T q = exp(log_q[j]), t = log_q[j] + x;
+    shift[j] = x;
+    excess += x <= overflow ? q * expm1_minus_identity(x) : exp(t) - q * (T(1) + x);
+    largest = t > largest ? t : largest;
+  }
+  T log_z;
+  if (!(largest > overflow)) {
+    log_z = log1p(excess);
+  } else {
+    T sum = T(0);
+    for (int j = 0; j < n; ++j) sum += exp(log_q[j] + shift[j] - largest);
+    log_z = largest + log(sum);
+  }
+
+  T centred = T(0), direct = T(0);
+  for (int j = 0; j < n; ++j) {
+    const T x = shift[j], y = x - log_z, q = exp(log_q[j]);
+    const T difference = y < overflow ? q * expm1(y) : exp(log_q[j] + y) - q;
+    shift[j] = difference;
+    centred += difference * x;
+    direct += (q + difference) * y;
+  }
+  return largest > overflow ? direct : centred - log_z;
+}
+
+// Row i of M, from the similarities S [n, n] and the excess E = p - q [n, n]: with H = -(E + E^T)/(tau n),
+// M_ij = H_ij/(|x_i||x_j|) - [i = j] (sum_k H_ik S_ik)/|x_i|^2; the second part is absent where |x_i| is clamped.
+template <class T>
+CODMD_HD inline void gradient_row(int i, const T* similarity, const T* excess, const Norms<T>* norm, int n,
+                                  T temperature, T* row) {
+  const T scale = T(-1) / (temperature * T(n));
+  T radial = T(0);
+  for (int j = 0; j < n; ++j) {
+    const T h = scale * (excess[int64_t(i) * n + j] + excess[int64_t(j) * n + i]);
+    radial += h * similarity[int64_t(i) * n + j];
+    row[j] = h / (norm[i].student * norm[j].student);
+  }
+  if (!norm[i].clamped) row[i] -= radial / (norm[i].student * norm[i].student);
+}
+
+}  // namespace codmd

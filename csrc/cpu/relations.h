@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Relations in double: from inner products to divergences and gradient rows, several relations in one team.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../algebra.h"
+#include "../relation_cpu.h"
+#include "parallel.h"
+
+namespace codmd {
+
+// Inner products of n rows, either from short features or from Grams that were streamed.
+struct RowProducts {
+  // Features of row i: x + row[i] * features, likewise r and d.
+  const double *x = nullptr, *r = nullptr, *d = nullptr;
+  const int32_t* row = nullptr;
+  int64_t features = 0;
+  // Upper triangles: students [n, n], scores [2n, 2n] of the rows r then d; |f_i|^2 [n].
+  const double *students = nullptr, *scores = nullptr, *fake_squared = nullptr;
+
+  Inner<double> pair(int n, int i, int j) const;
+  Norms<double> norms(int n, int i) const;
+};
+
+class Relation {
+ public:
+  Relation() = default;
+  Relation(int n, const RowProducts& products)
+      : n_(n),
+        products_(products),
+        norms_(size_t(n)),
+        similarity_(size_t(n) * size_t(n)),
+        excess_(size_t(n) * size_t(n)),
+        kl_(size_t(n)) {}
+
+  int rows() const { return n_; }
+  const RowProducts& products() const { return products_; }
+  // (1/n) sum of the rows' divergences; exactly 0 below two rows.
+  double divergence() const;
+
+  void normalise(int row);
+  void diverge(int row, double temperature, double* scratch);              // scratch [n]
+  void gradient(int row, double temperature, double* matrix_row) const;    // row of M, [n]
+
+ private:
+  int n_ = 0;
+  RowProducts products_;
+  std::vector<Norms<double>> norms_;
+  std::vector<double> similarity_, excess_, kl_;
+};
+
+// Runs the relations' rows over the team, then write(relation, row, matrix_row, worker) for each. Relations below
+// two rows have no rows here: their loss is 0 and their gradient is the caller's zeros.
+class RelationTeam {
+ public:
+  RelationTeam(std::vector<Relation>& relations, double temperature, int threads);
+
+  template <class Write>
+  void run(const Worker& worker, const Write& write) {
+    double* scratch = scratch_.data() + size_t(worker.index) * largest_;
+    each(worker, [](Relation& relation, int, int row) { relation.normalise(row); });
+    worker.barrier();
+    each(worker, [&](Relation& relation, int, int row) { relation.diverge(row, temperature_, scratch); });
+    worker.barrier();
+    each(worker, [&](Relation& relation, int which, int row) {
+      relation.gradient(row, temperature_, scratch);
+      write(which, row, scratch);
+    });
+  }
+
+ private:
+  template <class Body>
+  void each(const Worker& worker, const Body& body) {
+    const int64_t total = first_.back(), end = worker.end(total);
+    int which = 0;
+    for (int64_t item = worker.begin(total); item < end; ++item) {
+      while (item >= first_[size_t(which) + 1]) ++which;
+      body(relations_[size_t(which)], which, int(item - first_[size_t(which)]));
+    }
+  }
+
+  std::vector<Relation>& relations_;
+  double temperature_;
+  std::vector<int64_t> first_;
+  size_t largest_ = 0;
+  std::vector<double> scratch_;
+};
+
+// out[k] = scale * sum_j matrix_row[j] * x_j[k] over the short features of a relation.
+void feature_gradient(const RowProducts& products, int n, const double* matrix_row, double scale, float* out);
+
+inline void write_terms(const Weights& weights, double batch, double frame, float* terms) {
+  terms[0] = float(weights.batch * batch + weights.frame * frame);
+  terms[1] = float(batch);
+  terms[2] = float(frame);
+}
+
+}  // namespace codmd
