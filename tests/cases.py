@@ -64,6 +64,8 @@ def truth(student: Tensor, real: Tensor, fake: Tensor, upstream=(1.0, 0.0, 0.0),
     return loss_and_gradient(reference.relation_loss, *wide, upstream=upstream, **kwargs)
 
 
-def same_dtype(student: Tensor, real: Tensor, fake: Tensor, upstream=(1.0, 0.0, 0.0), **kwargs) -> tuple[Tensor, Tensor]:
+def same_dtype(
+    student: Tensor, real: Tensor, fake: Tensor, upstream=(1.0, 0.0, 0.0), **kwargs
+) -> tuple[Tensor, Tensor]:
     """The PyTorch path in the inputs' own dtype, the yardstick of every backend's error."""
     return loss_and_gradient(reference.relation_loss, student, real, fake, upstream=upstream, **kwargs)
