@@ -1,0 +1,96 @@
+"""The `codmd` command: a registry of subcommands, each a module with HELP, add_arguments(parser) and run(args)."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
+
+COMMANDS = {
+    "demo": "codmd.demo.command",
+    "doctor": "codmd.doctor",
+}
+"""Subcommand to module. Their imports at module level stay light: what is heavy belongs inside `run`."""
+
+INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """Ends a subcommand with status 1 and this message; raise it for what a user can mend."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses `argv` (sys.argv without the program by default), runs the subcommand, returns the exit status."""
+    args = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return args.run(args)
+    except CommandError as error:
+        print(f"codmd {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ncodmd {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all registered subcommands."""
+    from codmd import __version__
+
+    parser = argparse.ArgumentParser(prog="codmd", description="Few-step video distillation with a relation term.")
+    parser.add_argument("--version", action="version", version=f"codmd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def integer_in(low: int, high: int) -> Callable[[str], int]:
+    """An argument type: an integer from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"got {text!r}; expected an integer from {low} to {high}")
+        return value
+
+    return parse
+
+
+def at_least(low: float) -> Callable[[str], float]:
+    """An argument type: a finite number >= `low`."""
+    return _number(lambda value: value >= low, f"a finite number >= {low:g}")
+
+
+def above(low: float) -> Callable[[str], float]:
+    """An argument type: a finite number > `low`."""
+    return _number(lambda value: value > low, f"a finite number > {low:g}")
+
+
+def _number(allowed: Callable[[float], bool], description: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not allowed(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}; expected {description}")
+        return value
+
+    return parse
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds the stack like Ctrl-C does, so that temporary files go and child processes end."""
+    raise KeyboardInterrupt

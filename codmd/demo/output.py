@@ -1,0 +1,68 @@
+"""The output folder: built beside its final place under a temporary name, then renamed, so never half written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MARKER = "results.json"
+
+
+class OutputError(ValueError):
+    """The output folder cannot be used; the message says why and what to do."""
+
+
+def check_output(out: Path) -> None:
+    """Refuses a place that is not free: only an absent or empty folder, or an earlier demo's, may be replaced."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"--out {out}: is a file; give a folder that is new, empty, or an earlier demo's")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise OutputError(
+            f"--out {out}: holds other files and no {MARKER}; give a folder that is new, empty, or an earlier demo's"
+        )
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"--out {out}: cannot write in {parent}; give a folder in a place you may write to")
+
+
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` to write into, renamed to `out` on success and removed on any exception.
+
+    An earlier demo at `out` stays until the new one is complete.
+    """
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
+        if out.exists():
+            os.replace(out, replaced)
+        os.replace(partial, out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Removes what a killed demo (its process is gone) left beside `out`."""
+    for leftover in out.parent.glob(f".{out.name}.partial-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,90 @@
+"""The demo's teacher: trained once by flow matching on arc video, then kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from codmd.distill.rollout import noise_like
+from codmd.distill.schedule import shift_sigma
+from codmd.models.toy import ToyConfig, ToyDenoiser
+
+from .arc import ArcConfig, ArcVideo
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Everything the teacher's weights depend on; its hash names the cache file."""
+
+    steps: int = 6000
+    batch_size: int = 512
+    lr: float = 2e-3
+    warmup: int = 200
+    shift: float = 3.0
+    seed: int = 0
+    arc: ArcConfig = field(default_factory=ArcConfig)
+    model: ToyConfig = field(default_factory=ToyConfig)
+
+
+def cache_path(config: TeacherConfig) -> Path:
+    """Where the teacher of that configuration is kept: $XDG_CACHE_HOME/codmd, or ~/.cache/codmd."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    key = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+    return Path(root) / "codmd" / f"arc-teacher-{key}.safetensors"
+
+
+def train_teacher(config: TeacherConfig, progress: Callable[[], None]) -> ToyDenoiser:
+    """Flow matching on fresh arc video, Adam with a linear warm-up and a cosine decay to 0.
+
+    Args:
+        progress: called after every step.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = ToyDenoiser(config.model)
+    data = ArcVideo(config.arc)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for step in range(config.steps):
+        warm = min(1.0, (step + 1) / config.warmup)
+        lr = config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        x0 = data.sample(config.batch_size, generator)
+        noise = noise_like(x0, generator)
+        sigma = shift_sigma(torch.rand(config.batch_size, generator=generator), config.shift)
+        loss = (model(model.add_noise(x0, noise, sigma), sigma) - (noise - x0)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress()
+    return model
+
+
+def load_cached(config: TeacherConfig, warn: Callable[[str], None]) -> ToyDenoiser | None:
+    """The cached teacher, or None; a damaged cache file is reported through `warn` and treated as absent."""
+    path = cache_path(config)
+    try:
+        return ToyDenoiser.load(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warn(f"the cached teacher cannot be used and will be trained again: {error}")
+        return None
+
+
+def store(model: ToyDenoiser, config: TeacherConfig, warn: Callable[[str], None]) -> None:
+    """Writes the teacher to the cache; a cache that cannot be written is reported and does not end the run."""
+    path = cache_path(config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model.save(path)
+    except OSError as error:
+        warn(f"the teacher could not be cached, the next run will train it again: {error}")

@@ -1,0 +1,51 @@
+"""Sampling time per sample, measured on one thread with nothing else of the demo running."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from codmd.distill.config import DistillConfig
+from codmd.distill.rollout import sample_euler, sample_few_step
+from codmd.distill.schedule import sampling_sigmas
+from codmd.models.toy import ToyDenoiser
+
+from .experiment import TEACHER_STEPS
+
+
+def sampling_milliseconds(
+    model: ToyDenoiser, config: DistillConfig, batch: int = 256, repeats: int = 5
+) -> dict[str, float | None]:
+    """Median milliseconds per sample of each arm's sampler in batches of `batch`; None for data.
+
+    Both students have the teacher's network and one sampler, so they share one measurement.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(batch, *model.latent_shape, generator=generator)
+
+    def measure(sampler: Callable[[], object]) -> float:
+        sampler()
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            sampler()
+            seconds.append(time.perf_counter() - start)
+        return 1e3 * statistics.median(seconds) / batch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        few = len(config.sigmas)
+        student = measure(lambda: sample_few_step(model, noise, config.sigmas, generator))
+        return {
+            "data": None,
+            "teacher": measure(lambda: sample_euler(model, noise, sampling_sigmas(TEACHER_STEPS, config.shift))),
+            "teacher_few": measure(lambda: sample_euler(model, noise, sampling_sigmas(few, config.shift))),
+            "dmd": student,
+            "codmd": student,
+        }
+    finally:
+        torch.set_num_threads(threads)
