@@ -14,16 +14,17 @@ LOCAL = 2
 
 
 class Generator(torch.nn.Module):
-    """A few parameters between noise and latents."""
+    """A few float64 parameters between noise and latents, so that the rounding measured is the operator's."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(7)
-        self.mix = torch.nn.Linear(4, 4)
-        self.scale = torch.nn.Parameter(torch.randn(4, 1, 1))
+        self.mix = torch.nn.Linear(4, 4, dtype=torch.float64)
+        self.scale = torch.nn.Parameter(torch.randn(4, 1, 1, dtype=torch.float64))
 
     def forward(self, noise):
-        return (self.mix(noise.movedim(2, -1)).movedim(-1, 2)).tanh() * self.scale
+        latents = self.mix(noise.double().movedim(2, -1)).movedim(-1, 2).tanh() * self.scale
+        return latents.to(noise.dtype)
 
 
 def parameter_gradient(model, inputs, **options):
@@ -44,8 +45,8 @@ def compare_with_one_process(rank, world, backend, pool, weights, batch_grad, co
     inputs = global_batch(world, dtype)
     local = [v[rank * LOCAL : (rank + 1) * LOCAL] for v in inputs]
     options = {"batch_weight": weights[0], "frame_weight": weights[1], "pool": pool, "backend": backend}
-    expected, expected_terms = parameter_gradient(Generator().to(dtype), inputs, **options)
-    model = DistributedDataParallel(Generator().to(dtype))
+    expected, expected_terms = parameter_gradient(Generator(), inputs, **options)
+    model = DistributedDataParallel(Generator())
     if compiled:
         function = torch.compile(ops.relation_loss, fullgraph=True, backend="aot_eager")
         terms = function(model(local[0]), *local[1:], group=dist.group.WORLD, return_terms=True, **options)

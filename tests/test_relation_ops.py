@@ -26,17 +26,36 @@ def terms_of(student, real, fake, **kwargs):
     return ops.relation_loss(student, real, fake, return_terms=True, **kwargs)
 
 
+def same_dtype_errors(student, real, fake, exact, exact_gradient, upstream, **kwargs):
+    """The PyTorch path's largest errors over orders of the pixels that leave the loss unchanged.
+
+    One order may round luckily: a single number is no yardstick for the value of a scalar.
+    """
+    pool = kwargs.get("pool", "mean")
+    orders = [lambda v: v]
+    if pool in ("mean", None):
+        orders += [lambda v: v.flip(-1), lambda v: v.mT, lambda v: v.flip(-2).mT]
+    errors = []
+    for order in orders:
+        terms, gradient = same_dtype(*(order(v.detach()) for v in (student, real, fake)), upstream, **kwargs)
+        errors.append(
+            [relative_error(a, b) for a, b in zip(terms, exact, strict=True)]
+            + [relative_error(gradient, order(exact_gradient))]
+        )
+    return [max(column) for column in zip(*errors, strict=True)]
+
+
 def assert_as_accurate_as_pytorch(student, real, fake, backend, upstream=(1.0, 0.5, -0.25), **kwargs):
-    """Error against float64 at most twice that of the same-dtype PyTorch path, plus an epsilon of the dtype."""
+    """Errors of the terms and the gradient against float64 at most twice those of the same-dtype PyTorch path."""
     exact, exact_gradient = truth(student, real, fake, upstream, **kwargs)
-    torch_terms, torch_gradient = same_dtype(student, real, fake, upstream, **kwargs)
+    yardstick = same_dtype_errors(student, real, fake, exact, exact_gradient, upstream, **kwargs)
     got, gradient = loss_and_gradient(terms_of, student, real, fake, upstream=upstream, backend=backend, **kwargs)
     assert gradient.dtype is student.dtype
     assert gradient.shape == student.shape
-    for value, yardstick, expected in zip(got, torch_terms, exact, strict=True):
-        assert relative_error(value, expected) <= 2 * relative_error(yardstick, expected) + 1e-6
-    limit = 2 * relative_error(torch_gradient, exact_gradient) + 1e-6
-    assert relative_error(gradient, exact_gradient) <= limit
+    errors = [relative_error(a, b) for a, b in zip(got, exact, strict=True)]
+    errors.append(relative_error(gradient, exact_gradient))
+    for error, limit in zip(errors, yardstick, strict=True):
+        assert error <= 2 * limit + 1e-6, (errors, yardstick)
 
 
 @on_every_backend
@@ -207,7 +226,7 @@ def test_differentiating_twice_raises(backend):
     weight = torch.ones((), requires_grad=True)
     loss = weight * ops.relation_loss(student, real, fake, backend=backend)
     (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|twice"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|twice"):
         gradient.sum().backward()
 
 
