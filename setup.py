@@ -102,7 +102,7 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["codmd", "codmd.*"]), "codmd.kernels"],
     package_dir={"codmd.kernels": "kernels"},
-    package_data={"codmd": ["py.typed"], "codmd.models": ["configs/*.json"]},
+    package_data={"codmd": ["py.typed", "configs/*.yaml"], "codmd.models": ["configs/*.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
 )
