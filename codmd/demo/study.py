@@ -23,7 +23,7 @@ from .experiment import ARMS, TRAINED_ARMS, Job, Outcome, Settings
 from .pool import run_jobs
 from .summary import Summary, summarize
 from .teacher import TeacherConfig, load_cached, store, train_teacher
-from .timing import sampling_milliseconds
+from .timing import one_thread, sampling_milliseconds
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def obtain_teacher(options: Options) -> tuple[ToyDenoiser, TeacherConfig, str]:
     config = options.teacher
     later = " (later runs take it from the cache)" if options.use_cache else ""
     print(f"Training the teacher, {config.steps} steps{later}")
-    with progress_bar(config.steps, "teacher") as bar:
+    with one_thread(), progress_bar(config.steps, "teacher") as bar:
         teacher = train_teacher(config, bar.update)
     if options.use_cache:
         store(teacher, config, _warn)

@@ -23,9 +23,9 @@ from .arc import ArcConfig, ArcVideo
 class TeacherConfig:
     """Everything the teacher's weights depend on; its hash names the cache file."""
 
-    steps: int = 6000
-    batch_size: int = 512
-    lr: float = 2e-3
+    steps: int = 8000
+    batch_size: int = 256
+    lr: float = 5e-3
     warmup: int = 200
     shift: float = 3.0
     seed: int = 0
