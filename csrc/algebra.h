@@ -75,22 +75,27 @@ CODMD_HD inline T score_difference(const Inner<T>& pair, const Norms<T>& i, cons
   return left / (i.fake * j.fake) + right / (i.real * j.fake);
 }
 
-// expm1(x) - x, by its series where the subtraction would cancel.
+// expm1(x) - x, by its series where the subtraction would cost more digits than T can spare.
 template <class T>
 CODMD_HD inline T expm1_minus_identity(T x) {
   using std::expm1;
-  if (!(x > T(-0.5) && x < T(0.5))) return expm1(x) - x;
-  T sum = T(1) / T(15);
-  for (int k = 14; k >= 3; --k) sum = (T(1) + sum * x) / T(k);
-  return T(0.5) * x * x * (T(1) + sum * x);
+  const T limit = sizeof(T) > 4 ? T(0.05) : T(0.5);
+  if (!(x > -limit && x < limit)) return expm1(x) - x;
+  T sum = T(1) + x * T(1.0 / 9);
+  sum = T(1) + sum * (x * T(1.0 / 8));
+  sum = T(1) + sum * (x * T(1.0 / 7));
+  sum = T(1) + sum * (x * T(1.0 / 6));
+  sum = T(1) + sum * (x * T(1.0 / 5));
+  sum = T(1) + sum * (x * T(1.0 / 4));
+  sum = T(1) + sum * (x * T(1.0 / 3));
+  return T(0.5) * x * x * sum;
 }
 
 // KL(p || q) of one row, q = softmax(S/tau), p = softmax((S - Delta)/tau), with the shift centred under q so that
-// the first order cancels analytically. On entry `shift` holds Delta, on return p - q. `log_q` is scratch [n].
+// the first order cancels analytically. On entry `shift` holds Delta, on return p - q. `q` and `log_q` are scratch.
 template <class T>
-CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* log_q, int n, T temperature) {
+CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* q, T* log_q, int n, T temperature) {
   using std::exp;
-  using std::expm1;
   using std::log;
   using std::log1p;
   const T overflow = T(20);  // above it expm1(x) swamps q and the direct form is exact
@@ -100,25 +105,27 @@ CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* log_q, int n,
   T partition = T(0);
   for (int j = 0; j < n; ++j) {
     log_q[j] = (similarity[j] - top) / temperature;
-    partition += exp(log_q[j]);
+    q[j] = exp(log_q[j]);
+    partition += q[j];
   }
   const T log_partition = log(partition);
   T mean = T(0);
   for (int j = 0; j < n; ++j) {
     log_q[j] -= log_partition;
-    mean += exp(log_q[j]) * shift[j];
+    q[j] /= partition;
+    mean += q[j] * shift[j];
   }
 
-  T excess = T(0), largest = log_q[0];
+  T excess = T(0), largest = log_q[0] + (mean - shift[0]) / temperature;
   for (int j = 0; j < n; ++j) {
-    const T x = (mean - shift[j]) / temperature;
-    const T q = exp(log_q[j]), t = log_q[j] + x;
+    const T x = (mean - shift[j]) / temperature, t = log_q[j] + x;
     shift[j] = x;
-    excess += x <= overflow ? q * expm1_minus_identity(x) : exp(t) - q * (T(1) + x);
+    excess += x <= overflow ? q[j] * expm1_minus_identity(x) : exp(t) - q[j] * (T(1) + x);
     largest = t > largest ? t : largest;
   }
+  const bool direct = largest > overflow;
   T log_z;
-  if (!(largest > overflow)) {
+  if (!direct) {
     log_z = log1p(excess);
   } else {
     T sum = T(0);
@@ -126,15 +133,14 @@ CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* log_q, int n,
     log_z = largest + log(sum);
   }
 
-  T centred = T(0), direct = T(0);
+  T divergence = T(0);
   for (int j = 0; j < n; ++j) {
-    const T x = shift[j], y = x - log_z, q = exp(log_q[j]);
-    const T difference = y < overflow ? q * expm1(y) : exp(log_q[j] + y) - q;
-    shift[j] = difference;
-    centred += difference * x;
-    direct += (q + difference) * y;
+    const T x = shift[j], y = x - log_z;
+    const T p_minus_q = y < overflow ? q[j] * (y + expm1_minus_identity(y)) : exp(log_q[j] + y) - q[j];
+    shift[j] = p_minus_q;
+    divergence += direct ? (q[j] + p_minus_q) * y : p_minus_q * x;
   }
-  return largest > overflow ? direct : centred - log_z;
+  return direct ? divergence : divergence - log_z;
 }
 
 // Row i of M, from the similarities S [n, n] and the excess E = p - q [n, n]: with H = -(E + E^T)/(tau n),

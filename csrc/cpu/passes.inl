@@ -17,29 +17,56 @@ struct RegionSums {
   V::Sum student{}, real{}, difference{};
 };
 
-// Four vectors meet in a float32 tree of depth two before they reach a float64 lane: the error of a sum stays
-// near one float32 rounding of its largest summands, however long the region is.
+struct Vectors {
+  V::Float student, real, difference;
+};
+
+inline Vectors operator+(const Vectors& a, const Vectors& b) {
+  return {V::add(a.student, b.student), V::add(a.real, b.real), V::add(a.difference, b.difference)};
+}
+
+// Sums of 4 W elements, W to a vector, in two roundings.
+template <class T>
+inline Vectors add_four(const T* x, const T* r, const T* f) {
+  constexpr int W = V::kWidth;
+  V::Float xs[4], rs[4], fs[4];
+  for (int half = 0; half < 2; ++half) {
+    V::load_two(x + half * 2 * W, xs[2 * half], xs[2 * half + 1]);
+    V::load_two(r + half * 2 * W, rs[2 * half], rs[2 * half + 1]);
+    V::load_two(f + half * 2 * W, fs[2 * half], fs[2 * half + 1]);
+  }
+  for (int i = 0; i < 4; ++i) fs[i] = V::sub(fs[i], rs[i]);
+  return {V::add(V::add(xs[0], xs[1]), V::add(xs[2], xs[3])), V::add(V::add(rs[0], rs[1]), V::add(rs[2], rs[3])),
+          V::add(V::add(fs[0], fs[1]), V::add(fs[2], fs[3]))};
+}
+
+inline void add_to(RegionSums& sums, const Vectors& values) {
+  V::add_to(sums.student, values.student);
+  V::add_to(sums.real, values.real);
+  V::add_to(sums.difference, values.difference);
+}
+
+template <class T>
+inline Vectors load_one(const T* x, const T* r, const T* f) {
+  const V::Float real = V::load(r);
+  return {V::load(x), real, V::sub(V::load(f), real)};
+}
+
+// float64 lanes throughout, so that a mean that nearly cancels keeps its digits. Half precision has few bits: a
+// float32 tree over eight vectors comes first and rounds next to nothing.
 template <class T>
 inline void reduce_row(const T* x, const T* r, const T* f, int64_t n, RegionSums& sums) {
   constexpr int W = V::kWidth;
   int64_t k = 0;
-  for (; k + 4 * W <= n; k += 4 * W) {
-    const V::Float r0 = V::load(r + k), r1 = V::load(r + k + W), r2 = V::load(r + k + 2 * W),
-                   r3 = V::load(r + k + 3 * W);
-    V::add_to(sums.student, V::add(V::add(V::load(x + k), V::load(x + k + W)),
-                                   V::add(V::load(x + k + 2 * W), V::load(x + k + 3 * W))));
-    V::add_to(sums.real, V::add(V::add(r0, r1), V::add(r2, r3)));
-    V::add_to(sums.difference,
-              V::add(V::add(V::sub(V::load(f + k), r0), V::sub(V::load(f + k + W), r1)),
-                     V::add(V::sub(V::load(f + k + 2 * W), r2), V::sub(V::load(f + k + 3 * W), r3))));
+  if constexpr (sizeof(T) == 2) {
+    for (; k + 8 * W <= n; k += 8 * W)
+      add_to(sums, add_four(x + k, r + k, f + k) + add_four(x + k + 4 * W, r + k + 4 * W, f + k + 4 * W));
   }
-  for (; k < n; k += W) {
+  for (; k + W <= n; k += W) add_to(sums, load_one(x + k, r + k, f + k));
+  if (k < n) {
     const int64_t left = n - k;
-    const V::Float rv = left < W ? V::load_first(r + k, left) : V::load(r + k);
-    const V::Float fv = left < W ? V::load_first(f + k, left) : V::load(f + k);
-    V::add_to(sums.student, left < W ? V::load_first(x + k, left) : V::load(x + k));
-    V::add_to(sums.real, rv);
-    V::add_to(sums.difference, V::sub(fv, rv));
+    const V::Float real = V::load_first(r + k, left);
+    add_to(sums, {V::load_first(x + k, left), real, V::sub(V::load_first(f + k, left), real)});
   }
 }
 

@@ -26,6 +26,17 @@ struct V {
   static Float load(const f16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
+  // 2 kWidth elements in an order of its own, the same for every latent.
+  template <class T>
+  static void load_two(const T* from, Float& first, Float& second) {
+    first = load(from);
+    second = load(from + kWidth);
+  }
+  static void load_two(const bf16* from, Float& even, Float& odd) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000u))));
+  }
   template <class T>
   static Float load_first(const T* from, int64_t n) {
     T padded[kWidth] = {};

@@ -28,6 +28,17 @@ struct V {
   static Float load(const Half* from) {
     return widen(Half{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
+  // 2 kWidth elements in an order of its own, the same for every latent.
+  template <class T>
+  static void load_two(const T* from, Float& first, Float& second) {
+    first = load(from);
+    second = load(from + kWidth);
+  }
+  static void load_two(const bf16* from, Float& even, Float& odd) {
+    const __m512i pairs = _mm512_loadu_si512(from);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
+  }
   static Float load_first(const float* from, int64_t n) {
     return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), from);
   }

@@ -29,6 +29,11 @@ struct V {
     return out;
   }
   template <class T>
+  static void load_two(const T* from, Float& first, Float& second) {
+    first = load(from);
+    second = load(from + kWidth);
+  }
+  template <class T>
   static Float load_first(const T* from, int64_t n) {
     Float out = zero();
     for (int64_t k = 0; k < n; ++k) out.lane[k] = to_float(from[k]);

@@ -53,7 +53,7 @@ void Relation::diverge(int row, double temperature, double* scratch) {
     similarity[j] = cosine(pair, norms_[size_t(row)], norms_[size_t(j)]);
     shift[j] = score_difference(pair, norms_[size_t(row)], norms_[size_t(j)]);
   }
-  kl_[size_t(row)] = centred_kl_row(similarity, shift, scratch, n_, temperature);
+  kl_[size_t(row)] = centred_kl_row(similarity, shift, scratch, scratch + n_, n_, temperature);
 }
 
 void Relation::gradient(int row, double temperature, double* matrix_row) const {
@@ -67,7 +67,7 @@ RelationTeam::RelationTeam(std::vector<Relation>& relations, double temperature,
     first_.push_back(first_.back() + rows);
     largest_ = std::max(largest_, size_t(rows));
   }
-  scratch_.resize(largest_ * size_t(threads));
+  scratch_.resize(2 * largest_ * size_t(threads));
 }
 
 void feature_gradient(const RowProducts& products, int n, const double* matrix_row, double scale, float* out) {

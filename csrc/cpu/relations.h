@@ -42,7 +42,7 @@ class Relation {
   double divergence() const;
 
   void normalise(int row);
-  void diverge(int row, double temperature, double* scratch);              // scratch [n]
+  void diverge(int row, double temperature, double* scratch);              // scratch [2n]
   void gradient(int row, double temperature, double* matrix_row) const;    // row of M, [n]
 
  private:
@@ -60,7 +60,7 @@ class RelationTeam {
 
   template <class Write>
   void run(const Worker& worker, const Write& write) {
-    double* scratch = scratch_.data() + size_t(worker.index) * largest_;
+    double* scratch = scratch_.data() + 2 * largest_ * size_t(worker.index);
     each(worker, [](Relation& relation, int, int row) { relation.normalise(row); });
     worker.barrier();
     each(worker, [&](Relation& relation, int, int row) { relation.diverge(row, temperature_, scratch); });
