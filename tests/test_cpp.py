@@ -241,9 +241,7 @@ def test_gathered_rows_give_the_batch_term_and_its_rows_of_the_gradient(features
     rows[1, :-1] = float("nan")
     frame = torch.tensor([0.25])
     arguments = (0.1, 0.5, 2.0, 3.0)
-    expected = _reference.relation_batch(
-        torch.where(count > 0, rows, 0).double(), frame.double(), 1, 4, *arguments
-    )
+    expected = _reference.relation_batch(torch.where(count > 0, rows, 0).double(), frame.double(), 1, 4, *arguments)
     terms, gradient = _cpp.relation_batch(rows, frame, 1, 4, *arguments)
     assert relative_error(terms, expected[0]) < 1e-6
     assert relative_error(gradient, expected[1]) < 3e-6
