@@ -24,7 +24,7 @@ CAPTIONS = {
     "trajectories": "Sample videos of the first seed; colours are scenes.",
     "measures": "All measures. Dots are seeds, grey lines join the same seed, bars are means, the dotted line is the "
     "distance between two fresh samples of data.",
-    "speeds": "Distribution of speed over all seeds.",
+    "speeds": "Distribution of speed over all seeds; the last bin holds everything faster.",
     "curves": "Training curves: faint lines are seeds, strong ones a running mean. The last panel is the weighted "
     "relation gradient's norm over the DMD gradient's, both with respect to the student's sample.",
 }
