@@ -14,6 +14,7 @@ from typing import NoReturn
 COMMANDS = {
     "demo": "codmd.demo.command",
     "doctor": "codmd.doctor",
+    "vbench": "codmd.vbench",
 }
 """Subcommand to module. Their imports at module level stay light: what is heavy belongs inside `run`."""
 
