@@ -1,6 +1,7 @@
 """The mathematics of CoDMD in plain PyTorch: the truth that every backend, test and benchmark compares with."""
 
-from codmd.reference.dmd import dmd_direction, dmd_loss, guided
+from codmd.reference.dmd import dmd_direction, dmd_loss
+from codmd.reference.guidance import guided
 from codmd.reference.relation import (
     batch_features,
     batch_term,

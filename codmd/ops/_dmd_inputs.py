@@ -1,0 +1,179 @@
+"""Argument checks shared by ``dmd_loss`` and ``codmd_loss``, and their canonical form."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from codmd import backends, conventions, reference
+from codmd.conventions import Convention
+from codmd.ops import _checks
+
+LAYOUTS = ("bfchw", "bcfhw", "bchw")
+PREDICTIONS = ("x0", "flow")
+
+
+class Inputs(NamedTuple):
+    """Checked arguments. Latents have five axes in ``layout`` and ``sigma`` is ``[B, F]``.
+
+    ``real_scale`` and ``fake_scale`` are in the cond form, ``guidance`` and ``fake_guidance`` in the convention's own.
+    """
+
+    student: Tensor
+    fake: Tensor
+    real: Tensor
+    real_uncond: Tensor | None
+    fake_uncond: Tensor | None
+    noisy: Tensor | None
+    sigma: Tensor | None
+    mask: Tensor | None
+    sample_weight: Tensor | None
+    layout: str
+    convention: Convention
+    real_scale: float
+    fake_scale: float
+    guidance: float
+    fake_guidance: float
+
+    @property
+    def fused(self) -> tuple[Any, ...]:
+        """The arguments of a fused forward pass."""
+        return self[:13]
+
+
+def check(
+    student: Tensor,
+    fake: Tensor,
+    real: Tensor,
+    real_uncond: Tensor | None,
+    fake_uncond: Tensor | None,
+    guidance: float,
+    fake_guidance: float | None,
+    convention: str | Convention,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    layout: str | None,
+    prediction: str,
+    noisy: Tensor | None,
+    sigma: Tensor | None,
+    backend: str,
+) -> Inputs:
+    """Raise ``TypeError`` or ``ValueError`` naming the argument, or return the canonical form."""
+    convention = conventions.resolve(convention)
+    layout = convention.layout if layout is None else layout
+    _checks.check_one_of("layout", layout, LAYOUTS)
+    _check_axes(student, layout)
+    images = layout == "bchw"
+    others = {"fake": fake, "real": real, "real_uncond": real_uncond, "fake_uncond": fake_uncond, "noisy": noisy}
+    for name in ("fake", "real"):
+        if others[name] is None:
+            raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
+    if images and isinstance(student, Tensor):
+        others = {name: v.unsqueeze(1) if isinstance(v, Tensor) and v.ndim == 4 else v for name, v in others.items()}
+        student, layout = student.unsqueeze(1), "bfchw"
+    _checks.check_latents(student, **others)
+    _checks.check_one_of("prediction", prediction, PREDICTIONS)
+    frames = student.shape[1] if layout == "bfchw" else student.shape[2]
+    guidance = _checks._number("guidance", guidance)
+    fake_guidance = guidance if fake_guidance is None else _checks._number("fake_guidance", fake_guidance)
+    backends.check_name(backend)
+    return Inputs(
+        student,
+        others["fake"],  # type: ignore[arg-type]
+        others["real"],  # type: ignore[arg-type]
+        others["real_uncond"],
+        others["fake_uncond"],
+        others["noisy"],
+        _sigma(prediction, noisy, sigma, student, frames, convention),
+        _mask(mask, student, images),
+        _sample_weight(sample_weight, student, convention),
+        layout,
+        convention,
+        convention.cond_scale(guidance),
+        convention.cond_scale(fake_guidance),
+        guidance,
+        fake_guidance,
+    )
+
+
+def _check_axes(student: Any, layout: str) -> None:
+    if not isinstance(student, Tensor):
+        raise TypeError(f"student must be a torch.Tensor, got {type(student).__name__}")
+    axes = 4 if layout == "bchw" else 5
+    if student.ndim != axes:
+        raise ValueError(
+            f"student must have {axes} axes for layout={layout!r}, got shape {tuple(student.shape)}; "
+            f"pass layout= one of {', '.join(LAYOUTS)} when the convention's default is another"
+        )
+
+
+def _sigma(
+    prediction: str,
+    noisy: Tensor | None,
+    sigma: Tensor | None,
+    student: Tensor,
+    frames: int,
+    convention: Convention,
+) -> Tensor | None:
+    if prediction == "x0":
+        for name, value in (("noisy", noisy), ("sigma", sigma)):
+            if value is not None:
+                raise ValueError(f'{name} is used with prediction="flow" alone, got it with prediction="x0"')
+        return None
+    for name, value in (("noisy", noisy), ("sigma", sigma)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f'{name} must be a torch.Tensor with prediction="flow", got {type(value).__name__}')
+    assert sigma is not None
+    samples = len(student)
+    if sigma.shape not in ((samples,), (samples, frames)):
+        raise ValueError(
+            f"sigma must have shape (batch,) = ({samples},) or (batch, frames) = ({samples}, {frames}), "
+            f"got {tuple(sigma.shape)}"
+        )
+    _check_plain("sigma", sigma, student)
+    sigma = _fused(sigma, student, convention)
+    return (sigma[:, None] if sigma.ndim == 1 else sigma).expand(samples, frames)
+
+
+def _mask(mask: Any, student: Tensor, images: bool) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a boolean torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype is not torch.bool:
+        raise TypeError(f"mask must be torch.bool (True selects an element), got {mask.dtype}")
+    if mask.device != student.device:
+        raise ValueError(f"mask must be on the device of student {student.device}, got {mask.device}")
+    if images and mask.ndim == 4:
+        mask = mask.unsqueeze(1)
+    sizes = student.shape[student.ndim - mask.ndim :] if mask.ndim <= student.ndim else ()
+    if len(sizes) != mask.ndim or any(m not in (1, s) for m, s in zip(mask.shape, sizes, strict=True)):
+        raise ValueError(f"mask must broadcast to the shape of student {tuple(student.shape)}, got {tuple(mask.shape)}")
+    return mask.expand(student.shape)
+
+
+def _sample_weight(weight: Any, student: Tensor, convention: Convention) -> Tensor | None:
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"sample_weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.shape != (len(student),):
+        raise ValueError(f"sample_weight must have shape (batch,) = ({len(student)},), got {tuple(weight.shape)}")
+    _check_plain("sample_weight", weight, student)
+    return _fused(weight, student, convention).contiguous()
+
+
+def _fused(values: Tensor, student: Tensor, convention: Convention) -> Tensor:
+    """In the dtype that the fused passes compute in; a convention that runs step by step keeps its own."""
+    return values.to(reference.compute_dtype(student.dtype)) if convention.fusable else values
+
+
+def _check_plain(name: str, value: Tensor, student: Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if value.device != student.device:
+        raise ValueError(f"{name} must be on the device of student {student.device}, got {value.device}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, but only student receives one: pass {name}.detach()")
