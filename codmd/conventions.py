@@ -144,8 +144,8 @@ class Convention:
         """First frames of the norm's segments within a sample, then ``frames``: ``[0, frames]`` unless blocks."""
         if self.norm_scope != "block":
             return [0, frames]
-        start = 1 if self.independent_first_frame else 0
-        return sorted({0, *range(start, frames, self.norm_block), frames})
+        first = [0] if self.independent_first_frame else []
+        return [*first, *range(len(first), frames, self.norm_block), frames]
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import importlib
 import logging
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from codmd import backends
@@ -51,7 +52,8 @@ def report_stepwise(requested: str, reason: str) -> None:
     """Log, once, why a convention does not run fused; an explicit backend other than the reference is an error."""
     if requested not in ("auto", "reference"):
         raise ValueError(f"backend={requested!r} cannot serve this convention: {reason}. Use backend='reference'")
-    _log_once(reason)
+    if not torch.compiler.is_compiling():
+        _log_once(reason)
 
 
 @functools.cache

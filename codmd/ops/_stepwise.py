@@ -16,7 +16,7 @@ from codmd.reference import guidance
 
 
 def loss_and_terms(inputs: Inputs, backend: str, return_terms: bool) -> tuple[Tensor, ...]:
-    """(loss,), or (loss, mean|g|, norm, guided real) when ``return_terms``."""
+    """(loss,), or (loss, mean|g|, norm) when ``return_terms``."""
     _dmd_backend.report_stepwise(backend, inputs.convention.unfusable)
     loss = _stepwise_loss(*inputs) if _traced(inputs.student) else _Stepwise.apply(*inputs)
     if not return_terms:
@@ -32,8 +32,7 @@ def loss_and_terms(inputs: Inputs, backend: str, return_terms: bool) -> tuple[Te
             )
         else:
             norm = found.norm.flatten()
-        magnitude = equations.mean_magnitude(found, inputs.mask)
-        return loss, magnitude, norm, found.real.to(inputs.student.dtype)
+        return loss, equations.mean_magnitude(found, inputs.mask), norm
 
 
 def teacher_prediction(inputs: Inputs) -> guidance.Prediction:

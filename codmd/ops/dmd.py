@@ -93,12 +93,14 @@ def dmd_loss(
         layout, prediction, noisy, sigma, backend,
     )  # fmt: skip
     if not inputs.convention.fusable:
-        terms = _stepwise.loss_and_terms(inputs, backend, return_terms)
-        return DmdTerms(*terms) if return_terms else terms[0]
-    loss, magnitude, norm = fused(inputs, return_terms, backend)
+        terms: tuple[Tensor, ...] = _stepwise.loss_and_terms(inputs, backend, return_terms)
+    else:
+        terms = fused(inputs, return_terms, backend)
     if not return_terms:
-        return loss
-    return DmdTerms(loss, magnitude, norm, _stepwise.guided(_stepwise.teacher_prediction, inputs))
+        return terms[0]
+    loss, magnitude, norm = terms
+    guided = _stepwise.guided(_stepwise.teacher_prediction, inputs)
+    return DmdTerms(loss, magnitude, norm, guided.squeeze(1) if student.ndim == 4 else guided)
 
 
 def fused(inputs: Inputs, magnitude: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:

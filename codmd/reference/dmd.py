@@ -183,9 +183,10 @@ def loss_of_direction(
         total = penalty.sum()
     elif selected is not None:
         total = penalty.sum() / selected.sum().clamp(min=1)
-    elif _plain_mse(convention, sample_weight) and found.target is not None:
-        # In half precision the gradient is rounded where only this operator rounds it.
-        total = torch.nn.functional.mse_loss(x, found.target.to(x.dtype))
+    elif _plain_mse(convention, sample_weight):
+        # Its gradient scales before it doubles: rounded and overflowing where the codebases' is.
+        target = torch.zeros_like(residual) if found.target is None else found.target.to(x.dtype)
+        total = torch.nn.functional.mse_loss(residual if found.target is None else x, target)
     else:
         total = penalty.mean()
     total = convention.coefficient * total

@@ -63,7 +63,7 @@ def x0_prediction(
     c, u = x0(cond), None if uncond is None else x0(uncond)
     if u is None:
         return Prediction(c, c, None)
-    base = convention.rounding.guidance_base if emulate else convention.guidance_form
+    base = convention.rounding.guidance_base if emulate else "cond"
     if base != convention.guidance_form:
         scale = scale - 1 if base == "cond" else scale + 1
     return Prediction(guided(c, u, scale, base), c, u)
