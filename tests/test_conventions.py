@@ -8,7 +8,7 @@ import pytest
 import torch
 from dmd_formulas import FORMULAS, fastgen, tdm, value_and_gradient
 
-from codmd import conventions, reference
+from codmd import cli, conventions, reference
 from codmd.conventions import NAMED, Convention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -190,7 +190,7 @@ def test_names_instances_and_replacements_resolve():
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"convention='wan' is not known; known: causvid, self_forcing, .*tdm"):
         conventions.resolve("wan")
-    with pytest.raises(TypeError, match="convention must be a name or a codmd.conventions.Convention, got int"):
+    with pytest.raises(TypeError, match=r"convention must be a name or a codmd\.conventions\.Convention, got int"):
         conventions.resolve(3)
 
 
@@ -243,3 +243,32 @@ def test_every_field_is_documented():
     for kind in (Convention, conventions.Rounding):
         for entry in fields(kind):
             assert f"{entry.name}:" in kind.__doc__, entry.name
+
+
+def test_the_command_converts_a_scale_and_prints_both_formulas(capsys):
+    assert cli.main(["guidance", "3.5", "--from", "self_forcing", "--to", "fastgen"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "self_forcing  s = 3.5      cond + s * (cond - uncond)",
+        "fastgen       s = 4.5      uncond + s * (cond - uncond)",
+    ]
+    assert cli.main(["guidance", "-0.5", "--from", "tdm", "--to", "rcm"]) == 0
+    assert "rcm  s = -1.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["much", "--from", "tdm", "--to", "rcm"], "argument scale: got 'much'; expected a finite number"),
+        (["nan", "--from", "tdm", "--to", "rcm"], "argument scale: got 'nan'; expected a finite number"),
+        (["1", "--from", "wan", "--to", "rcm"], "argument --from: invalid choice: 'wan' (choose from"),
+        (["1", "--from", "rcm", "--to", "wan"], "argument --to: invalid choice: 'wan' (choose from"),
+        (["1", "--to", "rcm"], "the following arguments are required: --from"),
+        (["1", "--from", "rcm"], "the following arguments are required: --to"),
+        (["--from", "tdm", "--to", "rcm"], "the following arguments are required: scale"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["guidance", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""Converts a guidance scale from one codebase's formula to another's, and prints both formulas."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from codmd import conventions
+
+HELP = "convert a guidance scale between codebases"
+
+FORMULAS = {"cond": "cond + s * (cond - uncond)", "uncond": "uncond + s * (cond - uncond)"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`codmd guidance SCALE --from CONVENTION --to CONVENTION`."""
+    parser.add_argument("scale", type=_finite, help="the scale as --from means it")
+    names = tuple(conventions.NAMED)
+    for option in ("--from", "--to"):
+        parser.add_argument(
+            option, dest=option.strip("-"), choices=names, required=True, metavar="CONVENTION", help=", ".join(names)
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the equivalent scale, and the formula on either side."""
+    source, target = conventions.NAMED[vars(args)["from"]], conventions.NAMED[args.to]
+    scale = target.guidance_scale(args.scale, form=source.guidance_form)
+    width = max(len(vars(args)["from"]), len(args.to))
+    print(f"{vars(args)['from']:<{width}}  s = {args.scale:<8g} {FORMULAS[source.guidance_form]}")
+    print(f"{args.to:<{width}}  s = {scale:<8g} {FORMULAS[target.guidance_form]}")
+    return 0
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a finite number")
+    return value
