@@ -231,3 +231,4 @@ def _dots(axis: Axes, outcomes: Outcomes, summary: Summary, measure: str) -> Non
     axis.axhline(summary.statistics["data"][measure].mean, color=COLORS["data"], lw=1, ls=":")
     axis.set_xticks(range(len(SHOWN)), [summary.name(arm).replace(", ", "\n") for arm in SHOWN], fontsize=8)
     axis.margins(y=0.15)
+    axis.set_ylim(bottom=min(0.0, *(o.metrics[measure] for arm in SHOWN for o in outcomes.of(arm))))

@@ -169,7 +169,7 @@ def console_summary(summary: Summary) -> str:
 
 
 def verdict(summary: Summary) -> str:
-    """One sentence on what was measured, in either direction."""
+    """What was measured, in either direction, and the distances that grew on average."""
     change = summary.relative_change("relation_energy")
     wins = summary.differences["relation_energy"]
     ratio = summary.statistics["codmd"]["std_ratio"].mean
@@ -177,8 +177,17 @@ def verdict(summary: Summary) -> str:
     return (
         f"The relation term {direction} the relation energy distance of the {summary.student_steps}-step student: "
         f"{change:+.0%} on average, lower on {wins.lower} of {wins.pairs} seeds, at a standard deviation "
-        f"{abs(ratio - 1):.0%} {'above' if ratio >= 1 else 'below'} the data's."
+        f"{abs(ratio - 1):.0%} {'above' if ratio >= 1 else 'below'} the data's. {_costs(summary)}"
     )
+
+
+def _costs(summary: Summary) -> str:
+    worse = [
+        f"{COLUMNS[measure].title} ({summary.relative_change(measure):+.0%}, better on {d.lower} of {d.pairs} seeds)"
+        for measure, d in summary.differences.items()
+        if measure != "relation_energy" and COLUMNS[measure].best is None and d.mean > 0
+    ]
+    return f"On average it does not help: {', '.join(worse)}." if worse else "No other distance grew on average."
 
 
 def _statistic(values: Sequence[float]) -> Statistic:
