@@ -14,6 +14,8 @@ from typing import NoReturn
 COMMANDS = {
     "demo": "codmd.demo.command",
     "doctor": "codmd.doctor",
+    "guidance": "codmd.guidance",
+    "inspect": "codmd.inspect.command",
     "vbench": "codmd.vbench",
 }
 """Subcommand to module. Their imports at module level stay light: what is heavy belongs inside `run`."""

@@ -81,6 +81,22 @@ def rank_correlation(samples: Tensor, scores: Scores = "spearman") -> Tensor:
     return unit.T @ unit
 
 
+def frame_rank_relations(features: Tensor) -> Tensor:
+    """Spearman's correlation between every two frames, over their features; [..., F, F] float64.
+
+    It does not change under an increasing function of a frame's features, such as brightness or contrast.
+    A frame of constant features correlates with nothing: its row is 0.
+
+    Args:
+        features: [..., F, K]; equal features of a frame share their mean rank.
+    """
+    features = features.double().contiguous()
+    ordered = features.sort(dim=-1).values
+    below, through = (torch.searchsorted(ordered, features, right=right) for right in (False, True))
+    ranks = (below + through).double() / 2
+    return reference.relation(ranks - ranks.mean(dim=-1, keepdim=True))
+
+
 def rank_relation_distance(a: Tensor, b: Tensor, scores: Scores = "spearman") -> float:
     """Root mean square difference of the rank correlations of all frame features, over pairs of coordinates."""
     first, second = (rank_correlation(reference.frame_features(x.double()), scores) for x in (a, b))

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from codmd import cli, metrics
-from codmd.demo import command, output, pool, teacher
+from codmd import cli, metrics, output
+from codmd.demo import command, pool, teacher
 from codmd.demo.arc import ArcConfig, ArcVideo
 from codmd.demo.experiment import ARMS, MEASURES, Job, Settings, run_job
 from codmd.demo.summary import difference_table, summarize, verdict
@@ -340,7 +340,7 @@ def test_an_earlier_demo_is_replaced_only_by_a_complete_one(tmp_path):
     out = tmp_path / "out"
     with output.building(out) as folder:
         (folder / output.MARKER).write_text("first")
-    output.check_output(out)
+    output.check_output(out, "demo")
     with pytest.raises(KeyboardInterrupt), output.building(out) as folder:  # noqa: PT012
         (folder / output.MARKER).write_text("half of the second")
         raise KeyboardInterrupt

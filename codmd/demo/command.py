@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         from codmd.distill.config import DistillConfig
         from codmd.distill.schedule import sampling_sigmas
+        from codmd.output import OutputError, building, check_output
 
-        from .output import OutputError, building, check_output
         from .pool import JobFailed
         from .report import write_report
         from .study import Options, run_study
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         use_cache=not args.no_cache,
     )
     try:
-        check_output(args.out)
+        check_output(args.out, "demo")
         study = run_study(options)
         with building(args.out) as folder:
             write_report(folder, study)

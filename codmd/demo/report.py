@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+
+from codmd import page
 
 from . import figures
 from .study import Study
@@ -78,23 +79,18 @@ def results(study: Study) -> dict[str, Any]:
 
 def render(folder: Path, summary: Summary, settings: dict[str, Any]) -> str:
     """report.html as text, with the folder's PNGs embedded."""
-    definitions = "".join(
-        f"<dt>{html.escape(c.title)}</dt><dd>{html.escape(c.explanation)}.</dd>" for c in COLUMNS.values()
-    )
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
+    definitions = page.definitions([(c.title, c.explanation) for c in COLUMNS.values()])
     few = summary.student_steps
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>codmd demo</title><style>{STYLE}</style></head><body><main>
+    body = f"""\
 <h1>Distilling a {summary.evaluations["teacher"]}-step teacher into {few} step{"s" if few > 1 else ""}</h1>
 <p class="verdict">{html.escape(verdict(summary))}</p>
 {_figure(folder, "demo")}
 <h2>What was measured</h2>
-{_html_table(*table(summary))}
+{page.table(*table(summary), _row_class)}
 <p class="note">Mean ± standard deviation over seeds {", ".join(map(str, summary.seeds))}. Lower is better, except the
 std ratio, which should be 1. Fresh data against data is the floor that sampling noise leaves. DMD and CoDMD students
 have the same network, so their sampling time is one measurement.</p>
-{_html_table(*difference_table(summary))}
+{page.table(*difference_table(summary), _row_class)}
 <p class="note">Paired by seed: same initial weights, same noise, same data; mean ± standard error. Where the term does
 not help, the table says so.</p>
 {_figure(folder, "measures")}
@@ -102,45 +98,20 @@ not help, the table says so.</p>
 <h2>Samples</h2>{_figure(folder, "trajectories")}
 <h2>Motion</h2>{_figure(folder, "speeds")}
 <h2>Training</h2>{_figure(folder, "curves")}
-<h2>The measures</h2><dl>{definitions}</dl>
+<h2>The measures</h2>{definitions}
 <h2>The experiment</h2>
 <p>Arc video: eight frames of six channels. A scene is a random plane with an offset; a video is a point moving on that
 scene's circle with a random phase at one of six angular speeds. The teacher is a residual network trained by flow
 matching. Student and critic start as the teacher; each cycle is one student update (exit step drawn first, the
 student's own trajectory up to it, DMD + λ · relation) and several critic updates (flow matching on the student's
 samples). DMD and CoDMD differ in λ alone.</p>
-<table class="settings">{rows}</table>
-</main></body></html>
-"""
-
-
-STYLE = """
-body{margin:0;background:#f6f7f9;color:#202124;font:16px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:2.5rem 2rem 4rem;background:#fff;box-shadow:0 0 24px #0001}
-h1{font-size:1.8rem;margin:0 0 .5rem}h2{font-size:1.2rem;margin:2.4rem 0 .6rem}
-.verdict{font-size:1.1rem;padding:.8rem 1.1rem;border-left:4px solid #d1495b;background:#fdf3f4;margin:.8rem 0 1.4rem}
-figure{margin:1rem 0}figure img{width:100%;height:auto}figcaption,.note{color:#5f6368;font-size:.86rem}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
-th,td{padding:.45rem .6rem;text-align:right;border-bottom:1px solid #e8eaed}
-th{font-weight:600;color:#5f6368;vertical-align:bottom}td:first-child,th:first-child{text-align:left}
-tr.codmd td{background:#fdf3f4;font-weight:600}tr.floor td{color:#80868b}
-.settings td{text-align:left}.settings td:first-child{color:#5f6368;width:14rem}
-dt{font-weight:600}dd{margin:0 0 .5rem;color:#5f6368}
-"""
+{page.text_table((), [(name, str(value)) for name, value in settings.items()])}"""
+    return page.page("codmd demo", body)
 
 
 def _figure(folder: Path, name: str) -> str:
-    image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-    caption = html.escape(CAPTIONS[name])
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>'
-    )
+    return page.figure((folder / f"{name}.png").read_bytes(), CAPTIONS[name])
 
 
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = ""
-    for row in rows:
-        kind = "codmd" if row[0].startswith("CoDMD") else "floor" if row[0].startswith("fresh") else ""
-        body += f'<tr class="{kind}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+def _row_class(row: Sequence[str]) -> str:
+    return "strong" if row[0].startswith("CoDMD") else "faint" if row[0].startswith("fresh") else ""

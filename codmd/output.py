@@ -15,14 +15,21 @@ class OutputError(ValueError):
     """The output folder cannot be used; the message says why and what to do."""
 
 
-def check_output(out: Path) -> None:
-    """Refuses a place that is not free: only an absent or empty folder, or an earlier demo's, may be replaced."""
+def check_output(out: Path, maker: str) -> None:
+    """Refuses a place that is not free: only an absent or empty folder, or an earlier one of `maker`, may be replaced.
+
+    Args:
+        out: the folder asked for with --out.
+        maker: what writes it, say "demo"; used in the message.
+
+    Raises:
+        OutputError: what is in the way, and what would do.
+    """
+    expected = f"give a folder that is new, empty, or an earlier {maker}'s"
     if out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out}: is a file; give a folder that is new, empty, or an earlier demo's")
+        raise OutputError(f"--out {out}: is a file; {expected}")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise OutputError(
-            f"--out {out}: holds other files and no {MARKER}; give a folder that is new, empty, or an earlier demo's"
-        )
+        raise OutputError(f"--out {out}: holds other files and no {MARKER}; {expected}")
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"--out {out}: cannot write in {parent}; give a folder in a place you may write to")
@@ -32,7 +39,7 @@ def check_output(out: Path) -> None:
 def building(out: Path) -> Iterator[Path]:
     """A temporary sibling of `out` to write into, renamed to `out` on success and removed on any exception.
 
-    An earlier demo at `out` stays until the new one is complete.
+    What was at `out` stays until the new one is complete.
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +58,7 @@ def building(out: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Removes what a killed demo (its process is gone) left beside `out`."""
+    """Removes what a killed run (its process is gone) left beside `out`."""
     for leftover in out.parent.glob(f".{out.name}.partial-*"):
         pid = leftover.name.rpartition("-")[2]
         if pid.isdigit() and not _alive(int(pid)):

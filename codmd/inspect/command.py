@@ -1,0 +1,125 @@
+"""Measure videos: frame relations, motion, flicker, colour; with --reference, what differs from another set."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codmd.cli import CommandError, above, integer_in
+
+if TYPE_CHECKING:
+    from .measures import Measurement
+    from .report import Inspection
+
+HELP = "measure videos: relations between frames, motion, flicker, colour; compare with a reference folder"
+
+SOME_SKIPPED = 3
+"""Exit status when the report was written but something was skipped."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `codmd inspect`."""
+    parser.add_argument(
+        "videos",
+        nargs="+",
+        type=Path,
+        metavar="VIDEO",
+        help="mp4, webm, gif, ...; a folder of frames; latents in safetensors; or a folder of these",
+    )
+    parser.add_argument(
+        "--reference", type=Path, metavar="FOLDER", help="folder with clips of the same names, say the teacher's"
+    )
+    parser.add_argument("--out", type=Path, default=Path("codmd-inspect"), help="folder for the report (codmd-inspect)")
+    parser.add_argument(
+        "--pool",
+        type=_pool,
+        metavar="mean|GHxGW",
+        help="regions that frame features are averaged over (mean for latents, 8x8 for pixels)",
+    )
+    parser.add_argument("--fps", type=above(0), help="frames per second (the file's own; 16 if it has none)")
+    parser.add_argument(
+        "--pictures", type=integer_in(0, 1000), default=24, metavar="N", help="clips to show in pictures (24)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the report; returns 0, or 3 when something was skipped.
+
+    Raises:
+        CommandError: no clip can be read, the output folder cannot be used, or a package is missing.
+    """
+    try:
+        from codmd.output import OutputError, building, check_output
+
+        from .report import verdict, write_report
+    except ModuleNotFoundError as error:
+        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[inspect]'") from error
+    if args.reference is not None and not args.reference.is_dir():
+        raise CommandError(f"--reference {args.reference}: no such folder")
+    try:
+        check_output(args.out, "inspection")
+        inspection = inspect(args)
+        if not inspection.clips:
+            raise CommandError("no clip can be read:\n" + _listing(inspection))
+        with building(args.out) as folder:
+            write_report(folder, inspection, args.pictures)
+    except (OutputError, OSError) as error:
+        raise CommandError(str(error)) from error
+    print(f"{verdict(inspection)}\nReport: {args.out / 'report.html'}")
+    if inspection.skipped:
+        print(f"Skipped or not compared:\n{_listing(inspection)}", file=sys.stderr)
+        return SOME_SKIPPED
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> Inspection:
+    """Reads and measures every clip and its reference, one at a time; nothing is written."""
+    from tqdm import tqdm
+
+    from .clips import UnreadableClip, find_clips, read_clip
+    from .measures import measure
+    from .pairs import compare
+    from .report import Inspection
+
+    paths = list(dict.fromkeys(find_clips(args.videos)))
+    counterparts = {} if args.reference is None else {p.stem: p for p in find_clips([args.reference])}
+    found = Inspection([], [], [], references=args.reference is not None)
+
+    def measured(path: Path) -> Measurement | None:
+        try:
+            return measure(path, read_clip(path, args.fps), args.pool)
+        except UnreadableClip as error:
+            found.skipped.append((path, str(error)))
+            return None
+
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    for path in tqdm(paths, desc="clips", unit="clip", mininterval=interval, dynamic_ncols=True):
+        clip = measured(path)
+        if clip is None:
+            continue
+        found.clips.append(clip)
+        if args.reference is None:
+            continue
+        if path.stem not in counterparts:
+            found.skipped.append((path, f"not compared: {args.reference} holds no clip named {path.stem}"))
+        elif (reference := measured(counterparts[path.stem])) is not None:
+            try:
+                found.pairs.append(compare(clip, reference))
+            except ValueError as error:
+                found.skipped.append((path, str(error)))
+    return found
+
+
+def _pool(text: str) -> str | tuple[int, int]:
+    if text == "mean":
+        return text
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) > 0 and int(width) > 0):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected mean or two positive integers such as 8x8")
+    return int(height), int(width)
+
+
+def _listing(inspection: Inspection) -> str:
+    return "\n".join(f"  {path}: {reason}" for path, reason in inspection.skipped)

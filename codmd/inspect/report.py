@@ -1,0 +1,195 @@
+"""Writes an inspection: results.json and a self-contained report.html."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codmd import page
+from codmd.files import short_names
+from codmd.output import MARKER
+
+from . import figures
+from .measures import COLUMNS, Column, Measurement
+from .pairs import DISTANCES, SET_DISTANCES, Pair, mean_and_std, set_distances
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What one run of `codmd inspect` found."""
+
+    clips: list[Measurement]
+    pairs: list[Pair]
+    """One for each clip that has a reference."""
+    skipped: list[tuple[Path, str]]
+    """What could not be read or compared, and why."""
+    references: bool
+    """Whether a reference folder was given."""
+
+
+def write_report(folder: Path, inspection: Inspection, pictures: int) -> None:
+    """Writes results.json and report.html into an existing folder; `pictures` bounds the clips shown in pictures."""
+    (folder / MARKER).write_text(json.dumps(results(inspection), indent=1), "utf-8")
+    (folder / "report.html").write_text(render(inspection, pictures), "utf-8")
+
+
+def results(inspection: Inspection) -> dict[str, Any]:
+    """The content of results.json; numbers that are not finite become null."""
+    by_path = {pair.clip.path: pair for pair in inspection.pairs}
+    return {
+        "clips": [_clip_entry(clip, by_path.get(clip.path)) for clip in inspection.clips],
+        "measures": {name: _statistics([m.values for m in inspection.clips], name) for name in COLUMNS},
+        "distances": {name: _statistics([p.distances for p in inspection.pairs], name) for name in DISTANCES},
+        "set_distances": set_distances(inspection.pairs),
+        "skipped": [{"path": str(path), "reason": reason} for path, reason in inspection.skipped],
+        "explanations": {
+            "measures": {name: column.explanation for name, column in COLUMNS.items()},
+            "distances": {name: column.explanation for name, column in DISTANCES.items()},
+            "set_distances": SET_DISTANCES,
+        },
+    }
+
+
+def verdict(inspection: Inspection) -> str:
+    """The outcome in a sentence or two."""
+    count = len(inspection.clips)
+    static = sum(m.values.get("static", 0) == 1 for m in inspection.clips)
+    text = f"{count} clip{'s' if count > 1 else ''}, {static} static."
+    if inspection.pairs:
+        differing = [pair for pair in inspection.pairs if pair.findings]
+        text += f" {len(differing)} of {len(inspection.pairs)} with a reference differ from it visibly"
+        kinds = [finding.partition(":")[0] for pair in differing for finding in pair.findings]
+        counted = (f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        text += f" ({', '.join(counted)})." if kinds else "."
+    if inspection.skipped:
+        text += f" {len(inspection.skipped)} skipped or not compared."
+    return text
+
+
+def render(inspection: Inspection, pictures: int) -> str:
+    """report.html as text."""
+    names = dict(zip((c.path for c in inspection.clips), short_names([c.path for c in inspection.clips]), strict=True))
+    by_path = {pair.clip.path: pair for pair in inspection.pairs}
+    references = [by_path[c.path].reference if c.path in by_path else None for c in inspection.clips]
+    parts = [f'<h1>codmd inspect</h1><p class="verdict">{html.escape(verdict(inspection))}</p>']
+    if inspection.skipped:
+        rows = [(str(path), reason) for path, reason in inspection.skipped]
+        parts.append(f"<h2>Skipped or not compared</h2>{page.text_table((), rows)}")
+    parts.append("<h2>Measures</h2>")
+    parts.append(
+        page.figure(figures.overview(inspection.clips, references), "One dot a clip, joined to its reference.")
+    )
+    parts.append(_measures_table(inspection, names))
+    if inspection.pairs:
+        parts.append(_pairs_section(inspection, names))
+    parts.append(_cards(inspection, names, by_path, pictures))
+    parts.append("<h2>What the measures are</h2>")
+    parts.append(page.definitions([(c.title, c.explanation) for c in COLUMNS.values()]))
+    if inspection.pairs:
+        parts.append("<h2>What the distances are</h2>")
+        parts.append(page.definitions([(c.title, c.explanation) for c in DISTANCES.values()]))
+    return page.page("codmd inspect", "\n".join(parts))
+
+
+def _measures_table(inspection: Inspection, names: dict[Path, str]) -> str:
+    rows = [[names[m.path], *(_cell(m.values.get(name), c) for name, c in COLUMNS.items())] for m in inspection.clips]
+    groups = {"mean": inspection.clips, "mean of the references": [pair.reference for pair in inspection.pairs]}
+    for title, members in groups.items():
+        if members:
+            found = (_statistics([m.values for m in members], name) for name in COLUMNS)
+            rows.append([title, *(_spread(s, c) for s, c in zip(found, COLUMNS.values(), strict=True))])
+    header = ["clip", *(c.title for c in COLUMNS.values())]
+    return page.table(header, rows, lambda row: "strong" if row[0] in groups else "")
+
+
+def _pairs_section(inspection: Inspection, names: dict[Path, str]) -> str:
+    found = [(names[p.clip.path], "; ".join(p.findings) or "as the reference") for p in inspection.pairs]
+    rows = [
+        [names[p.clip.path], *(_cell(p.distances.get(name), c) for name, c in DISTANCES.items())]
+        for p in inspection.pairs
+    ]
+    spreads = ((_statistics([p.distances for p in inspection.pairs], name), c) for name, c in DISTANCES.items())
+    rows.append(["mean", *(_spread(s, c) for s, c in spreads)])
+    parts = ["<h2>Against the references</h2>", page.text_table(("clip", "finding"), found)]
+    parts.append("<h2>Distances</h2>")
+    parts.append(page.table(["clip", *(c.title for c in DISTANCES.values())], rows, _mean_is_strong))
+    if between := set_distances(inspection.pairs):
+        parts.append("<h3>Between the two sets</h3>")
+        parts.append(page.text_table((), [(f"{value:.4f}", SET_DISTANCES[name]) for name, value in between.items()]))
+    return "".join(parts)
+
+
+def _cards(inspection: Inspection, names: dict[Path, str], by_path: dict[Path, Pair], pictures: int) -> str:
+    """Pictures of the clips that differ most from their reference first, or of the first ones without references."""
+
+    def difference(clip: Measurement) -> float:
+        return by_path[clip.path].distances["cosine"] if clip.path in by_path else -1.0
+
+    shown = sorted(inspection.clips, key=difference, reverse=True)[:pictures]
+    rest = len(inspection.clips) - len(shown)
+    parts = ["<h2>Clips</h2>"]
+    if rest:
+        which = "farthest from their references" if by_path else "first"
+        parts.append(f'<p class="note">The {len(shown)} {which}; {rest} more are in the tables.</p>')
+    for clip in shown:
+        pair = by_path.get(clip.path)
+        width, height = clip.size
+        caption = f"{clip.frames} frames of {width}x{height}, {clip.fps:g} per second."
+        if pair is not None:
+            caption += f" {'; '.join(pair.findings) or 'As the reference'}."
+        png = figures.clip_card(clip, pair.reference if pair else None)
+        parts.append(f"<h3>{html.escape(names[clip.path])}</h3>{page.figure(png, caption)}")
+    return "".join(parts)
+
+
+def _mean_is_strong(row: Sequence[str]) -> str:
+    return "strong" if row[0] == "mean" else ""
+
+
+def _clip_entry(clip: Measurement, pair: Pair | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "path": str(clip.path),
+        "kind": clip.kind,
+        "frames": clip.frames,
+        "width": clip.size[0],
+        "height": clip.size[1],
+        "fps": clip.fps,
+        "values": clip.values,
+        "curves": clip.curves,
+        "cosine_matrix": clip.cosine.tolist(),
+        "spearman_matrix": clip.spearman.tolist(),
+    }
+    if pair is not None:
+        distances = {name: value if math.isfinite(value) else None for name, value in pair.distances.items()}
+        entry["reference"] = {
+            "path": str(pair.reference.path),
+            "values": pair.reference.values,
+            "distances": distances,
+            "findings": pair.findings,
+        }
+    return entry
+
+
+def _statistics(values: Sequence[dict[str, float]], name: str) -> dict[str, float | None] | None:
+    """Mean and standard deviation of the finite values, and how many they are; None where there is none."""
+    present = [v[name] for v in values if name in v and math.isfinite(v[name])]
+    if not present:
+        return None
+    mean, std = mean_and_std(present)
+    return {"mean": mean, "std": std, "count": len(present)}
+
+
+def _cell(value: float | None, column: Column) -> str:
+    return "–" if value is None else f"{value:.{column.digits}f}"
+
+
+def _spread(found: dict[str, float | None] | None, column: Column) -> str:
+    if found is None:
+        return "–"
+    std = found["std"]
+    return _cell(found["mean"], column) + ("" if std is None else f" ± {std:.{column.digits}f}")
