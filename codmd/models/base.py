@@ -7,15 +7,50 @@ axis, epsilon) is converted inside its subclass and nowhere else.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 Condition = Any
-"""What `encode` returns: opaque to the trainer, which only passes it on. `None` for an unconditional model."""
+"""What `encode` returns: a tensor or a mapping of tensors, batch first; None for an unconditional model."""
+
+
+@dataclass(frozen=True)
+class ShardPolicy:
+    """How `shard_blocks` lays a model over a mesh (FSDP2).
+
+    Attributes:
+        param_dtype: dtype of the gathered weights in forward and backward; None keeps the stored one.
+        reduce_dtype: dtype in which gradients are reduced.
+        reshard_after_forward: free the gathered weights between forward and backward.
+        offload: keep the shards in host memory and copy them to the device when they are used.
+    """
+
+    param_dtype: torch.dtype | None = torch.bfloat16
+    reduce_dtype: torch.dtype | None = torch.float32
+    reshard_after_forward: bool = True
+    offload: bool = False
+
+    def arguments(self, full_precision: bool = False) -> dict[str, Any]:
+        """Keyword arguments of `torch.distributed.fsdp.fully_shard`; `full_precision` keeps the stored dtype."""
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+        mixed = MixedPrecisionPolicy(
+            param_dtype=None if full_precision else self.param_dtype,
+            reduce_dtype=self.reduce_dtype,
+            cast_forward_inputs=False,  # a bfloat16 timestep turns 757 into 756
+        )
+        return {
+            "mp_policy": mixed,
+            "reshard_after_forward": self.reshard_after_forward,
+            "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
+        }
 
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
@@ -24,6 +59,36 @@ def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"sigma: shape {tuple(sigma.shape)}; expected ({like.shape[0]},), one level per sample")
     sigma = sigma.to(torch.promote_types(like.dtype, torch.float32))
     return sigma.view(-1, *[1] * (like.dim() - 1))
+
+
+def cat_cond(conditions: Sequence[Condition]) -> Condition:
+    """Conditions of several batches as the condition of the joint batch (concatenated along dimension 0)."""
+    first = conditions[0]
+    if first is None:
+        return None
+    if isinstance(first, Mapping):
+        return {name: torch.cat([cond[name] for cond in conditions]) for name in first}
+    return torch.cat(list(conditions))
+
+
+def index_cond(cond: Condition, index: int | slice | Tensor) -> Condition:
+    """The condition of some samples of a batch; an integer selects one sample and keeps the batch dimension."""
+    if cond is None:
+        return None
+    if isinstance(index, int):
+        index = slice(index, index + 1 or None)
+    if isinstance(cond, Mapping):
+        return {name: value[index] for name, value in cond.items()}
+    return cond[index]
+
+
+def move_cond(cond: Condition, device: torch.device | str) -> Condition:
+    """The condition on another device."""
+    if cond is None:
+        return None
+    if isinstance(cond, Mapping):
+        return {name: value.to(device, non_blocking=True) for name, value in cond.items()}
+    return cond.to(device, non_blocking=True)
 
 
 class VideoDenoiser(nn.Module, ABC):
@@ -36,6 +101,17 @@ class VideoDenoiser(nn.Module, ABC):
 
     latent_shape: tuple[int, int, int, int]
     """(F, C, H, W) of one sample."""
+
+    lora_targets: tuple[str, ...] = ()
+    """Name endings of the linear layers that low-rank adapters go to."""
+
+    checkpointing = False
+    """Whether blocks are recomputed in the backward pass."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents, sigma and conditions belong."""
+        return next(self.parameters()).device
 
     @abstractmethod
     def forward(self, x_t: Tensor, sigma: Tensor, cond: Condition = None) -> Tensor:
@@ -59,6 +135,41 @@ class VideoDenoiser(nn.Module, ABC):
         """The condition of the unconditional branch of guidance, for a batch of that size."""
         raise TypeError(f"{type(self).__name__} is unconditional: it has no null condition; use guidance=None")
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of latents [B, F, C, H, W]: [B, T, 3, height, width], float32 in [0, 1]."""
+        raise TypeError(f"{type(self).__name__} has no decoder: its latents are not images")
+
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """What an optimizer of this role updates (an adapter's own weights when a base is shared)."""
         return (p for p in self.parameters() if p.requires_grad)
+
+    def enable_gradient_checkpointing(self, function: Callable[..., Any] | None = None) -> None:
+        """Recomputes blocks in the backward pass; `function(block, *inputs)` replaces the way each is called."""
+        raise ValueError(f"{type(self).__name__} has no gradient checkpointing; set gradient_checkpointing to false")
+
+    def shard_blocks(self, mesh: DeviceMesh, policy: ShardPolicy | None = None) -> None:
+        """Shards every repeated block, then the rest, over `mesh` (1-D: full; 2-D: replicas x shards), in place."""
+        raise ValueError(f"{type(self).__name__} cannot be sharded")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes configuration and weights, all or nothing, in a form that `load` reads."""
+        self.save_state(path, self.state_dict())
+
+    @abstractmethod
+    def save_state(self, path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+        """`save` with other weights (an average, a merged adapter) under the names of `state_dict`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | os.PathLike[str]) -> VideoDenoiser:
+        """A new model from what `save` wrote (or another file the model knows); never with random weights."""
+
+    @abstractmethod
+    def load_weights(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
+        """Replaces this model's weights, in place; each process reads its own part when the model is sharded.
+
+        A model built on the meta device is materialised on `device` first.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file and what is wrong with it.
+        """

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from .base import Condition, VideoDenoiser
+from codmd.atomic import replacing_file
+
+from .base import Condition, ShardPolicy, VideoDenoiser
+from .materialize import copy_weights
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,23 @@ class ToyConfig:
     frequencies: int = 16
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for field in fields(ToyConfig):
+            value = getattr(self, field.name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}; expected a positive integer")
+                raise ValueError(f"{field.name}: got {value!r}; expected a positive integer")
+
+
+@dataclass(frozen=True)
+class ToyOptions(ToyConfig):
+    """Options of the registry's "toy": its size, and where its weights come from."""
+
+    weights: str = ""
+    """A file that `ToyDenoiser.save` wrote, or "random"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.weights:
+            raise ValueError('weights: not given; expected the path of a ToyDenoiser file, or "random"')
 
 
 class ResidualBlock(nn.Module):
@@ -52,17 +70,29 @@ class ToyDenoiser(VideoDenoiser):
     """Velocity prediction by a residual MLP on the flattened video [B, F*C], conditioned on sigma alone."""
 
     frequency: Tensor
+    lora_targets = ("up", "down")
 
     def __init__(self, config: ToyConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or ToyConfig()
         self.latent_shape = (config.frames, config.channels, 1, 1)
         size = config.frames * config.channels
-        self.register_buffer("frequency", torch.logspace(0, 2, config.frequencies), persistent=False)
+        self.register_buffer("frequency", self._frequencies(), persistent=False)
         self.time = nn.Sequential(nn.Linear(2 * config.frequencies, config.width), nn.SiLU())
         self.input = nn.Linear(size, config.width)
         self.blocks = nn.ModuleList(ResidualBlock(config.width) for _ in range(config.blocks))
         self.output = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, size))
+
+    @classmethod
+    def from_options(cls, options: ToyOptions) -> ToyDenoiser:
+        """The registry's constructor; weights stay unread on the meta device."""
+        model = cls(ToyConfig(**{field.name: getattr(options, field.name) for field in fields(ToyConfig)}))
+        if options.weights != "random" and model.frequency.device.type != "meta":
+            model.load_weights(options.weights)
+        return model
+
+    def _frequencies(self) -> Tensor:
+        return torch.logspace(0, 2, self.config.frequencies)
 
     def forward(self, x_t: Tensor, sigma: Tensor, cond: Condition = None) -> Tensor:
         """Velocity [B, F, C, 1, 1] in float32; `cond` must be None."""
@@ -77,17 +107,21 @@ class ToyDenoiser(VideoDenoiser):
             hidden = block(hidden, time)
         return self.output(hidden).view_as(x_t)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def shard_blocks(self, mesh: DeviceMesh, policy: ShardPolicy | None = None) -> None:
+        """FSDP2 over the residual blocks, then the rest; the arithmetic stays in float32."""
+        from torch.distributed.fsdp import fully_shard
+
+        arguments = (policy or ShardPolicy()).arguments(full_precision=True)
+        for block in self.blocks:
+            fully_shard(block, mesh=mesh, **arguments)
+        fully_shard(self, mesh=mesh, **arguments)
+
+    def save_state(self, path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
         """Writes weights and configuration as safetensors: to a temporary sibling, then renamed over `path`."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            weights = self.state_dict()
-            metadata = {"config": json.dumps(asdict(self.config)), "sha256": _digest(weights)}
+        weights = {name: value.detach().contiguous() for name, value in state.items()}
+        metadata = {"config": json.dumps(asdict(self.config)), "sha256": _digest(weights)}
+        with replacing_file(path) as partial:
             save_file(weights, partial, metadata=metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ToyDenoiser:
@@ -97,18 +131,37 @@ class ToyDenoiser(VideoDenoiser):
             FileNotFoundError: there is no such file.
             ValueError: the file is truncated, changed since it was written, or another kind of file.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            model = cls(ToyConfig(**json.loads(metadata["config"])))
-            model.load_state_dict(weights)
-            intact = metadata["sha256"] == _digest(weights)
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is not a readable ToyDenoiser file: {error!r}") from error
-        if not intact:
-            raise ValueError(f"{path} is damaged: its weights do not match their checksum")
+        config, weights = _read(path)
+        model = cls(config)
+        model.load_state_dict(weights)
         return model
+
+    def load_weights(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
+        """Replaces the weights by those of a file of the same size of network."""
+        config, weights = _read(path)
+        if config != self.config:
+            raise ValueError(f"{path}: holds a network of {config}; expected {self.config}")
+        if self.frequency.device.type == "meta":
+            self.to_empty(device=device or "cpu")
+            self.frequency.copy_(self._frequencies())
+        copy_weights(self, weights)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[ToyConfig, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config = ToyConfig(**json.loads(metadata["config"]))
+        expected = {name: value.shape for name, value in ToyDenoiser(config).state_dict().items()}
+        if {name: value.shape for name, value in weights.items()} != expected:
+            raise ValueError("names or shapes differ from its configuration's")
+        intact = metadata["sha256"] == _digest(weights)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a readable ToyDenoiser file: {error!r}") from error
+    if not intact:
+        raise ValueError(f"{path} is damaged: its weights do not match their checksum")
+    return config, weights
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

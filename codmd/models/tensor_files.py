@@ -1,0 +1,145 @@
+"""Tensors in files of unknown origin, opened without running their code and read one at a time.
+
+Nothing is loaded before it is asked for: files are memory-mapped, so that a network of 57 GB needs the memory of one
+tensor (and page cache that the system may take back).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+SINGLE = "diffusion_pytorch_model.safetensors"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+NETWORKS = ("generator", "generator_ema", "student", "model", "state_dict", "module")
+"""Where a checkpoint dictionary keeps the network that samples, in the order they are looked for."""
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Name to tensor, read when looked up; `shapes` are known without reading."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], read: Mapping[str, Any]) -> None:
+        self.shapes = dict(shapes)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+@contextmanager
+def open_tensors(path: str | os.PathLike[str], network: str = "") -> Iterator[TensorFile]:
+    """Opens a .safetensors or PyTorch file, or a diffusers folder.
+
+    Args:
+        network: which entry of a checkpoint dictionary holds the network; "" takes the first of `NETWORKS`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: naming the file, and that it is truncated, carries code, or holds no tensors.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    with ExitStack() as stack:
+        if path.is_dir():
+            yield _open_safetensors(_folder_files(path), stack)
+        elif path.suffix == ".safetensors":
+            yield _open_safetensors([path], stack)
+        elif path.suffix in TORCH_SUFFIXES:
+            yield _in_memory(_network(_load_pickle(path), path, network))
+        else:
+            expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
+            raise ValueError(f"{path}: unknown kind of file; expected {expected}, or a diffusers folder")
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX}: not a safetensors index: {error!r}") from error
+        for name in names:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name}: missing, though {INDEX} lists it")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise FileNotFoundError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+
+
+def _open_safetensors(paths: list[Path], stack: ExitStack) -> TensorFile:
+    shapes, read = {}, {}
+    for path in paths:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from error
+        for name in file.keys():  # noqa: SIM118
+            if name in shapes:
+                raise ValueError(f"{path}: weight {name!r} stands in an earlier shard, too")
+            shapes[name] = torch.Size(file.get_slice(name).get_shape())
+            read[name] = lambda file=file, name=name: file.get_tensor(name)
+    return TensorFile(shapes, read)
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except UnpicklingError as error:
+        if code := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) (\S+)", str(error)):
+            raise ValueError(
+                f"{path}: refused, because it carries code: loading it would call {code[1]}. Only tensors, numbers, "
+                "strings, lists and dictionaries are read; ask its author for a safetensors file"
+            ) from error
+        raise ValueError(f"{path}: truncated, or not a PyTorch file ({_first_line(error)})") from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{path}: truncated, or not a PyTorch file ({_first_line(error)})") from error
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _network(content: Any, path: Path, network: str) -> dict[str, Tensor]:
+    """The state dictionary inside `content`, however often it is wrapped."""
+    if network:
+        if not isinstance(content, Mapping) or network not in content:
+            found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
+            raise ValueError(f"{path}: has no network {network!r}; it holds {found}")
+        content = content[network]
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = next((name for name in NETWORKS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = content[inner]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors under any of {', '.join(NETWORKS)}")
+    return tensors
+
+
+def _in_memory(tensors: dict[str, Tensor]) -> TensorFile:
+    read = {name: (lambda value=value: value) for name, value in tensors.items()}
+    return TensorFile({name: value.shape for name, value in tensors.items()}, read)

@@ -1,0 +1,250 @@
+"""Wan2.1 text-to-video behind the adapter contract, on diffusers' `WanTransformer3DModel`.
+
+Latents outside are normalised (zero mean, unit variance per channel) and [B, F, C, H, W]; diffusers' are
+[B, C, F, H, W]. sigma in [0, 1] becomes Wan's timestep 1000 sigma. A condition is [B, L, text_dim], the text
+encoder's output, zero behind the prompt's last token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from . import weights
+from .attention import set_attention, supports_backward
+from .base import Condition, ShardPolicy, VideoDenoiser
+from .materialize import copy_weights
+from .precision import compute_in_float32, float32_modules
+from .wan_config import build_transformer, read_config
+from .wan_text import NEGATIVE_PROMPT, PromptEncoder, read_embedding
+from .wan_vae import WanVideoDecoder
+
+TIMESTEPS = 1000.0
+RANDOM = "random"
+ZEROS = "zeros"
+
+
+@dataclass(frozen=True)
+class WanOptions:
+    """Options of the registry's "wan".
+
+    Attributes:
+        weights: a diffusers folder, a single file (.safetensors, .pt), or "random".
+        config: "1.3b", "14b", "tiny", or a JSON file; "" takes the diffusers folder's own, or for a single file the
+            shipped configuration that it fits.
+        frames, height, width: of the latents; 21 x 60 x 104 is 81 frames of 480 x 832.
+        compute: dtype of the matrix products and of attention.
+        storage: dtype of the weights; "bfloat16" is for networks that are not trained.
+        attention: backend by diffusers' name: native, flash, _flash_3, sage, ...
+        gradient_checkpointing: recompute every block's activations in the backward pass.
+        compile: compile the repeated block, once for all of them.
+        text_encoder: folder with `text_encoder` and `tokenizer`, for prompts given as text.
+        null_embedding: a file that `codmd encode` wrote, or "zeros"; "" encodes `negative_prompt`.
+        negative_prompt: the text of the unconditional branch.
+        vae: folder of an AutoencoderKLWan, or of a pipeline that has one, for decoding.
+    """
+
+    weights: str = ""
+    config: str = ""
+    frames: int = 21
+    height: int = 60
+    width: int = 104
+    compute: Literal["bfloat16", "float32"] = "bfloat16"
+    storage: Literal["float32", "bfloat16"] = "float32"
+    attention: str = "native"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    text_encoder: str = ""
+    null_embedding: str = ""
+    negative_prompt: str = NEGATIVE_PROMPT
+    vae: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError('weights: not given; expected a diffusers folder, a weight file, or "random"')
+        if self.weights == RANDOM and not self.config:
+            raise ValueError('config: not given; random weights need "1.3b", "14b", "tiny", or a JSON file')
+        for name in ("frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a positive number of latent cells")
+        for name in ("compute", "storage"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected 'float32' or 'bfloat16'")
+
+    def network(self) -> dict[str, Any]:
+        """Arguments of `WanTransformer3DModel`, from `config` or found out from `weights`."""
+        if self.config:
+            return read_config(self.config)
+        if Path(self.weights).is_dir():
+            return read_config(self.weights)
+        return weights.fitting_config(self.weights)
+
+
+class WanDenoiser(VideoDenoiser):
+    """Velocity prediction by `WanTransformer3DModel`: float32 outside, `options.compute` inside.
+
+    The constructor gives random weights; `codmd.models.build` and `load` read them.
+    """
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    def __init__(self, options: WanOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.network_config = options.network()
+        self.transformer: Any = build_transformer(self.network_config)
+        compute_in_float32(self.transformer)
+        set_attention(self.transformer, options.attention)
+        patch = self.transformer.config.patch_size
+        self.latent_shape = (options.frames, self.transformer.config.in_channels, options.height, options.width)
+        for name, multiple in zip(("frames", "height", "width"), patch, strict=True):
+            if getattr(options, name) % multiple:
+                raise ValueError(f"{name}: got {getattr(options, name)}; expected a multiple of the patch, {multiple}")
+        if options.storage == "bfloat16":
+            self.transformer.to(torch.bfloat16)
+            for module in float32_modules(self.transformer):
+                module.float()
+        if options.gradient_checkpointing:
+            self.enable_gradient_checkpointing()
+        if options.compile:
+            self.transformer.compile_repeated_blocks(fullgraph=True)
+        self._offloaded = False
+        self._prompt_encoder: PromptEncoder | None = None
+        self._decoder: WanVideoDecoder | None = None
+        self._null: Tensor | None = None
+
+    @classmethod
+    def from_options(cls, options: WanOptions) -> WanDenoiser:
+        """The registry's constructor; weights stay unread on the meta device.
+
+        Raises:
+            FileNotFoundError, ValueError: an option, the configuration or the weights cannot be used.
+        """
+        if options.weights == RANDOM or torch.get_default_device().type == "meta":
+            return cls(options)
+        with torch.device("meta"):
+            model = cls(options)
+        model.load_weights(options.weights)
+        return model
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> WanDenoiser:
+        """A model from a diffusers folder or a single file, with other options as given."""
+        return cls.from_options(WanOptions(weights=str(path), **options))
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents, sigma and conditions belong."""
+        return self.transformer.rope.freqs_cos.device
+
+    def forward(self, x_t: Tensor, sigma: Tensor, cond: Condition = None) -> Tensor:
+        """Velocity noise - x0, [B, F, C, H, W] float32.
+
+        Args:
+            x_t: [B, F, C, H, W], any float dtype; any size that the patches divide.
+            sigma: [B], float32.
+            cond: [B, L, text_dim].
+        """
+        if x_t.dim() != 5 or x_t.shape[2] != self.latent_shape[1]:
+            raise ValueError(f"x_t: shape {tuple(x_t.shape)}; expected (B, F, {self.latent_shape[1]}, H, W)")
+        text_dim = self.transformer.config.text_dim
+        if cond is None:
+            raise ValueError("cond: got None; expected embeddings from encode() or null_cond()")
+        if cond.dim() != 3 or len(cond) != len(x_t) or cond.shape[2] != text_dim:
+            raise ValueError(f"cond: shape {tuple(cond.shape)}; expected ({len(x_t)}, L, {text_dim})")
+        # float32 text keeps diffusers' time embedding, which takes its dtype from it, in float32.
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.compute == "bfloat16"):
+            (velocity,) = self.transformer(
+                x_t.float().transpose(1, 2), sigma.float() * TIMESTEPS, cond.float(), return_dict=False
+            )
+        return velocity.float().transpose(1, 2)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """UMT5 embeddings [B, 512, text_dim] on the model's device, zero behind each prompt's last token."""
+        if self._prompt_encoder is None:
+            if not self.options.text_encoder:
+                raise ValueError("text_encoder: not given; prompts as text need its folder (or use codmd encode)")
+            self._prompt_encoder = PromptEncoder.load(self.options.text_encoder, self.device)
+        return self._prompt_encoder(prompts)
+
+    def null_cond(self, batch: int) -> Tensor:
+        """The embedding of the unconditional branch, [batch, L, text_dim], read or encoded once."""
+        if self._null is None:
+            if self.options.null_embedding == ZEROS:
+                self._null = torch.zeros(1, 1, self.transformer.config.text_dim, device=self.device)
+            elif self.options.null_embedding:
+                self._null = read_embedding(self.options.null_embedding).to(self.device)
+            else:
+                self._null = self.encode([self.options.negative_prompt])
+        return self._null.expand(batch, -1, -1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, T, 3, height, width], float32 in [0, 1], of normalised latents [B, F, C, H, W]."""
+        if self._decoder is None:
+            if not self.options.vae:
+                raise ValueError("vae: not given; decoding needs the folder of an AutoencoderKLWan")
+            self._decoder = WanVideoDecoder.load(self.options.vae, self.device)
+        return self._decoder(latents)
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters that require a gradient.
+
+        Raises:
+            ValueError: weights stored in bfloat16 (small Adam steps round to nothing) or an attention backend
+                without a backward pass.
+        """
+        if self.options.storage != "float32":
+            raise ValueError("storage: bfloat16 weights cannot be trained; use storage float32")
+        if not supports_backward(self.options.attention):
+            raise ValueError(f"attention: {self.options.attention!r} has no backward pass; it cannot train a network")
+        return super().trainable_parameters()
+
+    def enable_gradient_checkpointing(self, function: Callable[..., Any] | None = None) -> None:
+        """Recomputes every block in the backward pass; `function(block, *inputs)` replaces the way it is called."""
+        self.transformer.enable_gradient_checkpointing(function)
+        self.checkpointing = True
+
+    def shard_blocks(self, mesh: DeviceMesh, policy: ShardPolicy | None = None) -> None:
+        """FSDP2 over every block, over the time embedding in float32, then over the rest; in place."""
+        from torch.distributed.fsdp import fully_shard
+
+        policy = policy or ShardPolicy()
+        self._offloaded = policy.offload
+        if self.options.compute == "float32":
+            policy = replace(policy, param_dtype=None)
+        for module in float32_modules(self.transformer):
+            fully_shard(module, mesh=mesh, **policy.arguments(full_precision=True))
+        for block in self.transformer.blocks:
+            fully_shard(block, mesh=mesh, **policy.arguments())
+        fully_shard(self.transformer, mesh=mesh, **policy.arguments())
+
+    def save_state(self, path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+        """Writes a diffusers folder (config.json, safetensors) that `WanTransformer3DModel.from_pretrained` loads."""
+        if any(isinstance(value, DTensor) for value in state.values()):
+            raise ValueError("save: the model is sharded; write a distributed checkpoint and use codmd convert")
+        bare = {name.removeprefix("transformer."): value for name, value in state.items()}
+        weights.write_diffusers_folder(path, self.network_config, bare)
+
+    def load_weights(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
+        """Replaces the transformer's weights in place, one tensor at a time, from any file `codmd convert` reads."""
+        with weights.open_wan(path, self.network_config) as tensors:
+            if self.device.type == "meta":
+                self.transformer.to_empty(device="cpu" if self._offloaded else device or "cpu")
+                self._restore_rope(device or "cpu")
+            copy_weights(self.transformer, tensors)
+
+    def _restore_rope(self, device: torch.device | str) -> None:
+        """Computes the rotary tables, which no weight file has; they live on the device even when weights do not."""
+        config = self.transformer.config
+        with torch.device("cpu"):
+            rope = type(self.transformer.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+        for name, table in rope.named_buffers():
+            setattr(self.transformer.rope, name, table.to(device))

@@ -1,0 +1,75 @@
+"""Configurations of Wan's transformer: the shipped ones, files, and the parameters each one has."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHIPPED = ("1.3b", "14b", "tiny")
+"""Wan2.1-T2V in its two sizes, and a tiny one for tests and examples."""
+
+
+def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """Arguments of `WanTransformer3DModel`.
+
+    Args:
+        name: one of `SHIPPED`, a JSON file, or a diffusers folder (of a transformer or of a whole pipeline).
+
+    Raises:
+        ValueError: an unknown name, or a file that is no configuration of Wan's transformer.
+    """
+    if name in SHIPPED:
+        text, source = resources.files(__package__).joinpath(f"configs/wan_{name}.json").read_text("utf-8"), str(name)
+    else:
+        path = Path(name)
+        if path.is_dir():
+            path = transformer_folder(path) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"config: {name} is no file; expected one of {', '.join(SHIPPED)}, or a config.json")
+        text, source = path.read_text("utf-8"), str(path)
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config: {source} is not JSON: {error}") from error
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != "WanTransformer3DModel":
+        raise ValueError(f"config: {source} describes {kind!r}; expected a WanTransformer3DModel")
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def transformer_folder(path: Path) -> Path:
+    """The folder with the transformer's config.json: `path` itself, or its `transformer` subfolder."""
+    nested = path / "transformer"
+    return nested if (nested / "config.json").is_file() else path
+
+
+def build_transformer(config: dict[str, Any]) -> Any:
+    """A `WanTransformer3DModel` on the default device, random.
+
+    Raises:
+        ValueError: an argument is unknown or does not fit.
+    """
+    from diffusers import WanTransformer3DModel
+
+    try:
+        return WanTransformer3DModel(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+    except (TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"config: WanTransformer3DModel refuses it: {error}") from error
+
+
+def parameter_shapes(config: dict[str, Any]) -> dict[str, torch.Size]:
+    """Name to shape of every weight, from the meta device."""
+    return dict(_parameter_shapes(json.dumps(config, sort_keys=True)))
+
+
+@cache
+def _parameter_shapes(config: str) -> tuple[tuple[str, torch.Size], ...]:
+    with torch.device("meta"):
+        model = build_transformer(json.loads(config))
+    return tuple((name, value.shape) for name, value in model.state_dict().items())

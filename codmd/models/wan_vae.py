@@ -1,0 +1,67 @@
+"""Pixels from Wan's normalised latents, through diffusers' `AutoencoderKLWan`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+
+class WanVideoDecoder:
+    """`AutoencoderKLWan.decode` of z = latents * std + mean, per channel.
+
+    Args:
+        vae: with `latents_mean` and `latents_std` in its configuration.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        shape = (1, -1, 1, 1, 1)
+        self.mean = torch.tensor(vae.config.latents_mean).view(shape)
+        self.std = torch.tensor(vae.config.latents_std).view(shape)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: torch.device | str) -> WanVideoDecoder:
+        """Reads a folder with the VAE's config.json, or a pipeline's folder with `vae` in it; float32.
+
+        Raises:
+            FileNotFoundError: there is no VAE.
+            ValueError: its files cannot be read, or lack weights.
+        """
+        from diffusers import AutoencoderKLWan
+        from diffusers.utils import logging
+
+        path = Path(folder)
+        if (path / "vae").is_dir():
+            path = path / "vae"
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"vae: {path / 'config.json'}: no such file; expected an AutoencoderKLWan's folder")
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # a missing weight is an error below, not a warning
+        try:
+            vae, info = AutoencoderKLWan.from_pretrained(
+                path, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"vae: {path} cannot be read: {error}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"vae: {path} lacks {len(missing)} weights ({', '.join(missing[:3])})")
+        return cls(vae.to(device))
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Pixels [B, T, 3, height, width], float32 in [0, 1]; T = 4 (F - 1) + 1 for Wan2.1."""
+        channels = self.mean.shape[1]
+        if latents.dim() != 5 or latents.shape[2] != channels:
+            raise ValueError(f"latents: shape {tuple(latents.shape)}; expected (B, F, {channels}, H, W)")
+        device = next(self.vae.parameters()).device
+        z = latents.to(device, torch.float32).transpose(1, 2)
+        z = z * self.std.to(device) + self.mean.to(device)
+        pixels = self.vae.decode(z, return_dict=False)[0]
+        return (pixels.clamp(-1, 1) * 0.5 + 0.5).transpose(1, 2)

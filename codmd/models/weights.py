@@ -1,0 +1,147 @@
+"""Wan's weights from any file that carries them, exactly or not at all; and diffusers folders to write them to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codmd.atomic import creating_folder
+
+from .safetensors_stream import write_shards
+from .tensor_files import INDEX, SINGLE, TensorFile, open_tensors
+from .wan_config import SHIPPED, parameter_shapes, read_config, transformer_folder
+from .wan_keys import diffusers_names
+
+SHOWN = 3
+SHARD_BYTES = 5 * 10**9
+
+
+@contextmanager
+def open_wan(
+    path: str | os.PathLike[str], config: Mapping[str, Any] | None = None, network: str = ""
+) -> Iterator[TensorFile]:
+    """Wan's weights by diffusers' names, read one at a time; names and shapes equal the configuration's.
+
+    Args:
+        path: a diffusers folder (of a transformer or a pipeline), a .safetensors or a PyTorch file, in diffusers' or
+            in the original naming, with wrapper prefixes or without.
+        config: arguments of `WanTransformer3DModel`; None finds the shipped configuration that fits.
+        network: the entry of a checkpoint dictionary; "" takes the generator.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is unsafe, truncated, or does not fit; with the first differences.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = transformer_folder(path)
+    with open_tensors(path, network) as file:
+        try:
+            names = diffusers_names(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        shapes = {name: file.shapes[found] for name, found in names.items()}
+        check_fit(path, shapes, config if config is not None else _fitting(path, shapes))
+        yield TensorFile(shapes, {name: (lambda found=found: file[found]) for name, found in names.items()})
+
+
+def fitting_config(path: str | os.PathLike[str], network: str = "") -> dict[str, Any]:
+    """The shipped configuration whose names and shapes a single file has.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_wan`; or no shipped configuration fits.
+    """
+    with open_tensors(path, network) as file:
+        names = diffusers_names(file)
+        return _fitting(Path(path), {name: file.shapes[found] for name, found in names.items()})
+
+
+def check_fit(path: Path, shapes: Mapping[str, torch.Size], config: Mapping[str, Any]) -> None:
+    """Requires equal names and shapes.
+
+    Raises:
+        ValueError: with how many names are missing, unexpected or of another shape, and the first of each.
+    """
+    expected = parameter_shapes(dict(config))
+    differences = _differences(shapes, expected)
+    if differences:
+        other = next((name for name in SHIPPED if parameter_shapes(read_config(name)) == shapes), None)
+        hint = f"; it is a Wan of the shipped configuration {other!r}" if other else ""
+        raise ValueError(f"{path}: does not fit the configuration: {differences}{hint}")
+
+
+def _fitting(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Any]:
+    candidates = {name: read_config(name) for name in SHIPPED}
+    for config in candidates.values():
+        if parameter_shapes(config) == shapes:
+            return config
+    nearest = min(candidates, key=lambda name: _distance(shapes, parameter_shapes(candidates[name])))
+    differences = _differences(shapes, parameter_shapes(candidates[nearest]))
+    raise ValueError(f"{path}: fits no shipped configuration; against the nearest, {nearest!r}: {differences}")
+
+
+def _distance(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> int:
+    return sum(shapes.get(name) != expected.get(name) for name in shapes.keys() | expected.keys())
+
+
+def _differences(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> str:
+    """Missing, unexpected and reshaped weights in words; empty when there are none."""
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected]
+    reshaped = [
+        f"{name} {tuple(shapes[name])}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+    return "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def write_diffusers_folder(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config.json and safetensors that `WanTransformer3DModel.from_pretrained` loads, all or nothing.
+
+    Args:
+        path: a new or empty folder.
+        tensors: every weight of the configuration; looked up one at a time, so a lazy mapping is never held whole.
+        dtype: of the floating-point weights written; None keeps each one's.
+        progress: called with the bytes of every weight written.
+
+    Raises:
+        ValueError: a weight is missing, of another shape, or not finite.
+        OSError: the folder exists and is not empty, or cannot be written.
+    """
+    import diffusers
+
+    expected = parameter_shapes(dict(config))
+    content = {"_class_name": "WanTransformer3DModel", "_diffusers_version": diffusers.__version__, **config}
+    with creating_folder(path) as folder:
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        shards = write_shards(folder, SINGLE, tensors, expected, dtype, shard_bytes, progress)
+        if len(shards) > 1:
+            total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            index = {"metadata": {"total_size": total}, "weight_map": dict(_weight_map(shards))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _weight_map(shards: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    for file, names in shards.items():
+        for name in names:
+            yield name, file
