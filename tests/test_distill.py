@@ -10,7 +10,8 @@ from torch import nn
 
 from codmd import ops, reference
 from codmd.distill.config import DistillConfig
-from codmd.distill.objective import critic_loss, distillation_loss, generator_loss
+from codmd.distill.noise import NoiseStream, noise_like
+from codmd.distill.objective import Scores, critic_loss, distillation_loss, predict_scores
 from codmd.distill.rollout import draw_exit_step, rollout, sample_euler, sample_few_step
 from codmd.distill.schedule import check_step_list, sample_sigma, sampling_sigmas, shift_sigma
 from codmd.distill.trainer import Distiller
@@ -42,6 +43,18 @@ class GaussianDenoiser(VideoDenoiser):
 
     def null_cond(self, batch):
         return "null"
+
+    def save_state(self, path, state):
+        torch.save(dict(state), path)
+
+    def load_weights(self, path, device=None):
+        self.load_state_dict(torch.load(path))
+
+    @classmethod
+    def load(cls, path):
+        model = cls()
+        model.load_weights(path)
+        return model
 
 
 def generator(seed=0):
@@ -96,6 +109,12 @@ def test_training_levels_are_uniform_shifted_and_clamped():
         ("sigma_range", (0.5, 0.5), "sigma_range: got"),
         ("sigma_range", (0.0, 0.5), "sigma_range: got"),
         ("batch_size", 0, "batch_size: got 0; expected at least 1"),
+        ("micro_batch", 0, "micro_batch: got 0; expected at least 1"),
+        ("max_nonfinite", 0, "max_nonfinite: got 0; expected at least 1"),
+        ("relation_warmup", -1, "relation_warmup: got -1; expected at least 0"),
+        ("ema_decay", 1.0, "ema_decay: got .*expected a number in"),
+        ("guidance", float("nan"), "guidance: got nan"),
+        ("convention", "rmc", "convention='rmc' is not known"),
         ("critic_updates", 0, "critic_updates: got 0; expected at least 1"),
         ("shift", 0.0, "shift: got 0.0; expected a finite number above 0"),
         ("student_lr", -1.0, "student_lr: got -1.0"),
@@ -202,7 +221,7 @@ def scores(seed=0, batch=4):
 
 def test_without_the_relation_term_the_objective_is_dmd():
     x, fake, real = scores()
-    loss = distillation_loss(x, fake, real, DistillConfig(relation_weight=0.0))
+    loss = distillation_loss(x, Scores(fake, real), DistillConfig(relation_weight=0.0))
     torch.testing.assert_close(loss.total, reference.dmd_loss(x, fake, real))
     assert float(loss.relation) == 0
 
@@ -211,7 +230,7 @@ def test_without_the_relation_term_the_objective_is_dmd():
 def test_the_objective_is_dmd_plus_lambda_times_the_relation_loss(batch_weight, frame_weight):
     config = DistillConfig(relation_weight=0.3, temperature=0.2, batch_weight=batch_weight, frame_weight=frame_weight)
     x, fake, real = scores()
-    (actual,) = torch.autograd.grad(distillation_loss(x, fake, real, config).total, x)
+    (actual,) = torch.autograd.grad(distillation_loss(x, Scores(fake, real), config).total, x)
     x64, fake64, real64 = x.detach().double().requires_grad_(), fake.double(), real.double()
     relation = reference.relation_loss(x64, real64, fake64, 0.2, batch_weight, frame_weight)[0]
     (expected,) = torch.autograd.grad(reference.dmd_loss(x64, fake64, real64) + 0.3 * relation, x64)
@@ -221,7 +240,7 @@ def test_the_objective_is_dmd_plus_lambda_times_the_relation_loss(batch_weight, 
 def test_gradient_ratio_is_lambda_times_the_norms_and_leaves_the_graph_usable():
     x, fake, real = scores()
     config = DistillConfig(relation_weight=0.3)
-    loss = distillation_loss(x, fake, real, config)
+    loss = distillation_loss(x, Scores(fake, real), config)
     (dmd,) = torch.autograd.grad(reference.dmd_loss(x, fake, real), x)
     (relation,) = torch.autograd.grad(ops.relation_loss(x, real, fake), x)
     torch.testing.assert_close(loss.gradient_ratio(x), 0.3 * relation.norm() / dmd.norm())
@@ -231,33 +250,39 @@ def test_gradient_ratio_is_lambda_times_the_norms_and_leaves_the_graph_usable():
 
 def test_gradient_ratio_is_zero_when_critic_and_teacher_agree():
     x, fake, _ = scores()
-    assert float(distillation_loss(x, fake, fake, DistillConfig()).gradient_ratio(x)) == 0
+    assert float(distillation_loss(x, Scores(fake, fake), DistillConfig()).gradient_ratio(x)) == 0
 
 
 def test_the_student_moves_towards_the_teacher_and_only_the_student_gets_a_gradient():
     teacher, critic = GaussianDenoiser(mean=2.0), GaussianDenoiser(mean=0.0)
     x = noise(8).requires_grad_()
-    generator_loss(x, teacher, critic, DistillConfig(relation_weight=0.0), generator()).total.backward()
+    config = DistillConfig(relation_weight=0.0)
+    distillation_loss(x, predict_scores(x, teacher, critic, config, generator()), config).total.backward()
     assert float(x.grad.max()) < 0  # descent raises every coordinate towards the teacher's mean
     assert teacher.mean.grad is None
     assert critic.mean.grad is None
 
 
-def test_guidance_extrapolates_from_the_null_condition_in_the_cond_form():
+@pytest.mark.parametrize("batch_guidance", [True, False])
+def test_guidance_extrapolates_from_the_null_condition_in_the_cond_form(batch_guidance):
     class Guided(GaussianDenoiser):
         def forward(self, x_t, sigma, cond=None):
             velocity = super().forward(x_t, sigma)
-            return velocity + (0.5 if cond == "null" else 0.0)
+            return velocity + 0.5 * (cond == 0).float().view(-1, 1, 1, 1, 1)
 
-    x, config = noise(4).requires_grad_(), DistillConfig(guidance=3.0)
-    critic, plain = GaussianDenoiser(), GaussianDenoiser(mean=1.0)
-    guided = generator_loss(x, Guided(mean=1.0), critic, config, generator(5), "a cat")
+        def null_cond(self, batch):
+            return torch.zeros(batch)
+
+    x, config = noise(4).requires_grad_(), DistillConfig(guidance=3.0, batch_guidance=batch_guidance)
+    critic, plain, teacher, cats = GaussianDenoiser(), GaussianDenoiser(mean=1.0), Guided(mean=1.0), torch.ones(4)
+    guided = distillation_loss(x, predict_scores(x, teacher, critic, config, generator(5), cats), config)
+    assert len(teacher.calls) == (1 if batch_guidance else 2)
     draws = generator(5)
     sigma = sample_sigma(4, config.shift, config.sigma_range, draws, torch.device("cpu"))
     x_t = critic.add_noise(x.detach(), torch.randn(x.shape, generator=draws), sigma)
     fake, cond = (model.predict_x0(x_t, sigma).detach() for model in (critic, plain))
     uncond = cond - 0.5 * sigma.view(-1, 1, 1, 1, 1)
-    expected = distillation_loss(x, fake, cond + 3.0 * (cond - uncond), config)
+    expected = distillation_loss(x, Scores(fake, cond + 3.0 * (cond - uncond)), config)
     torch.testing.assert_close(guided.total, expected.total)
 
 
@@ -273,8 +298,8 @@ def test_critic_loss_is_the_mean_squared_error_of_the_velocity():
 # The update rule
 
 
-def gaussian_distiller(config, seed=0, rank=0, teacher_mean=2.0):
-    return Distiller(GaussianDenoiser(teacher_mean), GaussianDenoiser(), GaussianDenoiser(), config, seed, rank)
+def gaussian_distiller(config, seed=0, teacher_mean=2.0, **options):
+    return Distiller(GaussianDenoiser(teacher_mean), GaussianDenoiser(), GaussianDenoiser(), config, seed, **options)
 
 
 @pytest.mark.parametrize("relation_weight", [0.0, 0.1])
@@ -297,7 +322,7 @@ def test_the_critic_follows_the_student():
     for _ in range(100):
         with torch.no_grad():
             sample, _ = distiller.draw_sample(None)
-        distiller.critic_update(sample, None)
+        distiller.critic_update([(sample, None)])
     assert distiller.critic.mean.mean().item() == pytest.approx(-1.5, abs=0.25)
 
 
@@ -319,7 +344,7 @@ def test_the_shared_sample_is_the_one_of_the_student_update(monkeypatch):
     distiller = gaussian_distiller(DistillConfig(batch_size=2))
     draw, update = distiller.draw_sample, distiller.critic_update
     monkeypatch.setattr(distiller, "draw_sample", lambda cond: seen.append(draw(cond)) or seen[-1])
-    monkeypatch.setattr(distiller, "critic_update", lambda x, cond: seen.append(x) or update(x, cond))
+    monkeypatch.setattr(distiller, "critic_update", lambda batches: seen.append(batches[0][0]) or update(batches))
     distiller.cycle()
     assert torch.equal(seen[0][0], seen[1])
     assert not seen[1].requires_grad
@@ -356,14 +381,22 @@ def test_measuring_gradients_does_not_change_training():
     assert float(ratio) > 0
 
 
-def test_processes_share_exit_steps_but_not_noise():
-    config = DistillConfig(batch_size=2)
-    first, second = (gaussian_distiller(config, seed=5, rank=rank) for rank in (0, 1))
-    draws = [(a[1], b[1]) for a, b in ((first.draw_sample(None), second.draw_sample(None)) for _ in range(12))]
-    assert all(a == b for a, b in draws)
-    assert not torch.equal(
-        torch.randn(3, generator=first.noise_generator), torch.randn(3, generator=second.noise_generator)
-    )
+def test_the_rows_of_all_processes_are_those_of_one_process_with_the_global_batch():
+    def rows(rank, world):
+        stream = NoiseStream(generator(3), rank, world)
+        like = torch.empty(8 // world, 4, 2, 2, 1)
+        return noise_like(like, stream), sample_sigma(len(like), 3.0, (0.02, 0.98), stream, like.device)
+
+    for world in (2, 4):
+        for part, whole in zip(
+            zip(*(rows(rank, world) for rank in range(world)), strict=True), rows(0, 1), strict=True
+        ):
+            assert torch.equal(torch.cat(part), whole)
+
+
+def test_a_rank_outside_its_world_is_refused():
+    with pytest.raises(ValueError, match="rank: got 2; expected 0 to 1"):
+        NoiseStream(generator(), rank=2, world=2)
 
 
 def test_conditions_are_taken_one_per_sample_drawn():
@@ -382,6 +415,6 @@ def test_gradient_clipping_bounds_the_update():
         distiller.cycle()
 
     def norm(distiller):
-        return float(distiller.critic_optimizer.state[distiller.critic.mean]["exp_avg"].norm())
+        return float(distiller.critic_optimizer.state()["mean.exp_avg"].norm())
 
     assert norm(clipped) <= 1.01e-3 < norm(free)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from codmd.conventions import resolve
+
 from .schedule import check_sigma_range, check_step_list
 
 
@@ -16,15 +18,24 @@ class DistillConfig:
         sigmas: the student's step list, noise levels from 1 downwards.
         shift: flow-matching shift of the training levels.
         sigma_range: lowest and highest training level.
-        batch_size: samples per update (on this process).
+        batch_size: samples per update, over all processes.
+        micro_batch: samples that a process takes through the networks at once; None for all of its share. The
+            rest of its share is accumulated.
+        relation_accumulate: whether the relation between samples sees the whole accumulated batch, at one more
+            student evaluation per micro-batch, or (false) each micro-batch by itself. Both see every process.
         critic_updates: critic updates per student update.
         share_rollout: the first critic update of a cycle trains on the sample of its student update.
-        student_lr, critic_lr: Adam learning rates.
+        student_lr, critic_lr: AdamW learning rates.
         betas: Adam's moment decays.
         weight_decay: decoupled weight decay.
         grad_clip: largest gradient norm of an update; None leaves it as it is.
-        guidance: teacher guidance scale s in c + s (c - u); None for the conditional prediction alone.
+        ema_decay: of the running average of the student's weights, one step per student update; None keeps none.
+        max_nonfinite: updates of one network that may be skipped in a row before the run ends.
+        guidance: teacher guidance scale in the form of `convention`; None for the conditional prediction alone.
+        batch_guidance: predict with and without condition in one forward of twice the batch.
+        convention: which codebase's DMD loss, a name of `codmd.conventions`.
         relation_weight: lambda, the weight of the relation term; 0 is plain DMD.
+        relation_warmup: student updates over which `relation_weight` rises linearly from 0; 0 is constant.
         temperature: tau of the relation term.
         batch_weight, frame_weight: weights of the relation between samples and between frames.
     """
@@ -33,6 +44,8 @@ class DistillConfig:
     shift: float = 3.0
     sigma_range: tuple[float, float] = (0.02, 0.98)
     batch_size: int = 64
+    micro_batch: int | None = None
+    relation_accumulate: bool = False
     critic_updates: int = 5
     share_rollout: bool = True
     student_lr: float = 1e-4
@@ -40,8 +53,13 @@ class DistillConfig:
     betas: tuple[float, float] = (0.0, 0.999)
     weight_decay: float = 0.0
     grad_clip: float | None = None
+    ema_decay: float | None = None
+    max_nonfinite: int = 10
     guidance: float | None = None
+    batch_guidance: bool = True
+    convention: str = "self_forcing"
     relation_weight: float = 0.1
+    relation_warmup: int = 0
     temperature: float = 0.1
     batch_weight: float = 1.0
     frame_weight: float = 1.0
@@ -49,24 +67,62 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_step_list(self.sigmas)
         check_sigma_range(self.sigma_range)
-        for name in ("batch_size", "critic_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
-        for name in ("shift", "student_lr", "critic_lr", "temperature"):
-            _check(name, getattr(self, name), positive=True)
+        resolve(self.convention)
+        for name in ("batch_size", "micro_batch", "critic_updates", "max_nonfinite"):
+            check_count(name, getattr(self, name), 1)
+        check_count("relation_warmup", self.relation_warmup, 0)
+        for name in ("shift", "student_lr", "critic_lr", "temperature", "grad_clip"):
+            check_number(name, getattr(self, name), positive=True)
         for name in ("weight_decay", "relation_weight", "batch_weight", "frame_weight"):
-            _check(name, getattr(self, name), positive=False)
-        if self.grad_clip is not None:
-            _check("grad_clip", self.grad_clip, positive=True)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: got {self.betas}; expected two numbers in [0, 1)")
+            check_number(name, getattr(self, name), positive=False)
+        check_decays("betas", self.betas)
+        if self.ema_decay is not None:
+            check_decays("ema_decay", (self.ema_decay,))
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance: got {self.guidance}; expected a finite number, or none")
 
     @property
     def uses_relation(self) -> bool:
         """Whether the relation term is part of the objective."""
         return self.relation_weight > 0 and self.batch_weight + self.frame_weight > 0
 
+    def relation_weight_at(self, update: int) -> float:
+        """lambda at a student update, counted from 1."""
+        return self.relation_weight * min(1.0, update / max(1, self.relation_warmup))
 
-def _check(name: str, value: float, positive: bool) -> None:
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    def micro_batches(self, processes: int) -> tuple[int, int]:
+        """(samples of one micro-batch of a process, micro-batches of an update).
+
+        Raises:
+            ValueError: the batch does not divide into equal micro-batches on that many processes.
+        """
+        return split_batch(self.batch_size, self.micro_batch, processes)
+
+
+def split_batch(batch_size: int, micro_batch: int | None, processes: int) -> tuple[int, int]:
+    """(samples of one micro-batch of a process, micro-batches of an update) of a global batch."""
+    share, rest = divmod(batch_size, processes)
+    if rest:
+        raise ValueError(f"batch_size: {batch_size} does not divide among {processes} processes")
+    size = micro_batch or share
+    if share % size:
+        raise ValueError(f"micro_batch: {size} does not divide a process's share of {share} samples")
+    return size, share // size
+
+
+def check_count(name: str, value: int | None, least: int) -> None:
+    """Refuses, by name, a count below `least`; None passes."""
+    if value is not None and value < least:
+        raise ValueError(f"{name}: got {value}; expected at least {least}")
+
+
+def check_number(name: str, value: float | None, positive: bool) -> None:
+    """Refuses, by name, a number that is not finite, or negative, or 0 where `positive`; None passes."""
+    if value is not None and (not math.isfinite(value) or value < 0 or (positive and value == 0)):
         raise ValueError(f"{name}: got {value}; expected a finite number {'above 0' if positive else '>= 0'}")
+
+
+def check_decays(name: str, values: tuple[float, ...]) -> None:
+    """Refuses, by name, averages' decays outside [0, 1)."""
+    if not all(0 <= value < 1 for value in values):
+        raise ValueError(f"{name}: got {values}; expected {'numbers' if len(values) > 1 else 'a number'} in [0, 1)")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from codmd import ops, reference
-from codmd.models.base import Condition, VideoDenoiser, per_sample
+from codmd import conventions, ops, reference
+from codmd.models.base import Condition, VideoDenoiser, cat_cond, per_sample
 
 from .config import DistillConfig
-from .rollout import noise_like
+from .noise import Randomness, noise_like
 from .schedule import sample_sigma
 
 
@@ -26,16 +28,12 @@ class GeneratorLoss:
     relation_frame: Tensor
     relation_weight: float
 
-    def detach(self) -> GeneratorLoss:
-        """The same values without their graph."""
-        return GeneratorLoss(
-            self.total.detach(),
-            self.dmd.detach(),
-            self.relation.detach(),
-            self.relation_batch.detach(),
-            self.relation_frame.detach(),
-            self.relation_weight,
-        )
+    @classmethod
+    def mean(cls, losses: Sequence[GeneratorLoss]) -> GeneratorLoss:
+        """The average over micro-batches of one update, without graph."""
+        terms = [field.name for field in fields(cls) if field.name != "relation_weight"]
+        means = {name: torch.stack([getattr(loss, name).detach() for loss in losses]).mean() for name in terms}
+        return cls(**means, relation_weight=losses[0].relation_weight)
 
     def gradient_ratio(self, sample: Tensor) -> Tensor:
         """norm(relation_weight * grad relation) / norm(grad DMD) with respect to `sample`; keeps the graph.
@@ -48,64 +46,106 @@ class GeneratorLoss:
         return torch.where(numerator == 0, numerator, numerator / denominator)
 
 
-def generator_loss(
+@dataclass(frozen=True)
+class Scores:
+    """x0 predictions of one noised sample, [B, F, C, H, W]: the critic's, and the teacher's in its two parts."""
+
+    fake: Tensor
+    real: Tensor
+    real_uncond: Tensor | None = None
+
+    @classmethod
+    def cat(cls, scores: Sequence[Scores]) -> Scores:
+        """The scores of several micro-batches as those of the joint batch."""
+        uncond = [score.real_uncond for score in scores if score.real_uncond is not None]
+        return cls(
+            torch.cat([score.fake for score in scores]),
+            torch.cat([score.real for score in scores]),
+            torch.cat(uncond) if uncond else None,
+        )
+
+    def guided(self, config: DistillConfig) -> Tensor:
+        """The teacher's prediction after guidance."""
+        if self.real_uncond is None or config.guidance is None:
+            return self.real
+        form = conventions.resolve(config.convention).guidance_form
+        return reference.guided(self.real, self.real_uncond, config.guidance, form)
+
+
+@torch.no_grad()
+def predict_scores(
     sample: Tensor,
     teacher: VideoDenoiser,
     critic: VideoDenoiser,
     config: DistillConfig,
-    generator: torch.Generator,
+    randomness: Randomness,
     cond: Condition = None,
-) -> GeneratorLoss:
-    """The student's objective on its own sample x [B, F, C, H, W] (with gradient).
+) -> Scores:
+    """Both scores at the same noised sample, one noise level per sample.
 
-    Both scores are predicted at the same noised sample, one noise level per sample; `real` is the teacher's x0
-    after guidance, `fake` the critic's.
+    With guidance the teacher's two predictions come from one forward of twice the batch (`batch_guidance`).
     """
-    with torch.no_grad():
-        x0 = sample.detach()
-        sigma = sample_sigma(len(x0), config.shift, config.sigma_range, generator, x0.device)
-        x_t = critic.add_noise(x0, noise_like(x0, generator), sigma)
-        fake = critic.predict_x0(x_t, sigma, cond)
-        real = teacher.predict_x0(x_t, sigma, cond)
-        if config.guidance is not None:
-            uncond = teacher.predict_x0(x_t, sigma, teacher.null_cond(len(x0)))
-            real = reference.guided(real, uncond, config.guidance)
-    return distillation_loss(sample, fake, real, config)
+    x0 = sample.detach()
+    sigma = sample_sigma(len(x0), config.shift, config.sigma_range, randomness, x0.device)
+    x_t = critic.add_noise(x0, noise_like(x0, randomness), sigma)
+    fake = critic.predict_x0(x_t, sigma, cond)
+    if config.guidance is None:
+        return Scores(fake, teacher.predict_x0(x_t, sigma, cond))
+    null = teacher.null_cond(len(x0))
+    if config.batch_guidance:
+        both = teacher.predict_x0(torch.cat((x_t, x_t)), torch.cat((sigma, sigma)), cat_cond((cond, null)))
+        return Scores(fake, *both.chunk(2))
+    return Scores(fake, teacher.predict_x0(x_t, sigma, cond), teacher.predict_x0(x_t, sigma, null))
 
 
-def distillation_loss(sample: Tensor, fake: Tensor, real: Tensor, config: DistillConfig) -> GeneratorLoss:
-    """DMD + lambda * relation of the student's sample, given both scores; all [B, F, C, H, W].
+def distillation_loss(
+    sample: Tensor,
+    scores: Scores,
+    config: DistillConfig,
+    relation_weight: float | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> GeneratorLoss:
+    """DMD + lambda * relation of the student's sample [B, F, C, H, W], given the scores.
+
+    Args:
+        relation_weight: lambda; None takes the configuration's.
+        group: the processes whose samples are related to each other.
 
     Source: arXiv 2606.21982, the total objective.
     """
-    dmd = reference.dmd_loss(sample, fake, real)
-    relation = batch = frame = dmd.new_zeros(())
-    if config.uses_relation:
-        relation, batch, frame = ops.relation_loss(
-            sample,
-            real,
-            fake,
-            temperature=config.temperature,
-            batch_weight=config.batch_weight,
-            frame_weight=config.frame_weight,
-            return_terms=True,
-        )
-    total = dmd + config.relation_weight * relation
-    return GeneratorLoss(total, dmd, relation, batch, frame, config.relation_weight)
+    weight = config.relation_weight if relation_weight is None else relation_weight
+    terms = ops.codmd_loss(
+        sample,
+        scores.fake,
+        scores.real,
+        scores.real_uncond,
+        guidance=0.0 if config.guidance is None else config.guidance,
+        relation_weight=weight if config.uses_relation else 0.0,
+        convention=config.convention,
+        temperature=config.temperature,
+        batch_weight=config.batch_weight,
+        frame_weight=config.frame_weight,
+        layout="bfchw",
+        group=group,
+        return_terms=True,
+    )
+    assert isinstance(terms, ops.CodmdTerms)
+    relation = config.batch_weight * terms.batch + config.frame_weight * terms.frame
+    return GeneratorLoss(terms.total, terms.dmd, relation, terms.batch, terms.frame, weight)
 
 
 def critic_loss(
     critic: VideoDenoiser,
     sample: Tensor,
     config: DistillConfig,
-    generator: torch.Generator,
+    randomness: Randomness,
     cond: Condition = None,
 ) -> Tensor:
     """Flow-matching loss of the critic on detached samples: mean squared error of the velocity.
 
     In x0 terms the error of the velocity is (x0 prediction - x0) / sigma, which every parameterisation offers.
     """
-    sigma = sample_sigma(len(sample), config.shift, config.sigma_range, generator, sample.device)
-    x_t = critic.add_noise(sample, noise_like(sample, generator), sigma)
+    sigma = sample_sigma(len(sample), config.shift, config.sigma_range, randomness, sample.device)
+    x_t = critic.add_noise(sample, noise_like(sample, randomness), sigma)
     error = (critic.predict_x0(x_t, sigma, cond) - sample) / per_sample(sigma, sample)
     return error.square().mean()

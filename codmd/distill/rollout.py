@@ -10,10 +10,9 @@ from torch import Tensor
 
 from codmd.models.base import Condition, VideoDenoiser, per_sample
 
+from .noise import Randomness, noise_like
 
-def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the shape, dtype and device of x, from an explicit generator."""
-    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+__all__ = ["draw_exit_step", "noise_like", "rollout", "sample_euler", "sample_few_step", "trajectory"]
 
 
 def draw_exit_step(steps: int, generator: torch.Generator) -> int:
@@ -24,35 +23,47 @@ def draw_exit_step(steps: int, generator: torch.Generator) -> int:
     return int(torch.randint(steps, (), generator=generator))
 
 
+@torch.no_grad()
+def trajectory(
+    student: VideoDenoiser,
+    noise: Tensor,
+    sigmas: Sequence[float],
+    exit_step: int,
+    randomness: Randomness,
+    cond: Condition = None,
+) -> tuple[Tensor, Tensor]:
+    """The student's own trajectory to `exit_step`: x0 prediction, renoised to the next level, and so on.
+
+    Args:
+        noise: [B, F, C, H, W], the state at sigmas[0] = 1.
+        sigmas: the step list.
+        exit_step: index into `sigmas`; later steps do not run.
+
+    Returns:
+        The state x_t [B, F, C, H, W] and the level [B] of that step, after `exit_step` network evaluations.
+    """
+    levels = [torch.full((len(noise),), sigma, device=noise.device) for sigma in sigmas[: exit_step + 1]]
+    x_t = noise
+    for level, following in pairwise(levels):
+        x0 = student.predict_x0(x_t, level, cond)
+        x_t = student.add_noise(x0, noise_like(x0, randomness), following)
+    return x_t, levels[-1]
+
+
 def rollout(
     student: VideoDenoiser,
     noise: Tensor,
     sigmas: Sequence[float],
     exit_step: int,
-    generator: torch.Generator,
+    randomness: Randomness,
     cond: Condition = None,
 ) -> Tensor:
-    """The student's own trajectory up to `exit_step`: x0 prediction, renoised to the next level, and so on.
+    """x0 prediction [B, F, C, H, W] at `exit_step` of the student's own `trajectory`.
 
-    Steps before `exit_step` run without gradient and those after it not at all; the last prediction carries the
-    caller's gradient mode.
-
-    Args:
-        noise: [B, F, C, H, W], the state at sigmas[0] = 1.
-        sigmas: the step list.
-        exit_step: index into `sigmas`.
-
-    Returns:
-        x0 prediction at sigmas[exit_step], [B, F, C, H, W].
+    Steps before `exit_step` run without gradient; the last prediction carries the caller's gradient mode.
     """
-    batch = noise.shape[0]
-    levels = [torch.full((batch,), sigma, device=noise.device) for sigma in sigmas[: exit_step + 1]]
-    x_t = noise
-    with torch.no_grad():
-        for level, following in pairwise(levels):
-            x0 = student.predict_x0(x_t, level, cond)
-            x_t = student.add_noise(x0, noise_like(x0, generator), following)
-    return student.predict_x0(x_t, levels[-1], cond)
+    x_t, level = trajectory(student, noise, sigmas, exit_step, randomness, cond)
+    return student.predict_x0(x_t, level, cond)
 
 
 @torch.no_grad()
@@ -60,11 +71,11 @@ def sample_few_step(
     student: VideoDenoiser,
     noise: Tensor,
     sigmas: Sequence[float],
-    generator: torch.Generator,
+    randomness: Randomness,
     cond: Condition = None,
 ) -> Tensor:
     """Samples x0 [B, F, C, H, W] of the student: the full rollout, len(sigmas) network evaluations."""
-    return rollout(student, noise, sigmas, len(sigmas) - 1, generator, cond)
+    return rollout(student, noise, sigmas, len(sigmas) - 1, randomness, cond)
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .noise import Randomness, uniform
+
 MAX_STEPS = 8
 
 
@@ -56,8 +58,7 @@ def check_sigma_range(sigma_range: Sequence[float]) -> tuple[float, float]:
 
 
 def sample_sigma(
-    batch: int, shift: float, sigma_range: tuple[float, float], generator: torch.Generator, device: torch.device
+    batch: int, shift: float, sigma_range: tuple[float, float], randomness: Randomness, device: torch.device
 ) -> Tensor:
     """Training levels [batch], float32: uniform on [0, 1], shifted, then clamped to `sigma_range`."""
-    uniform = torch.rand(batch, generator=generator, device=device)
-    return shift_sigma(uniform, shift).clamp(*sigma_range)
+    return shift_sigma(uniform(batch, randomness, device), shift).clamp(*sigma_range)

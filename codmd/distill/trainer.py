@@ -3,44 +3,79 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from codmd.models.base import Condition, VideoDenoiser
 
 from .config import DistillConfig
-from .objective import GeneratorLoss, critic_loss, generator_loss
-from .rollout import draw_exit_step, rollout
+from .ema import WeightAverage
+from .guard import GuardedAdamW, Step
+from .noise import NoiseStream, normal
+from .objective import GeneratorLoss, Scores, critic_loss, distillation_loss, predict_scores
+from .rollout import draw_exit_step, rollout, trajectory
+from .signs import EarlySigns, early_signs
+from .weights import trainable_weights
+
+Batch = tuple[Tensor, Condition]
+"""Detached samples of the student, and the condition they were drawn for."""
 
 
 @dataclass(frozen=True)
 class CycleLog:
-    """What one cycle measured; every value a detached scalar on the device (reading one synchronises)."""
+    """What one cycle measured; tensors are detached scalars on the device (reading one synchronises).
+
+    Attributes:
+        generator: the student's loss, averaged over its micro-batches.
+        critic: the loss of the last critic update.
+        exit_step: of the last micro-batch of the student update.
+        student, critic_step: the student's update, and the last of the critic's.
+        relation_to_dmd: norm of lambda * grad(relation) over norm of grad(DMD), with respect to the last sample;
+            None when not asked for.
+        signs: of over-saturation and frozen motion, in the last sample; None when not asked for.
+    """
 
     generator: GeneratorLoss
     critic: Tensor
     exit_step: int
+    student: Step
+    critic_step: Step
     relation_to_dmd: Tensor | None
-    """norm of lambda * grad(relation) over norm of grad(DMD), with respect to the sample; None when not asked."""
+    signs: EarlySigns | None
+
+
+class _StudentPass(NamedTuple):
+    loss: GeneratorLoss
+    batches: list[Batch]
+    exit_step: int
+    ratio: Tensor | None
+    signs: EarlySigns | None
 
 
 class Distiller:
     """Few-step distribution matching distillation of `teacher` into `student`, with a `critic` in between.
 
     Student and critic are expected to start from the teacher's weights. Randomness comes from two explicit
-    generators: exit steps from one that is alike on all processes, noise from one of this process's own.
+    generators, both alike on all processes: one draws exit steps, so that sharded networks stay in step, one the
+    noise of the global batch, of which every process keeps its rows.
 
     Args:
         teacher: frozen; called without gradient.
         student: trained in place.
         critic: trained in place; the score of the student's distribution.
         config: the recipe.
-        seed: of the exit steps, the same on every process.
-        rank: of this process, which makes its noise differ from the others'.
-        conditions: one condition per update for a batch of `config.batch_size`; None for unconditional models.
+        seed: of both generators.
+        group: the data-parallel processes; None for this one alone.
+        conditions: one condition per micro-batch of this process; None for unconditional models.
+
+    Attributes:
+        update: student updates made (a skipped one counts).
+        average: the student's running average, None without `ema_decay`.
     """
 
     def __init__(
@@ -50,68 +85,132 @@ class Distiller:
         critic: VideoDenoiser,
         config: DistillConfig,
         seed: int = 0,
-        rank: int = 0,
+        group: dist.ProcessGroup | None = None,
         conditions: Iterator[Condition] | None = None,
     ) -> None:
-        self.teacher, self.student, self.critic, self.config = teacher, student, critic, config
+        self.teacher, self.student, self.critic, self.config, self.group = teacher, student, critic, config, group
         self.device = next(iter(student.parameters())).device
+        rank, processes = (group.rank(), group.size()) if group is not None else (0, 1)
+        self.micro_batch, self.accumulate = config.micro_batches(processes)
         self.exit_generator = torch.Generator().manual_seed(seed)
-        self.noise_generator = torch.Generator(self.device).manual_seed(seed * 65_537 + rank + 1)
+        noise = torch.Generator(self.device).manual_seed(seed * 65_537 + 1)
+        self.noise = NoiseStream(noise, rank, processes)
         self.conditions = itertools.repeat(None) if conditions is None else conditions
-        self.student_optimizer = self._optimizer(student, config.student_lr)
-        self.critic_optimizer = self._optimizer(critic, config.critic_lr)
+        self.student_weights, self.critic_weights = trainable_weights(student), trainable_weights(critic)
+        common = (config.betas, config.weight_decay, config.grad_clip, config.max_nonfinite, group)
+        self.student_optimizer = GuardedAdamW("student", self.student_weights, config.student_lr, *common)
+        self.critic_optimizer = GuardedAdamW("critic", self.critic_weights, config.critic_lr, *common)
+        decay = config.ema_decay
+        self.average = None if decay is None else WeightAverage(self.student_weights, decay)
+        self.update = 0
 
     def cycle(self, measure_gradients: bool = False) -> CycleLog:
         """One student update and `critic_updates` critic updates.
 
         Args:
             measure_gradients: also measure the relation term's gradient against DMD's (two more backward passes
-                through the losses, none through a network).
-        """
-        config = self.config
-        cond = next(self.conditions)
-        sample, exit_step = self.draw_sample(cond)
-        loss = generator_loss(sample, self.teacher, self.critic, config, self.noise_generator, cond)
-        ratio = loss.gradient_ratio(sample) if measure_gradients and config.uses_relation else None
-        self._update(self.student_optimizer, loss.total)
+                through the losses, none through a network) and the early signs; does not change training.
 
-        shared = (sample.detach(), cond) if config.share_rollout else None
-        for _ in range(config.critic_updates):
-            critic = self.critic_update(*(shared or self._fresh()))
-            shared = None
-        return CycleLog(loss.detach(), critic, exit_step, ratio)
+        Raises:
+            NonFiniteRun: too many updates in a row were not finite.
+        """
+        self.update += 1
+        made = self._student_gradients(measure_gradients)
+        student_step = self.student_optimizer.step(made.loss.total)
+        if self.average is not None and not student_step.skipped:
+            self.average.update()
+
+        batches = made.batches
+        for number in range(self.config.critic_updates):
+            if number > 0 or not self.config.share_rollout:
+                batches = [self._fresh() for _ in range(self.accumulate)]
+            critic, critic_step = self.critic_update(batches)
+        return CycleLog(made.loss, critic, made.exit_step, student_step, critic_step, made.ratio, made.signs)
 
     def draw_sample(self, cond: Condition) -> tuple[Tensor, int]:
-        """A batch of the student's predictions at a random exit step, and that step."""
+        """A micro-batch of the student's predictions at a random exit step, and that step."""
         exit_step = draw_exit_step(len(self.config.sigmas), self.exit_generator)
-        shape = (self.config.batch_size, *self.student.latent_shape)
-        noise = torch.randn(shape, device=self.device, generator=self.noise_generator)
-        return rollout(self.student, noise, self.config.sigmas, exit_step, self.noise_generator, cond), exit_step
+        return rollout(self.student, self._start(), self.config.sigmas, exit_step, self.noise, cond), exit_step
 
-    def critic_update(self, sample: Tensor, cond: Condition) -> Tensor:
-        """One flow-matching update of the critic on detached samples; returns its detached loss."""
-        loss = critic_loss(self.critic, sample, self.config, self.noise_generator, cond)
-        self._update(self.critic_optimizer, loss)
-        return loss.detach()
+    def critic_update(self, batches: Sequence[Batch]) -> tuple[Tensor, Step]:
+        """One flow-matching update of the critic on detached samples; returns its detached loss and the step."""
+        losses = []
+        for sample, cond in batches:
+            loss = critic_loss(self.critic, sample, self.config, self.noise, cond)
+            (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        mean = torch.stack(losses).mean()
+        return mean, self.critic_optimizer.step(mean)
 
-    def _fresh(self) -> tuple[Tensor, Condition]:
+    def _student_gradients(self, measure: bool) -> _StudentPass:
+        """Accumulates the gradient of one student update, micro-batch by micro-batch."""
+        config = self.config
+        if config.relation_accumulate and self.accumulate > 1 and config.uses_relation and config.batch_weight > 0:
+            return self._window_gradients(measure)
+        losses, batches = [], []
+        for number in range(self.accumulate):
+            cond = next(self.conditions)
+            sample, exit_step = self.draw_sample(cond)
+            scores = self._scores(sample, cond)
+            loss = self._loss(sample, scores)
+            if number == self.accumulate - 1:
+                ratio, signs = self._measure(loss, sample, scores) if measure else (None, None)
+            (loss.total / self.accumulate).backward()
+            losses.append(loss)
+            batches.append((sample.detach(), cond))
+        return _StudentPass(GeneratorLoss.mean(losses), batches, exit_step, ratio, signs)
+
+    def _window_gradients(self, measure: bool) -> _StudentPass:
+        """The same, with one relation over all micro-batches.
+
+        The latents of the whole batch fit where its activations do not: samples and scores are drawn without
+        gradient, the loss gives the gradient of every sample, and each micro-batch is evaluated once more, from
+        the state at its exit step, to take that gradient through the network.
+        """
+        states, batches, scores = [], [], []
+        for _ in range(self.accumulate):
+            cond = next(self.conditions)
+            exit_step = draw_exit_step(len(self.config.sigmas), self.exit_generator)
+            state = trajectory(self.student, self._start(), self.config.sigmas, exit_step, self.noise, cond)
+            with torch.no_grad():
+                sample = self.student.predict_x0(*state, cond)
+            states.append(state)
+            batches.append((sample, cond))
+            scores.append(self._scores(sample, cond))
+        samples, joint = torch.cat([sample for sample, _ in batches]).requires_grad_(), Scores.cat(scores)
+        loss = self._loss(samples, joint)
+        ratio, signs = self._measure(loss, samples, joint) if measure else (None, None)
+        (gradient,) = torch.autograd.grad(loss.total, samples)
+        for state, (_, cond), part in zip(states, batches, gradient.split(self.micro_batch), strict=True):
+            self.student.predict_x0(*state, cond).backward(part)
+        return _StudentPass(GeneratorLoss.mean([loss]), batches, exit_step, ratio, signs)
+
+    def _start(self) -> Tensor:
+        return normal((self.micro_batch, *self.student.latent_shape), self.noise, self.device)
+
+    def _scores(self, sample: Tensor, cond: Condition) -> Scores:
+        return predict_scores(sample, self.teacher, self.critic, self.config, self.noise, cond)
+
+    def _loss(self, sample: Tensor, scores: Scores) -> GeneratorLoss:
+        weight = self.config.relation_weight_at(self.update)
+        return distillation_loss(sample, scores, self.config, weight, self.group)
+
+    def _measure(self, loss: GeneratorLoss, sample: Tensor, scores: Scores) -> tuple[Tensor | None, EarlySigns]:
+        ratio = loss.gradient_ratio(sample) if self.config.uses_relation else None
+        return ratio, early_signs(sample.detach(), scores.guided(self.config))
+
+    def _fresh(self) -> Batch:
         cond = next(self.conditions)
         with torch.no_grad():
             return self.draw_sample(cond)[0], cond
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.config.grad_clip is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
-        optimizer.step()
-
-    def _optimizer(self, model: VideoDenoiser, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            list(model.trainable_parameters()),
-            lr=lr,
-            betas=self.config.betas,
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
+    def tensors(self) -> dict[str, Tensor]:
+        """Name to tensor of all that training changes, in place: what is loaded into them takes effect."""
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "student": self.student_weights,
+            "critic": self.critic_weights,
+            "ema": {} if self.average is None else self.average.average,
+            "student_optimizer": self.student_optimizer.state(),
+            "critic_optimizer": self.critic_optimizer.state(),
+        }
+        return {f"{group}.{name}": tensor.detach() for group, part in groups.items() for name, tensor in part.items()}
