@@ -18,7 +18,11 @@ from setuptools.command.build_ext import build_ext
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 SOURCES = [
     "csrc/bind.cpp",
+    "csrc/bind_dmd.cpp",
     "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/dmd_backward.cpp",
+    "csrc/cpu/dmd_forward.cpp",
+    "csrc/cpu/dmd_loops_baseline.cpp",
     "csrc/cpu/every_pixel.cpp",
     "csrc/cpu/grams.cpp",
     "csrc/cpu/passes_baseline.cpp",
@@ -26,18 +30,19 @@ SOURCES = [
     "csrc/cpu/relation_cpu.cpp",
     "csrc/cpu/relations.cpp",
 ]
-X86_SOURCES = ["csrc/cpu/passes_avx2.cpp", "csrc/cpu/passes_avx512.cpp"]
+X86_SOURCES = [f"csrc/cpu/{loops}_{isa}.cpp" for loops in ("dmd_loops", "passes") for isa in ("avx2", "avx512")]
 
 # One file per instruction set has flags of its own; everything else runs on every processor.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 UNIX_FLAGS = {
+    "dmd_loops_avx2.cpp": AVX2,
+    "dmd_loops_avx512.cpp": AVX512,
     "passes_avx2.cpp": AVX2,
     # GCC 12 warns about its own AVX-512 headers.
-    "passes_avx512.cpp": [
-        *AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
-    ],
-}  # fmt: skip
-MSVC_FLAGS = {"passes_avx2.cpp": ["/arch:AVX2"], "passes_avx512.cpp": ["/arch:AVX512"]}
+    "passes_avx512.cpp": [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+}
+MSVC_FLAGS = {Path(source).name: ["/arch:AVX512" if "512" in source else "/arch:AVX2"] for source in X86_SOURCES}
 
 
 class BuildKernels(build_ext):

@@ -91,6 +91,20 @@ CODMD_HD inline T expm1_minus_identity(T x) {
   return T(0.5) * x * x * sum;
 }
 
+// q (e^x - 1 - x), and q (e^y - 1): the excess of the partition and p - q. Beyond `overflow` the exponential swamps q
+// and the direct form is exact.
+template <class T>
+CODMD_HD inline T excess_term(T q, T log_q, T x, T overflow = T(20)) {
+  using std::exp;
+  return x <= overflow ? q * expm1_minus_identity(x) : exp(log_q + x) - q * (T(1) + x);
+}
+
+template <class T>
+CODMD_HD inline T probability_change(T q, T log_q, T y, T overflow = T(20)) {
+  using std::exp;
+  return y < overflow ? q * (y + expm1_minus_identity(y)) : exp(log_q + y) - q;
+}
+
 // KL(p || q) of one row, q = softmax(S/tau), p = softmax((S - Delta)/tau), with the shift centred under q so that
 // the first order cancels analytically. On entry `shift` holds Delta, on return p - q. `q` and `log_q` are scratch.
 template <class T>
@@ -98,7 +112,7 @@ CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* q, T* log_q, 
   using std::exp;
   using std::log;
   using std::log1p;
-  const T overflow = T(20);  // above it expm1(x) swamps q and the direct form is exact
+  const T overflow = T(20);
 
   T top = similarity[0];
   for (int j = 1; j < n; ++j) top = similarity[j] > top ? similarity[j] : top;
@@ -120,7 +134,7 @@ CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* q, T* log_q, 
   for (int j = 0; j < n; ++j) {
     const T x = (mean - shift[j]) / temperature, t = log_q[j] + x;
     shift[j] = x;
-    excess += x <= overflow ? q[j] * expm1_minus_identity(x) : exp(t) - q[j] * (T(1) + x);
+    excess += excess_term(q[j], log_q[j], x, overflow);
     largest = t > largest ? t : largest;
   }
   const bool direct = largest > overflow;
@@ -136,7 +150,7 @@ CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* q, T* log_q, 
   T divergence = T(0);
   for (int j = 0; j < n; ++j) {
     const T x = shift[j], y = x - log_z;
-    const T p_minus_q = y < overflow ? q[j] * (y + expm1_minus_identity(y)) : exp(log_q[j] + y) - q[j];
+    const T p_minus_q = probability_change(q[j], log_q[j], y, overflow);
     shift[j] = p_minus_q;
     divergence += direct ? (q[j] + p_minus_q) * y : p_minus_q * x;
   }

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind_dmd.h"
 #include "relation_cpu.h"
 #include "version.h"
 
@@ -137,4 +138,6 @@ PYBIND11_MODULE(_C, m) {
                       {grid_height, grid_width}, used(grad_total, grad_frame, frame_grad),
                       used(grad_total, grad_batch, batch_grad), frame_scale, batch_scale, threads);
   });
+
+  bind_dmd(m);
 }

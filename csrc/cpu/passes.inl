@@ -65,8 +65,9 @@ inline void reduce_row(const T* x, const T* r, const T* f, int64_t n, RegionSums
   for (; k + W <= n; k += W) add_to(sums, load_one(x + k, r + k, f + k));
   if (k < n) {
     const int64_t left = n - k;
-    const V::Float real = V::load_first(r + k, left);
-    add_to(sums, {V::load_first(x + k, left), real, V::sub(V::load_first(f + k, left), real)});
+    const bool room = k > 0;  // a whole vector lies before the end
+    const V::Float real = V::load_tail(r + k, left, room);
+    add_to(sums, {V::load_tail(x + k, left, room), real, V::sub(V::load_tail(f + k, left, room), real)});
   }
 }
 

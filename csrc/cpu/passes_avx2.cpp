@@ -37,8 +37,14 @@ struct V {
     even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
     odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000u))));
   }
+  // The first n elements and zeros, in an order of its own; with `room`, kWidth - n elements lie before `from`.
   template <class T>
-  static Float load_first(const T* from, int64_t n) {
+  static Float load_tail(const T* from, int64_t n, bool room) {
+    if (room) {
+      alignas(32) static const int32_t kept[2 * kWidth] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+      const __m256i mask = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kept + n));
+      return _mm256_and_ps(load(from + n - kWidth), _mm256_castsi256_ps(mask));
+    }
     T padded[kWidth] = {};
     std::memcpy(padded, from, size_t(n) * sizeof(T));
     return load(padded);

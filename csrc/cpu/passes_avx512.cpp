@@ -39,11 +39,11 @@ struct V {
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u))));
   }
-  static Float load_first(const float* from, int64_t n) {
+  static Float load_tail(const float* from, int64_t n, bool) {
     return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), from);
   }
   template <class Half>
-  static Float load_first(const Half* from, int64_t n) {
+  static Float load_tail(const Half* from, int64_t n, bool) {
     return widen(Half{}, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1u), from));
   }
   static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }

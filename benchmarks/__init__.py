@@ -1,0 +1,1 @@
+"""Benchmarks: every speed-up is printed only after the accuracy gate of the same case."""

@@ -1,0 +1,208 @@
+"""Forward and backward of the relation loss on the CPU: eager PyTorch against the C++ backend.
+
+    python -m benchmarks.relation_cpu [--threads N] [--rounds N] [--shapes NAME ...] [--out DIR]
+
+Every case first passes its accuracy gate against float64. Then a fresh process, whose allocator nothing else has
+shaped, runs both sides interleaved on the same threads; medians are printed. A second one measures memory.
+"eager" is the loss as it is usually written, "lean eager" the same without the copies (benchmarks/baselines.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import accuracy
+from benchmarks.baselines import eager_relation_loss, lean_relation_loss
+from benchmarks.shapes import SHAPES
+from codmd.ops import _cpp, relation_loss
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DEFAULT_SHAPES = ["wan-480p", "wan-480p-b2", "wan-720p"]
+
+
+@dataclass
+class Case:
+    """One row of the table; times in milliseconds, memory in bytes beyond the three latents."""
+
+    shape: str
+    dtype: str
+    pool: str
+    eager_ms: float
+    lean_ms: float
+    codmd_ms: float
+    loss_error: float
+    gradient_error: float
+    extra_bytes: int
+    latent_bytes: int
+
+    @property
+    def speed_up(self) -> float:
+        return self.eager_ms / self.codmd_ms
+
+    @property
+    def lean_speed_up(self) -> float:
+        return self.lean_ms / self.codmd_ms
+
+
+def latents(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Student with gradient, real, and a fake that differs from real by a hundredth."""
+    generator = torch.Generator().manual_seed(0)
+    student, real, noise = (torch.randn(shape, generator=generator) for _ in range(3))
+    return student.to(dtype).requires_grad_(), real.to(dtype), (real + 0.01 * noise).to(dtype)
+
+
+def step(loss: Callable[..., Tensor], student: Tensor, real: Tensor, fake: Tensor, pool: str | None) -> float:
+    """Seconds of one forward and backward."""
+    student.grad = None
+    start = time.perf_counter()
+    loss(student, real, fake, pool=pool).backward()
+    return time.perf_counter() - start
+
+
+def codmd_loss(student: Tensor, real: Tensor, fake: Tensor, pool: Any) -> Tensor:
+    loss = relation_loss(student, real, fake, pool=pool, backend="cpp")
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "eager": eager_relation_loss,
+    "lean": lean_relation_loss,
+    "codmd": codmd_loss,
+}
+
+
+def medians(inputs: tuple[Tensor, Tensor, Tensor], pool: str | None, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each side, interleaved; two rounds warm up."""
+    times: dict[str, list[float]] = {side: [] for side in LOSSES}
+    for _ in range(rounds + 2):
+        for side, loss in LOSSES.items():
+            times[side].append(step(loss, *inputs, pool))
+    return {side: 1e3 * statistics.median(values[2:]) for side, values in times.items()}
+
+
+def extra_bytes(inputs: tuple[Tensor, Tensor, Tensor], pool: str | None) -> int:
+    """What a step needs beyond the latents: the gradient and the scratch memory."""
+    growth = []
+    for _ in range(5):
+        step(codmd_loss, *inputs, pool)
+        inputs[0].grad = None
+        gc.collect()
+        growth.append(accuracy.peak_growth(lambda: step(codmd_loss, *inputs, pool)))
+    return min(growth)
+
+
+def worker(task: str, shape: str, dtype: str, pool: str | None, threads: int, rounds: int) -> None:
+    """Body of the measuring processes: prints a JSON value."""
+    torch.set_num_threads(threads)
+    inputs = latents(SHAPES[shape], DTYPES[dtype])
+    print(json.dumps(medians(inputs, pool, rounds) if task == "time" else extra_bytes(inputs, pool)))
+
+
+def in_fresh_process(arguments: tuple[Any, ...], **environment: str) -> Any:
+    code = f"from benchmarks.relation_cpu import worker; worker(*{arguments!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def measure(shape: str, dtype: str, pool: str | None, threads: int, rounds: int) -> Case:
+    """The gate, then times and memory."""
+    inputs = latents(SHAPES[shape], DTYPES[dtype])
+    errors = accuracy.gate(codmd_loss, *inputs, "mean" if pool else None)
+    case = (shape, dtype, pool, threads, rounds)
+    times = in_fresh_process(("time", *case))
+    extra = in_fresh_process(("memory", *case), MALLOC_MMAP_THRESHOLD_="65536")
+    return Case(
+        shape, dtype, pool or "none", times["eager"], times["lean"], times["codmd"], *errors, extra, inputs[0].nbytes
+    )
+
+
+def table(cases: list[Case]) -> str:
+    head = (
+        f"{'shape':<20} {'dtype':<9} {'pool':<5} {'eager ms':>9} {'lean ms':>8} {'codmd ms':>9} {'speed-up':>9} "
+        f"{'vs lean':>8} {'extra memory':>22} {'loss err':>9} {'grad err':>9}"
+    )
+    rows = [
+        f"{c.shape:<20} {c.dtype:<9} {c.pool:<5} {c.eager_ms:9.2f} {c.lean_ms:8.2f} {c.codmd_ms:9.3f} "
+        f"{c.speed_up:8.1f}x {c.lean_speed_up:7.1f}x {c.extra_bytes / c.latent_bytes:14.3f} latents "
+        f"{c.loss_error:9.1e} {c.gradient_error:9.1e}"
+        for c in cases
+    ]
+    return "\n".join([head, *rows])
+
+
+def plot(cases: list[Case], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.55 * len(cases)), layout="constrained")
+    rows = range(len(cases))
+    axes.barh([y + 0.2 for y in rows], [c.speed_up for c in cases], 0.38, label="over eager", color="#2a6f97")
+    axes.barh([y - 0.2 for y in rows], [c.lean_speed_up for c in cases], 0.38, label="over lean eager", color="#a9c9dd")
+    for y, case in zip(rows, cases, strict=True):
+        axes.text(case.speed_up, y + 0.2, f" {case.speed_up:.1f}x  ({case.codmd_ms:.2f} ms)", va="center", fontsize=8)
+    axes.set_yticks(list(rows), [f"{c.shape}, {c.dtype}, pool {c.pool}" for c in cases], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"speed-up of forward + backward, {torch.get_num_threads()} CPU threads")
+    axes.set_xlim(0, 1.25 * max(c.speed_up for c in cases))
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=DEFAULT_SHAPES)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
+    parser.add_argument("--pool", nargs="+", choices=["mean", "none"], default=["mean"])
+    parser.add_argument("--out", type=Path, help="write relation_cpu.json and relation_cpu.png here")
+    arguments = parser.parse_args()
+    if _cpp.load_error:
+        parser.exit(1, f"{_cpp.load_error}\n")
+    torch.set_num_threads(arguments.threads)
+
+    cases = [
+        measure(name, dtype, None if pool == "none" else pool, arguments.threads, arguments.rounds)
+        for name in arguments.shapes
+        for dtype in arguments.dtypes
+        for pool in arguments.pool
+    ]
+    machine = f"{accuracy.processor()}, {arguments.threads} threads, {_cpp._C.active_isa()}, torch {torch.__version__}"
+    print(f"{machine}\n{table(cases)}")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(c) | {"speed_up": c.speed_up, "lean_speed_up": c.lean_speed_up} for c in cases]
+        report = {"machine": machine, "system": platform.platform(), "rounds": arguments.rounds, "cases": rows}
+        (arguments.out / "relation_cpu.json").write_text(json.dumps(report, indent=2) + "\n")
+        plot(cases, arguments.out / "relation_cpu.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The arithmetic of the DMD passes on chunks of float32 that lie in the first-level cache, one table of loops per
+// instruction set. Every table is compiled from dmd_loops.inl.
+#pragma once
+
+#include <cstdint>
+
+namespace codmd {
+
+constexpr int64_t kDmdChunk = 512;
+
+// Sums over one region of one plane.
+struct DmdSums {
+  double distance = 0;                    // |x - r| over all elements
+  double penalty = 0, magnitude = 0;      // of d, over the selected elements that are not NaN
+  double student = 0, real = 0, difference = 0;
+  double wild = 0;                        // NaN once a selected student is not finite
+  int64_t selected = 0, nans = 0;
+};
+
+struct DmdLoops {
+  // f := (f - c) + fake_scale (f - f_uncond) - real_scale (c - c_uncond); c := c + real_scale (c - c_uncond).
+  void (*guide)(float* f, float* c, const float* f_uncond, const float* c_uncond, float fake_scale, float real_scale,
+                int64_t n);
+  // d := -sigma d; r := noisy - sigma r, unless noisy is null.
+  void (*from_flow)(float* d, float* r, const float* noisy, float sigma, int64_t n);
+  // n <= kDmdChunk. A null mask selects everything.
+  void (*moments)(const float* x, const float* r, const float* d, const uint8_t* mask, int64_t n, float huber_c,
+                  DmdSums& sums);
+  // out = base + factor * G(d, norm) where selected, base elsewhere.
+  void (*gradient)(const float* d, const uint8_t* mask, int64_t n, float norm, float factor, float base,
+                   float huber_c, bool to_num, float* out);
+};
+
+extern const DmdLoops dmd_loops_baseline;
+#if defined(CODMD_X86)
+extern const DmdLoops dmd_loops_avx2;
+extern const DmdLoops dmd_loops_avx512;
+#endif
+
+// The table for the instruction set of passes().
+const DmdLoops& dmd_loops();
+
+}  // namespace codmd

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Loops that a compiler vectorises by itself; included by one file per instruction set. Internal linkage throughout.
+#include <cmath>
+#include <limits>
+
+namespace {
+
+using codmd::DmdSums;
+
+void guide(float* f, float* c, const float* f_uncond, const float* c_uncond, float fake_scale, float real_scale,
+           int64_t n) {
+  if (f_uncond && c_uncond) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const float change = real_scale * (c[k] - c_uncond[k]);
+      f[k] = (f[k] - c[k]) + fake_scale * (f[k] - f_uncond[k]) - change;
+      c[k] += change;
+    }
+  } else if (c_uncond) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      const float change = real_scale * (c[k] - c_uncond[k]);
+      f[k] = (f[k] - c[k]) - change;
+      c[k] += change;
+    }
+  } else if (f_uncond) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) f[k] = (f[k] - c[k]) + fake_scale * (f[k] - f_uncond[k]);
+  } else {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) f[k] -= c[k];
+  }
+}
+
+void from_flow(float* d, float* r, const float* noisy, float sigma, int64_t n) {
+  if (noisy) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      d[k] *= -sigma;
+      r[k] = noisy[k] - sigma * r[k];
+    }
+  } else {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) d[k] *= -sigma;
+  }
+}
+
+template <bool kMasked, bool kHuber>
+void moments_of(const float* x, const float* r, const float* d, const uint8_t* mask, int64_t n, float huber_c,
+                DmdSums& sums) {
+  float distance = 0, penalty = 0, magnitude = 0, student = 0, real = 0, difference = 0, wild = 0;
+  int32_t selected = 0, nans = 0;
+  const float square_c = huber_c * huber_c;
+#pragma omp simd reduction(+ : distance, penalty, magnitude, student, real, difference, wild, selected, nans)
+  for (int64_t k = 0; k < n; ++k) {
+    const float xv = x[k], rv = r[k], dv = d[k];
+    distance += std::fabs(xv - rv);
+    student += xv;
+    real += rv;
+    difference += dv;
+    const int32_t in = kMasked ? int32_t(mask[k] != 0) : 1;
+    const int32_t bad = dv != dv ? in : 0;
+    const float counted = in > bad ? dv : 0.0f;
+    float square = counted * counted;
+    if (kHuber) square /= std::sqrt(square + square_c) + huber_c;
+    penalty += square;
+    magnitude += std::fabs(counted);
+    wild += in ? xv - xv : 0.0f;
+    nans += bad;
+    if (kMasked) selected += in;
+  }
+  sums.distance += double(distance);
+  sums.penalty += double(penalty);
+  sums.magnitude += double(magnitude);
+  sums.student += double(student);
+  sums.real += double(real);
+  sums.difference += double(difference);
+  sums.wild += double(wild);
+  sums.selected += kMasked ? int64_t(selected) : n;
+  sums.nans += nans;
+}
+
+void moments(const float* x, const float* r, const float* d, const uint8_t* mask, int64_t n, float huber_c,
+             DmdSums& sums) {
+  if (huber_c > 0)
+    (mask ? moments_of<true, true> : moments_of<false, true>)(x, r, d, mask, n, huber_c, sums);
+  else
+    (mask ? moments_of<true, false> : moments_of<false, false>)(x, r, d, mask, n, huber_c, sums);
+}
+
+template <bool kMasked, bool kHuber, bool kToNum, bool kDivide>
+void gradient_of(const float* d, const uint8_t* mask, int64_t n, float norm, float factor, float base, float huber_c,
+                 float* out) {
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  const float inverse = 1.0f / norm, square_c = huber_c * huber_c;
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    float g = d[k];
+    if (kHuber) g /= std::sqrt(g * g + square_c);
+    g = kDivide ? g / norm : g * inverse;
+    if (kToNum) {
+      g = g != g ? 0.0f : g;
+      g = g > kLargest ? kLargest : g;
+      g = g < -kLargest ? -kLargest : g;
+    }
+    const float step = factor * g;
+    out[k] = base + (kMasked && mask[k] == 0 ? 0.0f : step);
+  }
+}
+
+template <bool kMasked, bool kHuber, bool kToNum>
+void divided_gradient(const float* d, const uint8_t* mask, int64_t n, float norm, float factor, float base,
+                      float huber_c, float* out) {
+  // Where the reciprocal is a normal number, multiplying by it costs one rounding and saves the division.
+  const bool normal = norm > 0x1p-100f && norm < 0x1p100f;
+  (normal ? gradient_of<kMasked, kHuber, kToNum, false> : gradient_of<kMasked, kHuber, kToNum, true>)(
+      d, mask, n, norm, factor, base, huber_c, out);
+}
+
+void gradient(const float* d, const uint8_t* mask, int64_t n, float norm, float factor, float base, float huber_c,
+              bool to_num, float* out) {
+  if (huber_c > 0) {
+    (mask ? divided_gradient<true, true, false> : divided_gradient<false, true, false>)(d, mask, n, norm, factor,
+                                                                                        base, huber_c, out);
+  } else if (to_num) {
+    (mask ? divided_gradient<true, false, true> : divided_gradient<false, false, true>)(d, mask, n, norm, factor,
+                                                                                        base, huber_c, out);
+  } else {
+    (mask ? divided_gradient<true, false, false> : divided_gradient<false, false, false>)(d, mask, n, norm, factor,
+                                                                                          base, huber_c, out);
+  }
+}
+
+}  // namespace
+
+#define CODMD_DMD_LOOPS {guide, from_flow, moments, gradient}

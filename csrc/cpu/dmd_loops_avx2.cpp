@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "dmd_loops.h"
+
+#include "dmd_loops.inl"
+
+namespace codmd {
+extern const DmdLoops dmd_loops_avx2 = CODMD_DMD_LOOPS;
+}

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How the DMD passes walk the latents: planes, regions of a grid, runs of pixels in chunks of float32.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "../dmd_cpu.h"
+#include "dmd_loops.h"
+#include "passes.h"
+#include "valid_rows.h"
+
+namespace codmd {
+
+struct PlaneIndex {
+  int64_t b, f, c;
+};
+
+inline PlaneIndex plane_of(const Shape& shape, int64_t item) {
+  const int64_t row = item / shape.channels;
+  return {row / shape.frames, row % shape.frames, item % shape.channels};
+}
+
+// The float32 chunks of one worker: d = f - r and the guided r of the pixels at hand.
+class Chunks {
+ public:
+  Chunks(const DmdScores& scores, const Grid& grid, const Latent* also)
+      : scores_(scores), loops_(dmd_loops()), load_(passes().load[int(scores.dtype)]), grid_(grid) {
+    const Shape& s = scores.shape;
+    const auto dense = [&](const Latent& l) { return !l.data || (l.stride[4] == 1 && l.stride[3] == s.width); };
+    const int64_t* m = scores.mask_stride;
+    const bool mask_dense = !scores.mask || (m[4] == 1 && m[3] == s.width) || (m[4] == 0 && m[3] == 0);
+    one_run_ = grid.height * grid.width == 1 && mask_dense && dense(scores.student) && dense(scores.fake) &&
+               dense(scores.real) && dense(scores.real_uncond) && dense(scores.fake_uncond) && dense(scores.noisy) &&
+               (!also || dense(*also));
+  }
+
+  int64_t regions() const { return grid_.height * grid_.width; }
+
+  double area(int64_t region) const {
+    const Box box = box_of(region);
+    return double((box.bottom - box.top) * (box.right - box.left));
+  }
+
+  // visit(y, x, n) for every chunk of a region; with one run, x counts on over the rows.
+  template <class Visit>
+  void each(int64_t region, const Visit& visit) const {
+    const Box box = box_of(region);
+    if (one_run_) return run(0, 0, scores_.shape.height * scores_.shape.width, visit);
+    for (int64_t y = box.top; y < box.bottom; ++y) run(y, box.left, box.right, visit);
+  }
+
+  // d and r of n pixels; `forward` also reads the student, and noisy for r in x0 space.
+  void fetch(const PlaneIndex& p, int64_t y, int64_t x, int64_t n, bool forward) {
+    read(scores_.fake, p, y, x, n, d);
+    read(scores_.real, p, y, x, n, r);
+    const float* real_uncond = optional(scores_.real_uncond, p, y, x, n, real_uncond_);
+    const float* fake_uncond = optional(scores_.fake_uncond, p, y, x, n, fake_uncond_);
+    loops_.guide(d, r, fake_uncond, real_uncond, scores_.fake_scale, scores_.real_scale, n);
+    if (scores_.sigma) {
+      const float sigma = scores_.sigma[p.b * scores_.sigma_stride[0] + p.f * scores_.sigma_stride[1]];
+      const float* noisy = forward ? optional(scores_.noisy, p, y, x, n, noisy_) : nullptr;
+      loops_.from_flow(d, r, noisy, sigma, n);
+    }
+    if (forward) read(scores_.student, p, y, x, n, student);
+  }
+
+  // The mask's bytes of n pixels, or null where everything is selected.
+  const uint8_t* mask(const PlaneIndex& p, int64_t y, int64_t x, int64_t n) {
+    if (!scores_.mask) return nullptr;
+    const int64_t* s = scores_.mask_stride;
+    const uint8_t* from = scores_.mask + p.b * s[0] + p.f * s[1] + p.c * s[2] + y * s[3] + x * s[4];
+    if (s[4] == 1) return from;
+    if (s[4] == 0) {
+      std::memset(mask_, *from, size_t(n));
+    } else {
+      for (int64_t k = 0; k < n; ++k) mask_[k] = from[k * s[4]];
+    }
+    return mask_;
+  }
+
+  const DmdLoops& loops() const { return loops_; }
+
+  alignas(64) float student[kDmdChunk];
+  alignas(64) float d[kDmdChunk];
+  alignas(64) float r[kDmdChunk];
+
+ private:
+  struct Box {
+    int64_t top, bottom, left, right;
+  };
+
+  Box box_of(int64_t region) const {
+    const int64_t gy = region / grid_.width, gx = region % grid_.width;
+    const Shape& s = scores_.shape;
+    return {gy * s.height / grid_.height, (gy + 1) * s.height / grid_.height, gx * s.width / grid_.width,
+            (gx + 1) * s.width / grid_.width};
+  }
+
+  template <class Visit>
+  static void run(int64_t y, int64_t first, int64_t last, const Visit& visit) {
+    for (int64_t x = first; x < last; x += kDmdChunk) visit(y, x, std::min(kDmdChunk, last - x));
+  }
+
+  void read(const Latent& latent, const PlaneIndex& p, int64_t y, int64_t x, int64_t n, float* to) const {
+    load_(address(latent, scores_.dtype, p.b, p.f, p.c, y, x), latent.stride[4], n, to);
+  }
+
+  const float* optional(const Latent& latent, const PlaneIndex& p, int64_t y, int64_t x, int64_t n, float* to) const {
+    if (!latent.data) return nullptr;
+    read(latent, p, y, x, n, to);
+    return to;
+  }
+
+  const DmdScores& scores_;
+  const DmdLoops& loops_;
+  void (*load_)(const void* from, int64_t stride, int64_t n, float* to);
+  const Grid grid_;
+  bool one_run_;
+  alignas(64) float real_uncond_[kDmdChunk];
+  alignas(64) float fake_uncond_[kDmdChunk];
+  alignas(64) float noisy_[kDmdChunk];
+  alignas(64) uint8_t mask_[kDmdChunk];
+};
+
+inline int64_t latent_bytes(const DmdScores& scores) {
+  const Shape& s = scores.shape;
+  return s.batch * s.frames * s.channels * s.height * s.width * element_size(scores.dtype);
+}
+
+}  // namespace codmd
