@@ -43,7 +43,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     Raises:
         CommandError: a path is given twice.
     """
-    parts = [path.resolve().parts for path in paths]
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):

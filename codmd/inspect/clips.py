@@ -8,9 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# Read when OpenCV is imported and when it opens its first video: errors are this module's to tell.
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # read when OpenCV opens its first video
 
 import cv2
 import numpy as np
@@ -19,6 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from codmd.reference import to_bfchw
+
+from .motion import MIN_SIDE
+
+cv2.setLogLevel(0)  # what cannot be read is reported by name, once
 
 VIDEOS = {".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif"}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -51,6 +53,11 @@ def find_clips(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
+def clip_name(path: Path) -> str:
+    """The name by which a clip and its reference belong together: a file's without the suffix, a folder's own."""
+    return path.name if path.is_dir() else path.stem
+
+
 def read_clip(path: Path, fps: float | None = None) -> Clip:
     """Reads a clip of two or more frames.
 
@@ -61,7 +68,7 @@ def read_clip(path: Path, fps: float | None = None) -> Clip:
         fps: frames per second, instead of what a video file says; 16 where nothing says it.
 
     Raises:
-        UnreadableClip: missing, damaged, truncated, not a clip, or of fewer than two frames.
+        UnreadableClip: missing, damaged, truncated, not a clip, of fewer than two frames, or too small.
     """
     if not path.exists():
         raise UnreadableClip("no such file or folder")
@@ -79,6 +86,9 @@ def read_clip(path: Path, fps: float | None = None) -> Clip:
         raise UnreadableClip(f"cannot be read: {error.strerror or error}") from error
     frames = clip.pixels if clip.pixels is not None else clip.latents
     assert frames is not None
+    if clip.pixels is not None and min(clip.pixels.shape[1:3]) < MIN_SIDE:
+        height, width = clip.pixels.shape[1:3]
+        raise UnreadableClip(f"has {width}x{height} pixels; expected {MIN_SIDE} or more on each side")
     if len(frames) < 2:
         raise UnreadableClip("has one frame; a video needs two")
     return clip

@@ -78,14 +78,15 @@ def inspect(args: argparse.Namespace) -> Inspection:
     """Reads and measures every clip and its reference, one at a time; nothing is written."""
     from tqdm import tqdm
 
-    from .clips import UnreadableClip, find_clips, read_clip
+    from .clips import UnreadableClip, clip_name, find_clips, read_clip
     from .measures import measure
     from .pairs import compare
     from .report import Inspection
 
-    paths = list(dict.fromkeys(find_clips(args.videos)))
-    counterparts = {} if args.reference is None else {p.stem: p for p in find_clips([args.reference])}
-    found = Inspection([], [], [], references=args.reference is not None)
+    paths = list({path.absolute(): path for path in find_clips(args.videos)}.values())
+    candidates = [] if args.reference is None else find_clips([args.reference])
+    counterparts = {clip_name(p): p for p in candidates} | {p.name: p for p in candidates}
+    found = Inspection([], [], [])
 
     def measured(path: Path) -> Measurement | None:
         try:
@@ -102,9 +103,10 @@ def inspect(args: argparse.Namespace) -> Inspection:
         found.clips.append(clip)
         if args.reference is None:
             continue
-        if path.stem not in counterparts:
-            found.skipped.append((path, f"not compared: {args.reference} holds no clip named {path.stem}"))
-        elif (reference := measured(counterparts[path.stem])) is not None:
+        counterpart = counterparts.get(path.name) or counterparts.get(clip_name(path))
+        if counterpart is None:
+            found.skipped.append((path, f"not compared: {args.reference} holds no clip named {clip_name(path)}"))
+        elif (reference := measured(counterpart)) is not None:
             try:
                 found.pairs.append(compare(clip, reference))
             except ValueError as error:

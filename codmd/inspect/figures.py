@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import cv2
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -74,7 +76,8 @@ def clip_card(clip: Measurement, reference: Measurement | None) -> bytes:
 def _strip(axis: Axes, measured: Measurement) -> None:
     axis.set_axis_off()
     if measured.strip is not None:
-        axis.imshow(measured.strip)
+        encoded = np.frombuffer(measured.strip, np.uint8)
+        axis.imshow(np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR))[..., ::-1])
         return
     width, height = measured.size
     axis.text(0, 0.5, f"latents, {measured.frames} frames of {width}x{height}", fontsize=9, transform=axis.transAxes)

@@ -69,15 +69,15 @@ class Measurement:
     features: Tensor
     """[F, K] float32."""
     cosine: Tensor
-    """[F, F] float64, the paper's frame relation."""
+    """[F, F] float32, the paper's frame relation."""
     spearman: Tensor
-    """[F, F] float64."""
+    """[F, F] float32."""
     values: dict[str, float]
     """By the names of COLUMNS; motion and colour are absent for latents."""
     curves: dict[str, list[float]]
     """Motion (px/frame) and flicker (%) of every step."""
-    strip: np.ndarray | None
-    """Eight frames evenly spaced in time, in two rows, [h, w, 3] uint8."""
+    strip: bytes | None
+    """Eight frames evenly spaced in time, in two rows, as JPEG."""
 
     @property
     def frames(self) -> int:
@@ -101,7 +101,8 @@ def measure(path: Path, clip: Clip, pool: Pool | None = None) -> Measurement:
         "order": temporal_order(cosine),
         "step": float(features.double().diff(dim=0).square().mean(dim=1).sqrt().mean()),
     }
-    curves, strip = {}, None
+    curves: dict[str, list[float]] = {}
+    strip: bytes | None = None
     if clip.pixels is None:
         assert clip.latents is not None
         height, width = clip.latents.shape[2:]
@@ -120,15 +121,25 @@ def measure(path: Path, clip: Clip, pool: Pool | None = None) -> Measurement:
             "clipped": 100 * clipped,
         }
         strip = _strip(clip.pixels)
-    kind = "latents" if clip.pixels is None else "pixels"
-    return Measurement(path, kind, (width, height), clip.fps, features, cosine, spearman, values, curves, strip)
+    return Measurement(
+        path,
+        "latents" if clip.pixels is None else "pixels",
+        (width, height),
+        clip.fps,
+        features,
+        cosine.float(),
+        spearman.float(),
+        values,
+        curves,
+        strip,
+    )
 
 
 def frame_features(clip: Clip, pool: Pool | None = None) -> Tensor:
     """Frame features [F, K] float32 of latents as they are, or of pixels scaled to [-1, 1]."""
     if clip.pixels is None:
         assert clip.latents is not None
-        return reference.frame_features(clip.latents[None], pool=pool or "mean")[0]
+        return reference.frame_features(clip.latents[None], pool=_fitting(pool or "mean", clip.latents.shape[2:]))[0]
     rows = []
     for image in clip.pixels:
         frame = torch.from_numpy(image).permute(2, 0, 1).float().div(127.5).sub(1)
@@ -159,8 +170,9 @@ def _mean_off_diagonal(matrix: Tensor) -> float:
     return float((matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1)))
 
 
-def _strip(pixels: np.ndarray) -> np.ndarray:
+def _strip(pixels: np.ndarray) -> bytes:
     chosen = pixels[np.linspace(0, len(pixels) - 1, STRIP_ROWS * STRIP_COLUMNS).round().astype(int)]
     height = max(1, round(STRIP_WIDTH * pixels.shape[1] / pixels.shape[2]))
     small = [cv2.resize(image, (STRIP_WIDTH, height), interpolation=cv2.INTER_AREA) for image in chosen]
-    return np.vstack([np.hstack(small[i : i + STRIP_COLUMNS]) for i in range(0, len(small), STRIP_COLUMNS)])
+    strip = np.vstack([np.hstack(small[i : i + STRIP_COLUMNS]) for i in range(0, len(small), STRIP_COLUMNS)])
+    return cv2.imencode(".jpg", cv2.cvtColor(strip, cv2.COLOR_RGB2BGR))[1].tobytes()

@@ -11,6 +11,9 @@ import numpy as np
 LONG_SIDE, SHORT_SIDE = 832, 64
 """Flow is computed on frames scaled into these bounds, and given in pixels of the frame itself."""
 
+MIN_SIDE = 16
+"""Smaller frames hold too little for the flow's patches."""
+
 FASTEST_SHARE = 0.05
 DYNAMIC_SPEED = 6 * 8 / 256
 """Short sides per second: VBench's dynamic degree asks for 6 of 256 pixels between frames at 8 a second."""
@@ -37,7 +40,9 @@ def measure_motion(pixels: np.ndarray) -> Motion:
     """
     flow_of = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     scale = _scale(*pixels.shape[1:3])
-    speed, fastest, residual = [], [], []
+    speed: list[float] = []
+    fastest: list[float] = []
+    residual: list[float] = []
     for frame, following in itertools.pairwise(_grey(image, scale) for image in pixels):
         flow = flow_of.calc(frame, following, None)  # type: ignore[call-overload]
         length = np.linalg.norm(flow, axis=-1).ravel() / scale
@@ -67,7 +72,7 @@ def _residual(frame: np.ndarray, following: np.ndarray, flow: np.ndarray) -> flo
 
 def _scale(height: int, width: int) -> float:
     if max(height, width) > LONG_SIDE:
-        return LONG_SIDE / max(height, width)
+        return min(1.0, max(LONG_SIDE / max(height, width), MIN_SIDE / min(height, width)))
     return max(1.0, SHORT_SIDE / min(height, width))
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from codmd import page
 from codmd.files import short_names
 from codmd.output import MARKER
@@ -28,21 +30,20 @@ class Inspection:
     """One for each clip that has a reference."""
     skipped: list[tuple[Path, str]]
     """What could not be read or compared, and why."""
-    references: bool
-    """Whether a reference folder was given."""
 
 
 def write_report(folder: Path, inspection: Inspection, pictures: int) -> None:
-    """Writes results.json and report.html into an existing folder; `pictures` bounds the clips shown in pictures."""
-    (folder / MARKER).write_text(json.dumps(results(inspection), indent=1), "utf-8")
+    """Writes results.json and report.html into an existing folder; `pictures` bounds the clips shown with matrices."""
+    (folder / MARKER).write_text(json.dumps(results(inspection, pictures)), "utf-8")
     (folder / "report.html").write_text(render(inspection, pictures), "utf-8")
 
 
-def results(inspection: Inspection) -> dict[str, Any]:
-    """The content of results.json; numbers that are not finite become null."""
+def results(inspection: Inspection, pictures: int) -> dict[str, Any]:
+    """The content of results.json; numbers that are not finite become null, matrices are those of the clips shown."""
     by_path = {pair.clip.path: pair for pair in inspection.pairs}
+    with_matrices = {clip.path for clip in shown(inspection, pictures)}
     return {
-        "clips": [_clip_entry(clip, by_path.get(clip.path)) for clip in inspection.clips],
+        "clips": [_clip_entry(c, by_path.get(c.path), c.path in with_matrices) for c in inspection.clips],
         "measures": {name: _statistics([m.values for m in inspection.clips], name) for name in COLUMNS},
         "distances": {name: _statistics([p.distances for p in inspection.pairs], name) for name in DISTANCES},
         "set_distances": set_distances(inspection.pairs),
@@ -53,6 +54,12 @@ def results(inspection: Inspection) -> dict[str, Any]:
             "set_distances": SET_DISTANCES,
         },
     }
+
+
+def shown(inspection: Inspection, pictures: int) -> list[Measurement]:
+    """The clips to show: those farthest from their reference first, then those without one, at most `pictures`."""
+    distance = {pair.clip.path: pair.distances["cosine"] for pair in inspection.pairs}
+    return sorted(inspection.clips, key=lambda clip: distance.get(clip.path, -1.0), reverse=True)[:pictures]
 
 
 def verdict(inspection: Inspection) -> str:
@@ -125,18 +132,13 @@ def _pairs_section(inspection: Inspection, names: dict[Path, str]) -> str:
 
 
 def _cards(inspection: Inspection, names: dict[Path, str], by_path: dict[Path, Pair], pictures: int) -> str:
-    """Pictures of the clips that differ most from their reference first, or of the first ones without references."""
-
-    def difference(clip: Measurement) -> float:
-        return by_path[clip.path].distances["cosine"] if clip.path in by_path else -1.0
-
-    shown = sorted(inspection.clips, key=difference, reverse=True)[:pictures]
-    rest = len(inspection.clips) - len(shown)
+    chosen = shown(inspection, pictures)
+    rest = len(inspection.clips) - len(chosen)
     parts = ["<h2>Clips</h2>"]
     if rest:
         which = "farthest from their references" if by_path else "first"
-        parts.append(f'<p class="note">The {len(shown)} {which}; {rest} more are in the tables.</p>')
-    for clip in shown:
+        parts.append(f'<p class="note">The {len(chosen)} {which}; {rest} more are in the tables.</p>')
+    for clip in chosen:
         pair = by_path.get(clip.path)
         width, height = clip.size
         caption = f"{clip.frames} frames of {width}x{height}, {clip.fps:g} per second."
@@ -151,7 +153,7 @@ def _mean_is_strong(row: Sequence[str]) -> str:
     return "strong" if row[0] == "mean" else ""
 
 
-def _clip_entry(clip: Measurement, pair: Pair | None) -> dict[str, Any]:
+def _clip_entry(clip: Measurement, pair: Pair | None, matrices: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "path": str(clip.path),
         "kind": clip.kind,
@@ -161,9 +163,9 @@ def _clip_entry(clip: Measurement, pair: Pair | None) -> dict[str, Any]:
         "fps": clip.fps,
         "values": clip.values,
         "curves": clip.curves,
-        "cosine_matrix": clip.cosine.tolist(),
-        "spearman_matrix": clip.spearman.tolist(),
     }
+    if matrices:
+        entry |= {"cosine_matrix": _rounded(clip.cosine), "spearman_matrix": _rounded(clip.spearman)}
     if pair is not None:
         distances = {name: value if math.isfinite(value) else None for name, value in pair.distances.items()}
         entry["reference"] = {
@@ -173,6 +175,10 @@ def _clip_entry(clip: Measurement, pair: Pair | None) -> dict[str, Any]:
             "findings": pair.findings,
         }
     return entry
+
+
+def _rounded(matrix: Tensor) -> list[list[float]]:
+    return [[round(value, 6) for value in row] for row in matrix.tolist()]
 
 
 def _statistics(values: Sequence[dict[str, float]], name: str) -> dict[str, float | None] | None:
@@ -185,7 +191,7 @@ def _statistics(values: Sequence[dict[str, float]], name: str) -> dict[str, floa
 
 
 def _cell(value: float | None, column: Column) -> str:
-    return "–" if value is None else f"{value:.{column.digits}f}"
+    return "–" if value is None else f"{round(value, column.digits) + 0.0:.{column.digits}f}"  # + 0.0: no minus zero
 
 
 def _spread(found: dict[str, float | None] | None, column: Column) -> str:
