@@ -20,7 +20,7 @@ from codmd.reference import to_bfchw
 
 from .motion import MIN_SIDE
 
-cv2.setLogLevel(0)  # what cannot be read is reported by name, once
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what cannot be read is reported by name, once
 
 VIDEOS = {".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif"}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
