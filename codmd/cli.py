@@ -12,10 +12,12 @@ from types import FrameType
 from typing import NoReturn
 
 COMMANDS = {
+    "convert": "codmd.convert",
     "demo": "codmd.demo.command",
     "doctor": "codmd.doctor",
     "guidance": "codmd.guidance",
     "inspect": "codmd.inspect.command",
+    "train": "codmd.train_command",
     "vbench": "codmd.vbench",
 }
 """Subcommand to module. Their imports at module level stay light: what is heavy belongs inside `run`."""

@@ -73,7 +73,7 @@ def _folder_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / INDEX}: not a safetensors index: {error!r}") from error
         for name in names:
             if not (folder / name).is_file():

@@ -1,0 +1,106 @@
+"""The student inside a training checkpoint: its configuration and its whole weights, adapters merged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codmd.distill.checkpoint import META, CheckpointError, read_meta, read_student, resolve
+from codmd.distill.parallel import Processes
+from codmd.distill.settings import RunConfig
+from codmd.distill.typed import ConfigError, structured
+from codmd.models.lora import LoraOptions
+from codmd.models.weights import open_wan
+
+
+@dataclass(frozen=True)
+class TrainedStudent:
+    """A student as it was trained.
+
+    Attributes:
+        run: the configuration of its training.
+        weights: every weight, by the names of the adapter's `state_dict`.
+    """
+
+    run: RunConfig
+    weights: Mapping[str, Tensor]
+
+
+@contextmanager
+def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[TrainedStudent]:
+    """The student of a run's newest complete checkpoint, or of a given one.
+
+    Args:
+        ema: its running average instead.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no complete checkpoint, or is damaged, or the base of its adapters cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such run or checkpoint")
+    try:
+        if not (path / META).is_file():
+            path = resolve(path, Processes(0, 1, torch.device("cpu"), None, None))
+        run = structured(RunConfig, read_meta(path)["config"])
+        weights = read_student(path, ema)
+    except (CheckpointError, ConfigError, KeyError) as error:
+        raise ValueError(f"{path}: {error!r}" if isinstance(error, KeyError) else str(error)) from error
+    if run.lora is None:
+        yield TrainedStudent(run, weights)
+        return
+    base = run.model.options.weights
+    if run.model.name != "wan" or base == "random":
+        raise ValueError(f"{path}: its adapters stand on {base!r} {run.model.name} weights, which no file has")
+    with open_wan(base, run.model.options.network()) as tensors:
+        yield TrainedStudent(run, MergedWeights(tensors, weights, run.lora))
+
+
+class MergedWeights(Mapping[str, Tensor]):
+    """W + (alpha / rank) B A, one weight at a time.
+
+    Args:
+        base: W by diffusers' names.
+        adapter: the factors, by the names of `RoleView.state_dict`.
+        options: of the adapter.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], options: LoraOptions) -> None:
+        self._base, self._adapter, self._scale = base, adapter, options.alpha / options.rank
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._base[name.removeprefix("transformer.")]
+        layer = f"adapter.{name.removesuffix('.weight')}"
+        if name.endswith(".weight") and f"{layer}.lora_B.weight" in self._adapter:
+            update = self._adapter[f"{layer}.lora_B.weight"] @ self._adapter[f"{layer}.lora_A.weight"]
+            weight = (weight.float() + self._scale * update).to(weight.dtype)
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"transformer.{name}" for name in self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """A mapping whose names lose a prefix; still read one at a time."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        self._tensors, self._prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
