@@ -156,7 +156,10 @@ def _grid(pool: Pool) -> tuple[int, int]:
 
 
 def _mask(frame_mask: Tensor | None) -> tuple[int, int, int]:
-    return _NO_MASK if frame_mask is None else (frame_mask.data_ptr(), *frame_mask.stride())
+    if frame_mask is None:
+        return _NO_MASK
+    batch_stride, frame_stride = frame_mask.stride()
+    return frame_mask.data_ptr(), batch_stride, frame_stride
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -31,6 +31,7 @@ void dmd_backward(const DmdScores& scores, const DmdRule& rule, const float* nor
       const bool counts = relation.mask.valid(p.b, p.f);
       const float factor = dmd && factors[p.b] != 0.0f ? float(upstream * double(factors[p.b])) : 0.0f;
       const float norm = norm_of(rule, norms, p.b, p.f);
+      const bool direct = chunks.direct() && rule.huber_c == 0 && factor != 0.0f && has_normal_inverse(norm);
       for (int64_t region = 0; region < regions; ++region) {
         const int64_t k = p.c * regions + region;
         double share = 0;
@@ -39,6 +40,12 @@ void dmd_backward(const DmdScores& scores, const DmdRule& rule, const float* nor
           share += batch_scale / double(valid.count(p.b)) * double(batch_grad[p.b * features + k]);
         const float base = float(share / chunks.area(region));
         chunks.each(region, [&](int64_t y, int64_t x, int64_t n) {
+          char* target = const_cast<char*>(address(grad, scores.dtype, p.b, p.f, p.c, y, x));
+          if (direct) {
+            chunks.loops().run_gradient[int(scores.dtype)](chunks.run(p, y, x), n, 1.0f / norm, factor, base,
+                                                           rule.nan == NanPolicy::to_num, target);
+            return;
+          }
           if (factor == 0.0f) {
             std::fill_n(out, n, base);
           } else {
@@ -46,7 +53,7 @@ void dmd_backward(const DmdScores& scores, const DmdRule& rule, const float* nor
             chunks.loops().gradient(chunks.d, chunks.mask(p, y, x, n), n, norm, factor, base, float(rule.huber_c),
                                     rule.nan == NanPolicy::to_num, out);
           }
-          store(out, n, const_cast<char*>(address(grad, scores.dtype, p.b, p.f, p.c, y, x)), grad.stride[4]);
+          store(out, n, target, grad.stride[4]);
         });
       }
     }

@@ -39,11 +39,13 @@ void read_planes(const DmdScores& scores, const DmdRule& rule, const Grid& grid,
                  std::vector<Moments>& planes, Features* features) {
   Chunks chunks(scores, grid, nullptr);
   const int64_t end = worker.end(int64_t(planes.size())), regions = chunks.regions();
+  const bool direct = chunks.direct() && rule.huber_c == 0;
   for (int64_t item = worker.begin(int64_t(planes.size())); item < end; ++item) {
     const PlaneIndex p = plane_of(scores.shape, item);
     for (int64_t region = 0; region < regions; ++region) {
       DmdSums sums;
       chunks.each(region, [&](int64_t y, int64_t x, int64_t n) {
+        if (direct) return chunks.loops().run_moments[int(scores.dtype)](chunks.run(p, y, x), n, sums);
         chunks.fetch(p, y, x, n, true);
         chunks.loops().moments(chunks.student, chunks.r, chunks.d, chunks.mask(p, y, x, n), n, float(rule.huber_c),
                                sums);

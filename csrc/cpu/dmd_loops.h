@@ -19,6 +19,12 @@ struct DmdSums {
   int64_t selected = 0, nans = 0;
 };
 
+// Runs of neighbouring pixels, read where they lie: float32 or bfloat16, one guidance, everything selected.
+struct DmdRun {
+  const void *student, *fake, *real, *real_uncond, *noisy;  // real_uncond, noisy: null when absent
+  float real_scale, sigma;                                  // sigma < 0 without noisy
+};
+
 struct DmdLoops {
   // f := (f - c) + fake_scale (f - f_uncond) - real_scale (c - c_uncond); c := c + real_scale (c - c_uncond).
   void (*guide)(float* f, float* c, const float* f_uncond, const float* c_uncond, float fake_scale, float real_scale,
@@ -31,7 +37,15 @@ struct DmdLoops {
   // out = base + factor * G(d, norm) where selected, base elsewhere.
   void (*gradient)(const float* d, const uint8_t* mask, int64_t n, float norm, float factor, float base,
                    float huber_c, bool to_num, float* out);
+
+  // The two above in one loop over the latents themselves. Index: DType (no float16).
+  void (*run_moments[2])(const DmdRun& run, int64_t n, DmdSums& sums);
+  void (*run_gradient[2])(const DmdRun& run, int64_t n, float inverse_norm, float factor, float base, bool to_num,
+                          void* out);
 };
+
+// Where 1/norm is a normal number, multiplying by it costs one rounding and saves the division.
+inline bool has_normal_inverse(float norm) { return norm > 0x1p-100f && norm < 0x1p100f; }
 
 extern const DmdLoops dmd_loops_baseline;
 #if defined(CODMD_X86)

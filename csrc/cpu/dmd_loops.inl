@@ -4,8 +4,11 @@
 #include <cmath>
 #include <limits>
 
+#include "half.h"
+
 namespace {
 
+using codmd::DmdRun;
 using codmd::DmdSums;
 
 void guide(float* f, float* c, const float* f_uncond, const float* c_uncond, float fake_scale, float real_scale,
@@ -112,9 +115,7 @@ void gradient_of(const float* d, const uint8_t* mask, int64_t n, float norm, flo
 template <bool kMasked, bool kHuber, bool kToNum>
 void divided_gradient(const float* d, const uint8_t* mask, int64_t n, float norm, float factor, float base,
                       float huber_c, float* out) {
-  // Where the reciprocal is a normal number, multiplying by it costs one rounding and saves the division.
-  const bool normal = norm > 0x1p-100f && norm < 0x1p100f;
-  (normal ? gradient_of<kMasked, kHuber, kToNum, false> : gradient_of<kMasked, kHuber, kToNum, true>)(
+  (codmd::has_normal_inverse(norm) ? gradient_of<kMasked, kHuber, kToNum, false> : gradient_of<kMasked, kHuber, kToNum, true>)(
       d, mask, n, norm, factor, base, huber_c, out);
 }
 
@@ -132,6 +133,93 @@ void gradient(const float* d, const uint8_t* mask, int64_t n, float norm, float 
   }
 }
 
+template <class T, bool kGuided, bool kFlow>
+void run_moments_of(const DmdRun& run, int64_t n, DmdSums& sums) {
+  const T *x = static_cast<const T*>(run.student), *f = static_cast<const T*>(run.fake);
+  const T *c = static_cast<const T*>(run.real), *u = static_cast<const T*>(run.real_uncond);
+  const T* noisy = static_cast<const T*>(run.noisy);
+  const float scale = run.real_scale, sigma = run.sigma;
+  float distance = 0, penalty = 0, magnitude = 0, student = 0, real = 0, difference = 0, wild = 0;
+  int32_t nans = 0;
+#pragma omp simd reduction(+ : distance, penalty, magnitude, student, real, difference, wild, nans)
+  for (int64_t k = 0; k < n; ++k) {
+    const float xv = to_float(x[k]);
+    float rv = to_float(c[k]), dv = to_float(f[k]) - rv;
+    if (kGuided) {
+      const float change = scale * (rv - to_float(u[k]));
+      dv -= change;
+      rv += change;
+    }
+    if (kFlow) {
+      dv *= -sigma;
+      rv = to_float(noisy[k]) - sigma * rv;
+    }
+    distance += std::fabs(xv - rv);
+    student += xv;
+    real += rv;
+    difference += dv;
+    wild += xv - xv;
+    const int32_t bad = dv != dv;
+    const float counted = bad ? 0.0f : dv;
+    penalty += counted * counted;
+    magnitude += std::fabs(counted);
+    nans += bad;
+  }
+  sums.distance += double(distance);
+  sums.penalty += double(penalty);
+  sums.magnitude += double(magnitude);
+  sums.student += double(student);
+  sums.real += double(real);
+  sums.difference += double(difference);
+  sums.wild += double(wild);
+  sums.selected += n;
+  sums.nans += nans;
+}
+
+template <class T>
+void run_moments(const DmdRun& run, int64_t n, DmdSums& sums) {
+  if (run.noisy)
+    (run.real_uncond ? run_moments_of<T, true, true> : run_moments_of<T, false, true>)(run, n, sums);
+  else
+    (run.real_uncond ? run_moments_of<T, true, false> : run_moments_of<T, false, false>)(run, n, sums);
+}
+
+template <class T, bool kGuided, bool kToNum>
+void run_gradient_of(const DmdRun& run, int64_t n, float inverse_norm, float factor, float base, void* out) {
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  const T *f = static_cast<const T*>(run.fake), *c = static_cast<const T*>(run.real);
+  const T* u = static_cast<const T*>(run.real_uncond);
+  T* target = static_cast<T*>(out);
+  const float scale = run.real_scale, sign = run.sigma < 0 ? 1.0f : -run.sigma;
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    const float cv = to_float(c[k]);
+    float g = to_float(f[k]) - cv;
+    if (kGuided) g -= scale * (cv - to_float(u[k]));
+    g = g * sign * inverse_norm;
+    if (kToNum) {
+      g = g != g ? 0.0f : g;
+      g = g > kLargest ? kLargest : g;
+      g = g < -kLargest ? -kLargest : g;
+    }
+    from_float(base + factor * g, target[k]);
+  }
+}
+
+template <class T>
+void run_gradient(const DmdRun& run, int64_t n, float inverse_norm, float factor, float base, bool to_num, void* out) {
+  if (to_num)
+    (run.real_uncond ? run_gradient_of<T, true, true> : run_gradient_of<T, false, true>)(run, n, inverse_norm, factor,
+                                                                                         base, out);
+  else
+    (run.real_uncond ? run_gradient_of<T, true, false> : run_gradient_of<T, false, false>)(run, n, inverse_norm,
+                                                                                           factor, base, out);
+}
+
 }  // namespace
 
-#define CODMD_DMD_LOOPS {guide, from_flow, moments, gradient}
+#define CODMD_DMD_LOOPS                                                                       \
+  {                                                                                           \
+    guide, from_flow, moments, gradient, {run_moments<float>, run_moments<bf16>},             \
+        {run_gradient<float>, run_gradient<bf16>}                                             \
+  }

@@ -32,9 +32,25 @@ class Chunks {
     const auto dense = [&](const Latent& l) { return !l.data || (l.stride[4] == 1 && l.stride[3] == s.width); };
     const int64_t* m = scores.mask_stride;
     const bool mask_dense = !scores.mask || (m[4] == 1 && m[3] == s.width) || (m[4] == 0 && m[3] == 0);
+    const auto neighbours = [](const Latent& l) { return !l.data || l.stride[4] == 1; };
+    direct_ = scores.dtype != DType::f16 && !scores.mask && !scores.fake_uncond.data && neighbours(scores.student) &&
+              neighbours(scores.fake) && neighbours(scores.real) && neighbours(scores.real_uncond) &&
+              neighbours(scores.noisy) && (!also || neighbours(*also));
     one_run_ = grid.height * grid.width == 1 && mask_dense && dense(scores.student) && dense(scores.fake) &&
                dense(scores.real) && dense(scores.real_uncond) && dense(scores.fake_uncond) && dense(scores.noisy) &&
                (!also || dense(*also));
+  }
+
+  // Whether run() may stand for fetch(): pixels lie side by side and nothing but one guidance is asked for.
+  bool direct() const { return direct_; }
+
+  DmdRun run(const PlaneIndex& p, int64_t y, int64_t x) const {
+    const auto at = [&](const Latent& l) -> const void* {
+      return l.data ? address(l, scores_.dtype, p.b, p.f, p.c, y, x) : nullptr;
+    };
+    const float sigma = scores_.sigma ? sigma_of(p) : -1.0f;
+    return {at(scores_.student), at(scores_.fake),     at(scores_.real), at(scores_.real_uncond),
+            at(scores_.noisy),   scores_.real_scale, sigma};
   }
 
   int64_t regions() const { return grid_.height * grid_.width; }
@@ -48,8 +64,8 @@ class Chunks {
   template <class Visit>
   void each(int64_t region, const Visit& visit) const {
     const Box box = box_of(region);
-    if (one_run_) return run(0, 0, scores_.shape.height * scores_.shape.width, visit);
-    for (int64_t y = box.top; y < box.bottom; ++y) run(y, box.left, box.right, visit);
+    if (one_run_) return chop(0, 0, scores_.shape.height * scores_.shape.width, visit);
+    for (int64_t y = box.top; y < box.bottom; ++y) chop(y, box.left, box.right, visit);
   }
 
   // d and r of n pixels; `forward` also reads the student, and noisy for r in x0 space.
@@ -60,9 +76,8 @@ class Chunks {
     const float* fake_uncond = optional(scores_.fake_uncond, p, y, x, n, fake_uncond_);
     loops_.guide(d, r, fake_uncond, real_uncond, scores_.fake_scale, scores_.real_scale, n);
     if (scores_.sigma) {
-      const float sigma = scores_.sigma[p.b * scores_.sigma_stride[0] + p.f * scores_.sigma_stride[1]];
       const float* noisy = forward ? optional(scores_.noisy, p, y, x, n, noisy_) : nullptr;
-      loops_.from_flow(d, r, noisy, sigma, n);
+      loops_.from_flow(d, r, noisy, sigma_of(p), n);
     }
     if (forward) read(scores_.student, p, y, x, n, student);
   }
@@ -92,6 +107,10 @@ class Chunks {
     int64_t top, bottom, left, right;
   };
 
+  float sigma_of(const PlaneIndex& p) const {
+    return scores_.sigma[p.b * scores_.sigma_stride[0] + p.f * scores_.sigma_stride[1]];
+  }
+
   Box box_of(int64_t region) const {
     const int64_t gy = region / grid_.width, gx = region % grid_.width;
     const Shape& s = scores_.shape;
@@ -100,7 +119,7 @@ class Chunks {
   }
 
   template <class Visit>
-  static void run(int64_t y, int64_t first, int64_t last, const Visit& visit) {
+  static void chop(int64_t y, int64_t first, int64_t last, const Visit& visit) {
     for (int64_t x = first; x < last; x += kDmdChunk) visit(y, x, std::min(kDmdChunk, last - x));
   }
 
@@ -118,7 +137,7 @@ class Chunks {
   const DmdLoops& loops_;
   void (*load_)(const void* from, int64_t stride, int64_t n, float* to);
   const Grid grid_;
-  bool one_run_;
+  bool one_run_, direct_;
   alignas(64) float real_uncond_[kDmdChunk];
   alignas(64) float fake_uncond_[kDmdChunk];
   alignas(64) float noisy_[kDmdChunk];

@@ -142,9 +142,8 @@ void pooled_forward(const Scores& scores, const Weights& weights, int threads, f
   if (batch_grad) std::fill_n(batch_grad, shape.batch * features.size, 0.0f);
   threads = useful_threads(threads, 3 * bytes_of(shape, scores.dtype));
   RelationTeam team(relations, weights.temperature, threads);
-  parallel(threads, [&](const Worker& worker) {
-    features.reduce(worker);
-    worker.barrier();
+  parallel(threads, [&](const Worker& worker) { features.reduce(worker); });
+  parallel(team.useful_threads(features.size), [&](const Worker& worker) {
     if (batch_grad) {
       features.average(worker);
       worker.barrier();
@@ -177,9 +176,8 @@ void pooled_frames(const Scores& scores, const Weights& weights, int threads, fl
   }
   threads = useful_threads(threads, 3 * bytes_of(shape, scores.dtype));
   RelationTeam team(relations, weights.temperature, threads);
-  parallel(threads, [&](const Worker& worker) {
-    features.reduce(worker);
-    worker.barrier();
+  parallel(threads, [&](const Worker& worker) { features.reduce(worker); });
+  parallel(team.useful_threads(features.size), [&](const Worker& worker) {
     features.average(worker);
     team.run(worker, [&](int which, int row, const double* matrix_row) {
       const RowProducts& products = relations[size_t(which)].products();

@@ -61,10 +61,11 @@ void Relation::gradient(int row, double temperature, double* matrix_row) const {
 }
 
 RelationTeam::RelationTeam(std::vector<Relation>& relations, double temperature, int threads)
-    : relations_(relations), temperature_(temperature), first_(1, 0) {
+    : relations_(relations), temperature_(temperature), threads_(threads), first_(1, 0) {
   for (const Relation& relation : relations) {
     const int rows = relation.rows() < 2 ? 0 : relation.rows();
     first_.push_back(first_.back() + rows);
+    pairs_ += int64_t(rows) * rows;
     largest_ = std::max(largest_, size_t(rows));
   }
   scratch_.resize(2 * largest_ * size_t(threads));

@@ -58,6 +58,9 @@ class RelationTeam {
  public:
   RelationTeam(std::vector<Relation>& relations, double temperature, int threads);
 
+  // Below about a tenth of a millisecond one thread is faster than a team and its barriers.
+  int useful_threads(int64_t features) const { return pairs_ * (64 + features) < (1 << 17) ? 1 : threads_; }
+
   template <class Write>
   void run(const Worker& worker, const Write& write) {
     double* scratch = scratch_.data() + 2 * largest_ * size_t(worker.index);
@@ -84,6 +87,8 @@ class RelationTeam {
 
   std::vector<Relation>& relations_;
   double temperature_;
+  int threads_;
+  int64_t pairs_ = 0;
   std::vector<int64_t> first_;
   size_t largest_ = 0;
   std::vector<double> scratch_;

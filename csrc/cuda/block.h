@@ -27,6 +27,7 @@ struct Values {
 #if defined(__CUDACC__)
 
 #define CODMD_DEVICE __device__ __forceinline__
+#define CODMD_UNROLL _Pragma("unroll")
 
 namespace codmd::cuda {
 
@@ -56,14 +57,14 @@ class Block {
   // Over the lanes of each warp, by butterflies: every lane holds the result.
   template <class T, int N>
   CODMD_DEVICE void warp_sum(PerThread<Values<T, N>>& values) {
-#pragma unroll
+CODMD_UNROLL
     for (int distance = kWarp / 2; distance > 0; distance /= 2)
-#pragma unroll
+CODMD_UNROLL
       for (int n = 0; n < N; ++n) values.value.at[n] += __shfl_xor_sync(~0u, values.value.at[n], distance);
   }
 
   CODMD_DEVICE void warp_max(PerThread<float>& values) {
-#pragma unroll
+CODMD_UNROLL
     for (int distance = kWarp / 2; distance > 0; distance /= 2)
       values.value = fmaxf(values.value, __shfl_xor_sync(~0u, values.value, distance));
   }
@@ -101,7 +102,7 @@ CODMD_DEVICE PerThread<T> block_sum(Block& block, PerThread<Values<T, N>>& value
   block.sync();
   block.each([&](int t) {
     if (t % kWarp) return;
-#pragma unroll
+CODMD_UNROLL
     for (int n = 0; n < N; ++n) warps[t / kWarp * N + n] = values[t].at[n];
   });
   block.sync();

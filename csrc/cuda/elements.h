@@ -66,7 +66,7 @@ CODMD_DEVICE void load(const T* from, float (&out)[N], Count<N>) {
     if (reinterpret_cast<uintptr_t>(from) % 16) __builtin_trap();
     const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from);
 #endif
-#pragma unroll
+CODMD_UNROLL
     for (int n = 0; n < N; ++n) out[n] = to_float(vector.at[n]);
   }
 }
@@ -77,7 +77,7 @@ CODMD_DEVICE void store(T* to, const float (&values)[N], Count<N>) {
     from_float(values[0], *to);
   } else {
     Vector<T> vector;
-#pragma unroll
+CODMD_UNROLL
     for (int n = 0; n < N; ++n) from_float(values[n], vector.at[n]);
 #if defined(__CUDACC__)
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&vector);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #define CODMD_DEVICE inline
+#define CODMD_UNROLL
 
 namespace codmd::cuda {
 

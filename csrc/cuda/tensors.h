@@ -33,6 +33,12 @@ struct FrameMask {
   const uint8_t* data;
   int64_t stride[2];
   CODMD_HD bool valid(int64_t b, int64_t f) const { return !data || data[b * stride[0] + f * stride[1]] != 0; }
+  CODMD_HD int64_t count(int64_t b, int64_t frames) const {
+    if (!data) return frames;
+    int64_t sum = 0;
+    for (int64_t f = 0; f < frames; ++f) sum += valid(b, f) ? 1 : 0;
+    return sum;
+  }
 };
 
 struct Grid {

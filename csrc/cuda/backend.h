@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA backend for its binding: plain pointers, sizes, element strides and the stream. A forward function returns
+// the bytes of workspace that it needs; called with workspace 0 it does nothing else. Nothing is allocated, nothing
+// waits, and the counters are zero before and after.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.h"
+#include "tensors.h"
+
+namespace codmd::cuda {
+
+struct Run {
+  int device;
+  int processors;  // multiprocessors, which decide how far planes are split
+  Stream stream;
+  uintptr_t workspace;
+  uint32_t* counters;  // relation_counters of them, private to the stream
+};
+
+struct RelationScores {
+  Shape shape;
+  DType dtype;
+  Tensor student, real, fake;
+  FrameMask mask;
+  Grid grid;
+};
+
+struct RelationWeights {
+  double temperature, batch, frame;
+};
+
+// Upstream gradients are device scalars; null stands for none.
+struct Upstream {
+  const float *total, *batch, *frame;
+};
+
+// terms[3] = (total, batch, frame). A null gradient means that its term is not computed and is 0. frame_grad:
+// [B, F, K] for a grid, [B, F, F] (the matrices M / B) for every pixel; batch_grad: [B, K].
+int64_t relation_forward(const Run& run, const RelationScores& scores, const RelationWeights& weights, float* terms,
+                         float* frame_grad, float* batch_grad);
+
+// The frame term alone, and the rows psi_x | psi_r | psi_d | valid frames, [B, 3K + 1].
+int64_t relation_frames(const Run& run, const RelationScores& scores, const RelationWeights& weights,
+                        float* frame_term, float* frame_grad, float* pooled);
+
+// The batch term of gathered rows [N, 3K + 1], and grad_scale times the gradient of `rows` of them.
+int64_t relation_batch(const Run& run, const float* pooled, int64_t samples, int64_t features, int64_t first_row,
+                       int64_t rows, const float* frame_term, const RelationWeights& weights, double grad_scale,
+                       float* terms, float* batch_grad);
+
+// Writes the student's gradient; its values are read when the grid keeps every pixel. Needs no workspace.
+void relation_backward(const Run& run, const Shape& shape, DType dtype, const Tensor& student, const Tensor& grad,
+                       const FrameMask& mask, const Grid& grid, const Upstream& upstream, const float* frame_grad,
+                       const float* batch_grad, double batch_weight, double frame_weight);
+
+// Counters that every function above makes do with.
+int64_t relation_counters(int64_t samples, int64_t frames);
+
+}  // namespace codmd::cuda

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "long_relation.h"
+
+namespace codmd::cuda {
+
+LongRows table_rows(const float* table, int64_t relations, int64_t n, int64_t features) {
+  const int64_t pitch = row_pitch(features);
+  const auto part = [&](int64_t which) {
+    return Tensor{table ? table + which * features : nullptr, {n * pitch, pitch, 0, 0, 1}};
+  };
+  const Validity validity{{}, table ? table + 3 * features : nullptr, n * pitch, pitch};
+  return {{relations, n, 1, 1, features}, DType::f32, part(0), part(1), part(2), true, validity};
+}
+
+namespace {
+
+PixelRows pixels_of(const LongRows& rows) {
+  return pixel_rows(rows.shape, element_size(rows.dtype), {rows.student, rows.real, rows.other});
+}
+
+// Enough blocks to fill the device, none with fewer than eight chunks of pixels.
+int64_t gram_splits(const Run& run, const Shape& shape) {
+  const int64_t features = shape.channels * shape.height * shape.width, chunks = (features + kChunk - 1) / kChunk;
+  const int64_t blocks = shape.batch * panel_pairs(shape.frames), wanted = (kWaves * run.processors + blocks - 1) / blocks;
+  const int64_t splits = wanted < chunks / 8 ? wanted : chunks / 8;
+  return splits < 1 ? 1 : splits;
+}
+
+}  // namespace
+
+int64_t long_counters(int64_t relations, int64_t n) { return relations * panel_pairs(n); }
+
+TermPart long_relation(const Run& run, Arena& arena, const LongRows& rows, float temperature, float scale,
+                       float*& matrix) {
+  const int64_t relations = rows.shape.batch, n = rows.shape.frames, splits = gram_splits(run, rows.shape);
+  const int64_t pairs = relations * panel_pairs(n);
+  float* partial = arena.take<float>(pairs * splits * GramPass<float>::kPartialFloats);
+  float* grams = arena.take<float>(relations * gram_floats(n));
+  float* similarity = arena.take<float>(relations * n * n);
+  float* excess = arena.take<float>(relations * n * n);
+  float* divergence = arena.take<float>(relations * n);
+  float* counts = arena.take<float>(relations);
+  if (!matrix) matrix = arena.take<float>(relations * n * n);
+  if (arena.counting()) return {};
+
+  with_type(rows.dtype, [&](auto element) {
+    using T = decltype(element);
+    const GramPass<T> pass{pixels_of(rows), rows.student, rows.real,    rows.other, rows.is_difference,
+                           rows.validity,   splits,       partial,      run.counters, grams};
+    launch(pass, pairs * splits, GramPass<T>::kSharedFloats, run.stream);
+  });
+  const int64_t blocks = relations * DivergencePass::blocks_per_relation(n);
+  launch(DivergencePass{n, grams, rows.validity, temperature, similarity, excess, divergence, counts}, blocks, 0,
+         run.stream);
+  launch(MatrixPass{n, grams, rows.validity, temperature, scale, similarity, excess, counts, matrix}, blocks, 0,
+         run.stream);
+  return {divergence, counts, relations, n};
+}
+
+void long_means(const Run& run, const Arena& arena, const LongRows& rows, float* out) {
+  if (arena.counting()) return;
+  with_type(rows.dtype, [&](auto element) {
+    using T = decltype(element);
+    const MeanPass<T> pass{pixels_of(rows), rows.student, rows.real, rows.other, rows.is_difference, rows.validity,
+                           out};
+    launch(pass, rows.shape.batch * MeanPass<T>::blocks_per_sample(pass.rows.features()), 0, run.stream);
+  });
+}
+
+void long_mix(const Run& run, const Arena& arena, const LongRows& rows, const float* matrix, Scale scale,
+              const float* batch_grad, Scale batch_scale, const Tensor& out, int64_t first_row, int64_t count) {
+  if (arena.counting()) return;
+  const PixelRows pixels = pixel_rows(rows.shape, element_size(rows.dtype), {rows.student, out});
+  with_type(rows.dtype, [&](auto element) {
+    using T = decltype(element);
+    const MixPass<T> pass{pixels, rows.student, out,   first_row,  count,      rows.validity,
+                          matrix, scale,        batch_grad, batch_scale};
+    const int64_t tiles = (pixels.features() + pass.kPixels - 1) / pass.kPixels;
+    launch(pass, rows.shape.batch * tiles * ((count + pass.kBand - 1) / pass.kBand), pass.kSharedFloats, run.stream);
+  });
+}
+
+void long_terms(const Run& run, const Arena& arena, const TermPart& frames, const TermPart& batch,
+                const float* given_frame, const RelationWeights& weights, float* terms, float* frame_term) {
+  if (arena.counting()) return;
+  const Weights narrow{float(weights.temperature), float(weights.batch), float(weights.frame)};
+  launch(TermsPass{frames, batch, given_frame, narrow, terms, frame_term}, 1, 2, run.stream);
+}
+
+void long_forward(const Run& run, Arena& arena, const LongRows& rows, const RelationWeights& weights,
+                  bool pooled_features, float* frame_grad, float* batch_grad, float* pooled, float* terms,
+                  float* frame_term) {
+  const Shape& shape = rows.shape;
+  const int64_t features = shape.channels * shape.height * shape.width, samples = shape.batch;
+  const float temperature = float(weights.temperature);
+  TermPart frames{}, batch{};
+  if (frame_grad) {
+    float* matrix = pooled_features ? nullptr : frame_grad;
+    frames = long_relation(run, arena, rows, temperature, 1.0f / float(samples), matrix);
+    const Tensor out{frame_grad, {shape.frames * features, features, 0, 0, 1}};
+    if (pooled_features)
+      long_mix(run, arena, rows, matrix, {nullptr, nullptr, 1.0f}, nullptr, {}, out, 0, shape.frames);
+  }
+  if (batch_grad && !pooled) pooled = arena.take<float>(samples * row_pitch(features));
+  if (batch_grad || pooled) long_means(run, arena, rows, pooled);
+  if (batch_grad) {
+    float* matrix = nullptr;
+    const LongRows table = table_rows(pooled, 1, samples, features);
+    batch = long_relation(run, arena, table, temperature, 1.0f, matrix);
+    const Tensor out{batch_grad, {0, features, 0, 0, 1}};
+    long_mix(run, arena, table, matrix, {nullptr, nullptr, 1.0f}, nullptr, {}, out, 0, samples);
+  }
+  long_terms(run, arena, frames, batch, nullptr, weights, terms, frame_term);
+}
+
+}  // namespace codmd::cuda

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From pooled features to losses and gradients, a block to each sample: the mean over frames and the frame relation;
+// the block that finishes last takes the batch relation and the terms. For relations whose features and matrices fit
+// shared memory; others take the way of long_relation.h.
+#pragma once
+
+#include <cstdint>
+
+#include "feature_row.h"
+#include "relation_rows.h"
+
+namespace codmd::cuda {
+
+// What every device gives a block without asking, less what reductions use.
+constexpr int64_t kFusedFloats = 48 * 256 - kReserved;
+
+CODMD_HD inline int64_t fused_floats(int64_t n, int64_t features) {
+  return n * (row_pitch(features) + 6) + 2 * n * n;
+}
+
+struct FeatureProducts {
+  const float* table;
+  const Norms<float>* norms;
+  int features;
+
+  CODMD_DEVICE const float* row(int64_t i) const { return table + i * row_pitch(features); }
+  CODMD_DEVICE bool valid(int64_t i) const { return row(i)[3 * features] > 0.0f; }
+  CODMD_DEVICE Norms<float> norm(int64_t i) const { return norms[i]; }
+  CODMD_DEVICE Inner<float> pair(int64_t i, int64_t j) const {
+    const float *a = row(i), *b = row(j);
+    Inner<float> sum{};
+    for (int k = 0; k < features; ++k) {
+      const float r = a[features + k], d = a[2 * features + k], rj = b[features + k], dj = b[2 * features + k];
+      sum.xx += a[k] * b[k];
+      sum.rr += r * rj;
+      sum.rd += r * dj;
+      sum.dr += d * rj;
+      sum.dd += d * dj;
+    }
+    return sum;
+  }
+  CODMD_DEVICE Norms<float> own_norm(int64_t i) const {
+    const float *r = row(i) + features, *d = r + features;
+    float squared = 0.0f;
+    for (int k = 0; k < features; ++k) squared += (r[k] + d[k]) * (r[k] + d[k]);
+    return codmd::norms(pair(i, i), squared);
+  }
+};
+
+// The mean divergence of a table [n, 3K + 1] in shared memory; `grad` receives scale times the gradient of rows
+// first_row .. first_row + rows - 1. `scratch` has fused_floats less the table. All threads return the loss.
+CODMD_DEVICE float fused_relation(Block& block, const float* table, int features, int64_t n, int64_t first_row,
+                                  int64_t rows, float temperature, float scale, float* grad, float* scratch) {
+  Norms<float>* norms = reinterpret_cast<Norms<float>*>(scratch);
+  float* divergence = scratch + 5 * n;
+  float* similarity = divergence + n;
+  float* excess = similarity + n * n;
+  static_assert(sizeof(Norms<float>) <= 5 * sizeof(float), "norms fit their part of the scratch");
+  const FeatureProducts products{table, norms, features};
+
+  block.each([&](int t) {
+    for (int64_t i = t; i < n; i += kThreads) norms[i] = products.own_norm(i);
+  });
+  block.sync();
+  const int64_t count = count_valid(products, n);
+  for (int64_t first = 0; first < n; first += kWarps)
+    diverge_rows(block, products, n, count, first, temperature, similarity, excess, divergence);
+  block.sync();
+  for (int64_t first = 0; first < n; first += kWarps)
+    gradient_rows(block, products, n, count, first, temperature, scale, similarity, excess, similarity);
+  block.sync();
+  block.each([&](int t) {
+    for (int64_t at = t; at < rows * features; at += kThreads) {
+      const int64_t i = quotient(at, features), k = at - i * features;
+      const float* weights = similarity + (first_row + i) * n;
+      float sum = 0.0f;
+      for (int64_t j = 0; j < n; ++j)
+        if (products.valid(j)) sum += weights[j] * products.row(j)[k];
+      grad[at] = sum;
+    }
+  });
+  float loss = 0.0f;
+  for (int64_t i = 0; i < n; ++i) loss += divergence[i];
+  return count > 1 ? loss / float(count) : 0.0f;
+}
+
+struct Weights {
+  float temperature, batch, frame;
+};
+
+CODMD_DEVICE void write_terms(float* terms, float batch, float frame, const Weights& weights) {
+  terms[0] = (weights.batch ? weights.batch * batch : 0.0f) + (weights.frame ? weights.frame * frame : 0.0f);
+  terms[1] = batch;
+  terms[2] = frame;
+}
+
+struct FinishPass {
+  static constexpr const char* kName = "finish_pass";
+  static constexpr int kBlocksPerMultiprocessor = 2;
+
+  int64_t samples, frames, splits;
+  int features;
+  Weights weights;
+  const float* partial;  // [splits, B, F, 3K + 1]: adding the splits gives the table of the frames
+  float* rows;           // [B, 3K + 1], or null
+  float* losses;         // [B]: the samples' frame terms
+  float* frame_grad;     // [B, F, K], or null: the frame term is 0
+  float* batch_grad;     // [B, K], or null: the batch term is 0
+  float* terms;          // [3] total, batch, frame; or null
+  float* frame_term;     // [1], or null
+  uint32_t* counter;
+
+  CODMD_DEVICE void operator()(Block& block) const {
+    sample(block, block.index());
+    if (block.is_last(counter, uint32_t(samples))) all(block);
+  }
+
+  CODMD_DEVICE void sample(Block& block, int64_t b) const {
+    const int64_t pitch = row_pitch(features), size = frames * pitch;
+    float* table = block.shared() + kReserved;
+    block.each([&](int t) {
+      for (int64_t at = t; at < size; at += kThreads) {
+        const float* part = partial + b * size + at;
+        float sum = part[0];
+        for (int64_t split = 1; split < splits; ++split) sum += part[split * samples * size];
+        table[at] = sum;
+      }
+    });
+    block.sync();
+    float loss = 0.0f;
+    if (frame_grad)
+      loss = fused_relation(block, table, features, frames, 0, frames, weights.temperature, 1.0f / float(samples),
+                            frame_grad + b * frames * features, table + size);
+    block.each([&](int t) {
+      if (t == 0) losses[b] = loss;
+      for (int64_t k = t; rows && k < pitch; k += kThreads) {
+        float sum = 0.0f, count = 0.0f;
+        for (int64_t f = 0; f < frames; ++f) {
+          const float* row = table + f * pitch;
+          if (!(row[pitch - 1] > 0.0f)) continue;
+          sum += row[k];
+          count += 1.0f;
+        }
+        rows[b * pitch + k] = k < pitch - 1 && count > 0.0f ? sum / count : sum;
+      }
+    });
+  }
+
+  CODMD_DEVICE void all(Block& block) const {
+    const int64_t pitch = row_pitch(features);
+    float* table = block.shared() + kReserved;
+    float batch = 0.0f;
+    if (batch_grad) {
+      block.each([&](int t) {
+        for (int64_t at = t; at < samples * pitch; at += kThreads) table[at] = rows[at];
+      });
+      block.sync();
+      batch = fused_relation(block, table, features, samples, 0, samples, weights.temperature, 1.0f, batch_grad,
+                             table + samples * pitch);
+    }
+    block.each([&](int t) {
+      if (t != 0) return;
+      float frame = 0.0f;
+      for (int64_t b = 0; b < samples; ++b) frame += losses[b];
+      frame /= float(samples);
+      if (frame_term) *frame_term = frame;
+      if (terms) write_terms(terms, batch, frame, weights);
+    });
+  }
+};
+
+}  // namespace codmd::cuda
