@@ -7,10 +7,12 @@ import json
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from codmd.distill.rollout import noise_like
 from codmd.distill.schedule import shift_sigma
@@ -18,14 +20,16 @@ from codmd.models.toy import ToyConfig, ToyDenoiser
 
 from .arc import ArcConfig, ArcVideo
 
+SHARDS = 2
+
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """Everything the teacher's weights depend on; its hash names the cache file."""
 
-    steps: int = 8000
-    batch_size: int = 256
-    lr: float = 5e-3
+    steps: int = 6000
+    batch_size: int = 512
+    lr: float = 2e-3
     warmup: int = 200
     shift: float = 3.0
     seed: int = 0
@@ -43,6 +47,10 @@ def cache_path(config: TeacherConfig) -> Path:
 def train_teacher(config: TeacherConfig, progress: Callable[[], None]) -> ToyDenoiser:
     """Flow matching on fresh arc video, Adam with a linear warm-up and a cosine decay to 0.
 
+    Each batch is split over `SHARDS` Python threads, each with one torch thread of its own: on two cores nearly
+    twice as fast as one, without the spinning barriers that make torch's own threads crawl on a busy machine. The
+    result does not depend on how many cores there are.
+
     Args:
         progress: called after every step.
     """
@@ -51,20 +59,27 @@ def train_teacher(config: TeacherConfig, progress: Callable[[], None]) -> ToyDen
         torch.manual_seed(config.seed)
         model = ToyDenoiser(config.model)
     data = ArcVideo(config.arc)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    for step in range(config.steps):
-        warm = min(1.0, (step + 1) / config.warmup)
-        lr = config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        x0 = data.sample(config.batch_size, generator)
-        noise = noise_like(x0, generator)
-        sigma = shift_sigma(torch.rand(config.batch_size, generator=generator), config.shift)
-        loss = (model(model.add_noise(x0, noise, sigma), sigma) - (noise - x0)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress()
+    weights = list(model.parameters())
+    optimizer = torch.optim.Adam(weights, fused=True)
+
+    def gradient(x0: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+        error = model(model.add_noise(x0, noise, sigma), sigma) - (noise - x0)
+        return torch.autograd.grad(error.square().mean() / SHARDS, weights)
+
+    with ThreadPoolExecutor(SHARDS, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        for step in range(config.steps):
+            warm = min(1.0, (step + 1) / config.warmup)
+            lr = config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            x0 = data.sample(config.batch_size, generator)
+            noise = noise_like(x0, generator)
+            sigma = shift_sigma(torch.rand(config.batch_size, generator=generator), config.shift)
+            shards = threads.map(gradient, x0.chunk(SHARDS), noise.chunk(SHARDS), sigma.chunk(SHARDS))
+            for weight, *parts in zip(weights, *shards, strict=True):
+                weight.grad = sum(parts[1:], start=parts[0])
+            optimizer.step()
+            progress()
     return model
 
 
