@@ -13,10 +13,12 @@ from typing import NoReturn
 
 COMMANDS = {
     "convert": "codmd.convert",
+    "compare": "codmd.compare.command",
     "demo": "codmd.demo.command",
     "doctor": "codmd.doctor",
     "guidance": "codmd.guidance",
     "inspect": "codmd.inspect.command",
+    "sample": "codmd.sample.command",
     "train": "codmd.train_command",
     "vbench": "codmd.vbench",
 }
