@@ -311,3 +311,43 @@ def test_two_processes_give_the_gradient_of_the_global_batch(backend):
     if not has_fused(backend):
         pytest.skip(f"{backend} has no fused DMD pass here")
     run_processes(compare_with_one_process, 2, backend)
+
+
+@pytest.mark.skipif(not has_fused("cpp"), reason="the C++ extension is not built")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_is_as_good_as_torch(dtype, isa):
+    from codmd.ops import _cpp
+
+    before = _cpp._C.active_isa()
+    if not _cpp._C.select_isa(isa):
+        pytest.skip(f"this processor or build has no {isa}")
+    try:
+        for flow in (False, True):
+            student, arguments = scores((2, 5, 3, 11, 53), dtype, flow=flow)
+            options = {"prediction": "flow" if flow else "x0", **arguments}
+            assert_as_good_as_torch(student, "cpp", UPSTREAMS[1], **options)
+            options.pop("fake_uncond")
+            assert_as_good_as_torch(student, "cpp", UPSTREAMS[1], **options)
+            options.pop("real_uncond")
+            assert_as_good_as_torch(student, "cpp", UPSTREAMS[1], pool=(2, 3), convention="longlive", **options)
+            mask = torch.rand(student.shape) > 0.5
+            assert_as_good_as_torch(student, "cpp", UPSTREAMS[1], mask=mask, **options)
+    finally:
+        _cpp._C.select_isa(before)
+
+
+@pytest.mark.skipif(not has_fused("cpp"), reason="the C++ extension is not built")
+def test_the_number_of_threads_does_not_change_the_gradient_of_the_dmd_term():
+    student, arguments = scores((2, 5, 4, 40, 52), torch.bfloat16, flow=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(terms_and_gradient(fused, student, prediction="flow", backend="cpp", **arguments))
+    finally:
+        torch.set_num_threads(threads)
+    for terms, gradient in results[1:]:
+        assert torch.equal(terms, results[0][0])
+        assert torch.equal(gradient, results[0][1])

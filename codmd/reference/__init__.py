@@ -1,7 +1,7 @@
 """The mathematics of CoDMD in plain PyTorch: the truth that every backend, test and benchmark compares with."""
 
 from codmd.reference.dmd import dmd_direction, dmd_loss
-from codmd.reference.guidance import guided, x0_prediction
+from codmd.reference.guidance import guided, x0_from_flow, x0_prediction
 from codmd.reference.relation import (
     batch_features,
     batch_term,
@@ -51,5 +51,6 @@ __all__ = [
     "to_bfchw",
     "unit_difference",
     "unit_vectors",
+    "x0_from_flow",
     "x0_prediction",
 ]
