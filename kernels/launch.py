@@ -1,0 +1,114 @@
+"""Launching kernels with little host time: compiled once, then called with its constants bound.
+
+A :class:`Launcher` belongs to one plan, whose key fixes everything Triton specialises on: dtypes, sizes, strides,
+pointer alignment, the device. So the compiled kernel is called directly and Triton's own argument binder,
+several times the cost of a launch, is paid once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+"""Triton's CPU interpreter runs the kernels (``TRITON_INTERPRET=1`` before the first import of triton)."""
+
+ASSUMED_MULTIPROCESSORS = 132
+"""Used to choose tiles where no device can be asked: under the interpreter and for ahead-of-time compilation."""
+
+_COUNTERS_PER_STREAM = 4096
+_CAPTURE_POOL = 1 << 18
+
+
+class Launcher:
+    """A kernel with its grid, constants (the last parameters, in order) and compilation options bound.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: programs.
+        constants: values of its constexpr parameters.
+        warps: warps a program.
+        registers: most registers a thread may take, on NVIDIA GPUs; None leaves the choice to the assembler.
+    """
+
+    __slots__ = ("_run", "constants", "grid", "kernel", "registers", "warps")
+
+    def __init__(
+        self, kernel: Any, grid: int, constants: tuple[Any, ...], warps: int, registers: int | None = None
+    ) -> None:
+        self.kernel = kernel
+        self.grid = (grid, 1, 1)
+        self.constants = constants
+        self.warps = warps
+        self.registers = registers
+        self._run: Callable[..., None] | None = None
+
+    def options(self, backend: str) -> dict[str, Any]:
+        """Options of ``triton.compile`` for ``"cuda"`` or ``"hip"``."""
+        options = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
+        if self.registers is not None and backend == "cuda":
+            options["maxnreg"] = self.registers
+        return options
+
+    def __call__(self, stream: int, *arguments: Any) -> None:
+        if self._run is not None:
+            self._run(*arguments, *self.constants, stream=stream)
+        elif INTERPRETING:
+            self.kernel[self.grid](*arguments, *self.constants)
+        else:
+            options = self.options(triton.runtime.driver.active.get_current_target().backend)
+            self._run = self.kernel[self.grid](*arguments, *self.constants, **options)[self.grid]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors (compute units) of ``device``."""
+    if device.type != "cuda":
+        return ASSUMED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def current_stream(device: torch.device) -> int:
+    """Raw handle of torch's current stream on ``device``; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0
+    return int(triton.runtime.driver.active.get_current_stream(device.index))
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+_capture_pool: dict[torch.device, tuple[Tensor, int]] = {}
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    """Zeros made on a stream of their own, so that a caller's private memory pool never owns them."""
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+    torch.cuda.current_stream(device).wait_stream(side)
+    return zeros
+
+
+def counters(device: torch.device, stream: int, count: int) -> Tensor:
+    """``count`` int32 zeros for "last block done" tickets; the kernel that uses them leaves them zero.
+
+    Work on one stream runs in order and shares a buffer. Graphs may replay side by side on any streams, so every
+    captured call takes counters that no other call ever gets; without a warm-up before the capture they come from
+    the graph's own memory, with a memset in the graph.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        pool, used = _capture_pool.get(device, (None, 0))
+        if pool is None or used + count > len(pool):
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _capture_pool[device] = pool, used + count
+        return pool[used : used + count]
+    buffer = _counters.get((device, stream))
+    if buffer is None or len(buffer) < count:
+        if device.type == "cuda" and device not in _capture_pool:
+            _capture_pool[device] = _zeros(device, _CAPTURE_POOL), 0
+        buffer = _counters[device, stream] = _zeros(device, max(_COUNTERS_PER_STREAM, count))
+    return buffer

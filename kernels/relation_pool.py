@@ -1,0 +1,244 @@
+"""One launch: read student, real and fake once, pool them to features, and finish the relation in the last block.
+
+A program averages one piece of one region of one (sample, frame, channel) plane: Σx, Σr and Σ(f - r) in float32.
+The block that completes a sample adds the pieces in a fixed order, writes the sample's feature table
+``[3K + 1, F]`` (see :mod:`.relation_algebra`) and its row ``[3K + 1]`` of time averages, and computes the frame
+term; the block that completes the last sample computes the batch term and the total. Feature k = (c, gy, gx).
+"""
+
+import triton
+import triton.language as tl
+
+from .relation_algebra import relation_in_one_block
+
+
+@triton.jit
+def load_triple(student, real, fake, at_x, at_r, at_f, mask):
+    """x, r and f - r as float32; half-precision arithmetic never happens."""
+    x = tl.load(student + at_x, mask=mask, other=0.0).to(tl.float32)
+    r = tl.load(real + at_r, mask=mask, other=0.0).to(tl.float32)
+    f = tl.load(fake + at_f, mask=mask, other=0.0).to(tl.float32)
+    return x, r, f - r
+
+
+@triton.jit
+def sum_run(student, real, fake, start, stop, TILE: tl.constexpr, VEC: tl.constexpr):
+    """Σx, Σr, Σd of elements ``start : stop`` of three contiguous planes; both multiples of VEC."""
+    i = tl.arange(0, TILE)
+    x = tl.zeros([TILE], tl.float32)
+    r = tl.zeros([TILE], tl.float32)
+    d = tl.zeros([TILE], tl.float32)
+    for first in range(start, stop, TILE):
+        at = first + i
+        # The comparison is per vector of VEC elements: that is what lets a masked load stay 16 bytes wide.
+        more = load_triple(student, real, fake, at, at, at, i // VEC < (stop - first) // VEC)
+        x += more[0]
+        r += more[1]
+        d += more[2]
+    return tl.sum(x, 0), tl.sum(r, 0), tl.sum(d, 0)
+
+
+@triton.jit
+def sum_columns(
+    student, real, fake, top, bottom, left, width, x_h, x_w, r_h, r_w, f_h, f_w,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Column sums [TILE_W] of x, r, d over rows ``top : bottom``, columns ``left : left + TILE_W`` (< width)."""
+    i = tl.arange(0, TILE_W)
+    column = (left + i).to(tl.int64)[None, :]
+    inside = (i // VEC < (width - left) // VEC)[None, :]
+    x = tl.zeros([TILE_H, TILE_W], tl.float32)
+    r = tl.zeros([TILE_H, TILE_W], tl.float32)
+    d = tl.zeros([TILE_H, TILE_W], tl.float32)
+    for first in range(top, bottom, TILE_H):
+        y = first + tl.arange(0, TILE_H)[:, None]
+        line = y.to(tl.int64)
+        more = load_triple(
+            student, real, fake,
+            line * x_h * VEC + column * x_w, line * r_h * VEC + column * r_w, line * f_h * VEC + column * f_w,
+            (y < bottom) & inside,
+        )  # fmt: skip
+        x += more[0]
+        r += more[1]
+        d += more[2]
+    return tl.sum(x, 0), tl.sum(r, 0), tl.sum(d, 0)
+
+
+@triton.jit
+def store_regions(at, stride_k, third, x, r, d, left, width, top, bottom, GRID_W: tl.constexpr, TILE_W: tl.constexpr):
+    """Add the columns of each of GRID_W regions, divide by the region's area, store at ``at + gx·stride_k``."""
+    GROUP: tl.constexpr = max(1, min(triton.next_power_of_2(GRID_W), 2048 // TILE_W))
+    column = left + tl.arange(0, TILE_W)
+    region = ((column + 1) * GRID_W - 1) // width
+    for first in tl.static_range(0, GRID_W, GROUP):
+        gx = first + tl.arange(0, GROUP)
+        area = ((gx + 1) * width // GRID_W - gx * width // GRID_W) * (bottom - top)
+        chosen = region[None, :] == gx[:, None]
+        share = 1.0 / tl.maximum(area, 1).to(tl.float32)
+        out = at + gx.to(tl.int64) * stride_k
+        kept = gx < GRID_W
+        tl.store(out, tl.sum(tl.where(chosen, x[None, :], 0.0), 1) * share, mask=kept)
+        tl.store(out + third, tl.sum(tl.where(chosen, r[None, :], 0.0), 1) * share, mask=kept)
+        tl.store(out + 2 * third, tl.sum(tl.where(chosen, d[None, :], 0.0), 1) * share, mask=kept)
+
+
+@triton.jit
+def frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f):
+    """Bool like ``frame``: inside the video and not masked."""
+    inside = frame < frames
+    if frame_mask is None:
+        return inside
+    else:
+        at = frame_mask + sample.to(tl.int64) * mask_b + frame.to(tl.int64) * mask_f
+        return inside & (tl.load(at, mask=inside, other=0) != 0)
+
+
+@triton.jit
+def finish_sample(
+    pieces, table, pooled, frame_mask, sample, frames, features, mask_b, mask_f,
+    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Complete one sample's table [3K + 1, F] from its pieces [SPLITS, 3K, F], and its time averages [3K + 1]."""
+    frame = tl.arange(0, BLOCK_F)
+    valid = frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f)
+    weight = valid.to(tl.float32)
+    count = tl.sum(weight, 0)
+    rows = 3 * features
+    BLOCK_R: tl.constexpr = max(512 // BLOCK_F, 1)
+    for first in range(0, rows, BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        mask = (row < rows)[:, None] & valid[None, :]
+        at = row[:, None] * frames + frame[None, :]
+        value = tl.load(pieces + at, mask=mask, other=0.0)
+        if SPLITS > 1:
+            for split in range(1, SPLITS):
+                value += tl.load(pieces + split * rows * frames + at, mask=mask, other=0.0)
+        if SPLITS > 1 or frame_mask is not None:
+            # Invalid frames get zeros, so that a zero weight can multiply them.
+            tl.store(table + at, value, mask=(row < rows)[:, None] & (frame < frames)[None, :])
+        tl.store(pooled + row, tl.sum(value, 1) / tl.maximum(count, 1.0), mask=row < rows)
+    tl.store(table + rows * frames + frame, weight, mask=frame < frames)
+    tl.store(pooled + rows, count)
+
+
+@triton.jit
+def ordered_sum(values, count, BLOCK: tl.constexpr):
+    """Σ values[:count] in a fixed order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(values + i, mask=i < count, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def store_terms(terms, batch, frame, batch_weight, frame_weight):
+    """terms = (total, batch term, frame term)."""
+    tl.store(terms, batch_weight * batch + frame_weight * frame)
+    tl.store(terms + 1, batch)
+    tl.store(terms + 2, frame)
+
+
+@triton.jit(
+    do_not_specialize=["scratch_at", "matrices_at", "samples", "frames", "channels", "features"],
+    do_not_specialize_on_alignment=[
+        "frame_mask", "terms", "frame_grad", "batch_grad", "pooled", "workspace", "counters"
+    ],
+)  # fmt: skip
+def pool_kernel(
+    student, real, fake,  # [B, F, C, H, W], any strides
+    frame_mask,  # [B, F] or None
+    terms,  # [3]
+    frame_grad,  # [B, F, K]
+    batch_grad,  # [B, K]
+    pooled,  # [B, 3K + 1], or None: kept in the workspace
+    workspace,  # tables [B, 3K + 1, F], losses [B], pooled [B, 3K + 1], then from scratch_at on
+    # pieces [B, SPLITS, 3K, F] if SPLITS > 1, and from matrices_at on B matrices [2F + 2, F] or one [2B + 2, B]
+    counters,  # [B + 1], zero before and after
+    scratch_at, matrices_at, samples, frames, channels, features, height, width,
+    x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
+    temperature, batch_weight, frame_weight,
+    GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
+    FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    FRAMES: tl.constexpr, BATCH: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements."""
+    pid = tl.program_id(0)
+    per_sample = frames * channels * GRID_H * SPLITS
+    sample = pid // per_sample
+    split = pid % SPLITS
+    gy = pid // SPLITS % GRID_H
+    channel = pid // (SPLITS * GRID_H) % channels
+    frame = pid // (SPLITS * GRID_H * channels) % frames
+
+    b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
+    third = features.to(tl.int64) * frames
+    table = workspace + b * (3 * third + frames)
+    losses = workspace + samples.to(tl.int64) * (3 * third + frames)
+    if pooled is None:
+        averages = losses + samples
+    else:
+        averages = pooled
+    pieces = table
+    if SPLITS > 1:
+        pieces = workspace + scratch_at + b * SPLITS * 3 * third
+    matrices = workspace + matrices_at
+    at = pieces + split.to(tl.int64) * 3 * third + (c * GRID_H + gy) * GRID_W * frames + f
+
+    if frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f):
+        top = gy * height // GRID_H
+        bottom = (gy + 1) * height // GRID_H
+        x_at = student + (b * x_b + f * x_f + c * x_c) * VEC
+        r_at = real + (b * r_b + f * r_f + c * r_c) * VEC
+        f_at = fake + (b * f_b + f * f_f + c * f_c) * VEC
+        if FLAT:
+            size = (bottom - top) * width
+            run = tl.cdiv(tl.cdiv(size, TILE_W), SPLITS) * TILE_W
+            skip = top.to(tl.int64) * width // VEC * VEC
+            x, r, d = sum_run(
+                x_at + skip, r_at + skip, f_at + skip, split * run, tl.minimum(size, split * run + run), TILE_W, VEC
+            )
+            share = 1.0 / size.to(tl.float32)
+            tl.store(at, x * share)
+            tl.store(at + third, r * share)
+            tl.store(at + 2 * third, d * share)
+        else:
+            lines = tl.cdiv(bottom - top, SPLITS // COLUMN_TILES)
+            left = split % COLUMN_TILES * TILE_W
+            start = top + split // COLUMN_TILES * lines
+            x, r, d = sum_columns(
+                x_at, r_at, f_at, start, tl.minimum(bottom, start + lines), left, width,
+                x_h, x_w, r_h, r_w, f_h, f_w, TILE_H, TILE_W, VEC,
+            )  # fmt: skip
+            store_regions(at, frames, third, x, r, d, left, width, top, bottom, GRID_W, TILE_W)
+
+    # Every thread's stores must precede the one thread's ticket.
+    tl.debug_barrier()
+    if tl.atomic_add(counters + sample, 1) == per_sample - 1:
+        tl.store(counters + sample, 0)
+        finish_sample(
+            pieces, table, averages + b * (3 * features + 1), frame_mask, sample, frames, features, mask_b, mask_f,
+            SPLITS, BLOCK_F,
+        )  # fmt: skip
+        tl.debug_barrier()
+        if FRAMES:
+            loss = relation_in_one_block(
+                table, 1, frames, frames, features, temperature, matrices + b * (2 * frames + 2) * frames,
+                frame_grad + b * frames * features, 1.0 / samples, BLOCK_I, BLOCK_F, BLOCK_K,
+            )  # fmt: skip
+            tl.store(losses + sample, loss)
+        if TERMS:
+            tl.debug_barrier()
+            if tl.atomic_add(counters + samples, 1) == samples - 1:
+                tl.store(counters + samples, 0)
+                frame_term = 0.0
+                batch_term = 0.0
+                if FRAMES:
+                    frame_term = ordered_sum(losses, samples, BLOCK_B) / samples
+                if BATCH:
+                    batch_term = relation_in_one_block(
+                        averages, 3 * features + 1, 1, samples, features, temperature, matrices, batch_grad, 1.0,
+                        BLOCK_I, BLOCK_B, BLOCK_K,
+                    )  # fmt: skip
+                store_terms(terms, batch_term, frame_term, batch_weight, frame_weight)

@@ -1,0 +1,176 @@
+"""The relation of many vectors (N > 64), or of gathered ones: row blocks in parallel, last block adds the gradient.
+
+Row block I computes S, Δ and G of rows i ∈ I against all N columns. ĝ = G x̂ + Gᵀ x̂ needs other blocks' rows, so a
+block stores its rows of G x̂ ("direct") and its share Σ_{i∈I} G_ij x̂_i of every column ("transposed"), and likewise the
+row and column sums of G∘S that make up the radial part. The block that completes a relation adds the shares in a fixed
+order; the block that completes the last relation writes the terms.
+"""
+
+import triton
+import triton.language as tl
+
+from .relation_algebra import (
+    UNROLL,
+    feature_norms,
+    outer_products,
+    row_block,
+    store_gradient,
+    store_tile,
+    unless_alone,
+    validity,
+)
+from .relation_pool import ordered_sum, store_terms
+
+
+@triton.jit
+def block_shares(
+    base, stride_i, stride_k, count, features, temperature, block, by_column, by_row, direct, transposed, row_radial,
+    column_radial,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(1/n) Σ KL of one block of rows; stores direct [N, K] (its rows), transposed [N, K] (all) and radial sums."""
+    i = block * BLOCK_I + tl.arange(0, BLOCK_I)[:, None]
+    j = tl.arange(0, BLOCK_J)[None, :]
+    j_valid = validity(base, j, count, stride_i, stride_k, features)
+    n = tl.sum(tl.sum(j_valid.to(tl.float32), 1), 0)
+    j_valid = unless_alone(j_valid, n)
+    j_norms = feature_norms(base, j, j_valid, stride_i, stride_k, features)
+    kl, column_sum = row_block(
+        base, i, j, j_valid, j_norms, n, stride_i, stride_k, count, features, temperature, by_column, by_row,
+        row_radial, BLOCK_I, BLOCK_J,
+    )  # fmt: skip
+    tl.store(column_radial + j, column_sum, mask=j < count)
+    # All threads wrote the scratch rows and all read them.
+    tl.debug_barrier()
+    first_row = block * BLOCK_I
+    last_row = tl.minimum(first_row + BLOCK_I, count)
+    for first in range(0, features, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)[None, :]
+        value = outer_products(
+            by_column, 1, count, count, i, base, stride_i, stride_k, features, k, 0, count, BLOCK_I, BLOCK_K
+        )
+        store_tile(direct, i, k, count, features, value)
+        for start in range(0, count, BLOCK_I):
+            column = start + tl.arange(0, BLOCK_I)[:, None]
+            value = outer_products(
+                by_row, count, 1, count, column, base, stride_i, stride_k, features, k, first_row, last_row,
+                BLOCK_I, BLOCK_K,
+            )  # fmt: skip
+            store_tile(transposed, column, k, count, features, value)
+    return kl / tl.maximum(n, 1.0)
+
+
+@triton.jit
+def add_shares(
+    base, stride_i, stride_k, count, features, blocks, direct, transposed, row_radial, column_radial, grad, first_row,
+    rows, grad_scale,
+    BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows ``first_row : first_row + rows`` of ``grad_scale``·∂L/∂x from all blocks' shares."""
+    share = tl.cast(count, tl.int64) * features
+    for start in range(0, rows, BLOCK_I):
+        i = first_row + start + tl.arange(0, BLOCK_I)[:, None]
+        inside = i < first_row + rows
+        valid = validity(base, i, first_row + rows, stride_i, stride_k, features)
+        inverse, free, _, _, _ = feature_norms(base, i, valid, stride_i, stride_k, features)
+        radial = tl.load(row_radial + i, mask=inside, other=0.0)
+        for block in tl.range(0, blocks, loop_unroll_factor=UNROLL):
+            radial += tl.load(column_radial + block * count + i, mask=inside, other=0.0)
+        radial = tl.where(free, radial, 0.0)
+        line = i * features
+        for first in range(0, features, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)[None, :]
+            mask = inside & (k < features)
+            value = tl.load(direct + line + k, mask=mask, other=0.0)
+            for block in tl.range(0, blocks, loop_unroll_factor=UNROLL):
+                value += tl.load(transposed + block * share + line + k, mask=mask, other=0.0)
+            store_gradient(
+                base, value, radial, inverse, i, k, first_row, rows, stride_i, stride_k, features, grad, grad_scale
+            )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "pooled_at", "shares_at", "samples", "frames", "features", "frame_blocks", "batch_blocks", "batch_count",
+        "first_row", "rows",
+    ],
+    do_not_specialize_on_alignment=[
+        "source", "frame_term", "terms", "frame_grad", "batch_grad", "workspace", "counters"
+    ],
+)  # fmt: skip
+def relation_rows_kernel(
+    source,  # tables [B, 3K + 1, F], and pooled [N, 3K + 1] from pooled_at on
+    frame_term,  # [1] or None: the frame term computed elsewhere
+    terms,  # [3]
+    frame_grad,  # [B, F, K]
+    batch_grad,  # [rows, K]
+    workspace,  # from shares_at on, for every relation: losses [blocks], direct [n, K], transposed [blocks, n, K],
+    # row_radial [n], column_radial [blocks, n], by_column [n, n], by_row [n, n]; then a loss of every relation
+    counters,  # [B + 2], zero before and after
+    pooled_at, shares_at, samples, frames, features, frame_blocks, batch_blocks, batch_count, first_row, rows,
+    temperature, batch_weight, frame_weight, grad_scale,
+    FRAMES: tl.constexpr, BATCH: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid [B·frame_blocks (if FRAMES) + batch_blocks (if BATCH)]."""
+    pid = tl.program_id(0)
+    # Sizes of one relation, see RowsPlan.room.
+    width = features.to(tl.int64) + 1
+    frame_room = frame_blocks + frames * (width * (frame_blocks + 1) + 2 * frames)
+    frame_programs = samples * frame_blocks
+    is_frame = pid < frame_programs
+    relation = tl.where(is_frame, pid // frame_blocks, samples)
+    block = tl.where(is_frame, pid % frame_blocks, pid - frame_programs)
+    blocks = tl.where(is_frame, frame_blocks, batch_blocks)
+    count = tl.where(is_frame, frames, batch_count)
+    stride_i = tl.where(is_frame, 1, 3 * features + 1)
+    stride_k = tl.where(is_frame, frames, 1)
+    if is_frame:
+        base = source + relation.to(tl.int64) * (3 * features + 1) * frames
+        grad = frame_grad + relation.to(tl.int64) * frames * features
+    else:
+        base = source + pooled_at
+        grad = batch_grad
+    room = workspace + shares_at + relation.to(tl.int64) * frame_room
+    direct = room + blocks
+    transposed = direct + count * (width - 1)
+    row_radial = transposed + blocks * count * (width - 1)
+    column_radial = row_radial + count
+    by_column = column_radial + blocks * count
+    by_row = by_column + count * count
+    totals = workspace + shares_at + samples * frame_room + batch_blocks
+    totals += batch_count * (width * (batch_blocks + 1) + 2 * batch_count)
+
+    loss = block_shares(
+        base, stride_i, stride_k, count, features, temperature, block, by_column, by_row, direct,
+        transposed + block * count * (width - 1), row_radial, column_radial + block * count,
+        BLOCK_I, BLOCK_J, BLOCK_K,
+    )  # fmt: skip
+    tl.store(room + block, loss)
+    # Every thread's stores must precede the one thread's ticket.
+    tl.debug_barrier()
+    if tl.atomic_add(counters + relation, 1) == blocks - 1:
+        tl.store(counters + relation, 0)
+        tl.store(totals + relation, ordered_sum(room, blocks, 64))
+        add_shares(
+            base, stride_i, stride_k, count, features, blocks, direct, transposed, row_radial, column_radial, grad,
+            tl.where(is_frame, 0, first_row), tl.where(is_frame, frames, rows),
+            tl.where(is_frame, 1.0 / samples, grad_scale), BLOCK_I, BLOCK_K,
+        )  # fmt: skip
+        relations = 0
+        if FRAMES:
+            relations += samples
+        if BATCH:
+            relations += 1
+        tl.debug_barrier()
+        if tl.atomic_add(counters + samples + 1, 1) == relations - 1:
+            tl.store(counters + samples + 1, 0)
+            frame_loss = 0.0
+            batch_loss = 0.0
+            if FRAMES:
+                frame_loss = ordered_sum(totals, samples, 64) / samples
+            elif frame_term is not None:
+                frame_loss = tl.load(frame_term)
+            if BATCH:
+                batch_loss = tl.load(totals + samples)
+            store_terms(terms, batch_loss, frame_loss, batch_weight, frame_weight)

@@ -1,0 +1,299 @@
+"""Relation loss of whole latents (pool=None), and batch relations of long gathered features: plans and launches.
+
+The frame term takes one launch. The batch term takes two more: the Grams of the time averages that the first launch
+leaves in ``pooled``, and the product of their small matrix with those averages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import Launcher, counters, current_stream, multiprocessors
+from .relation_apply import apply_kernel
+from .relation_gram import gram_kernel
+from .tiling import Geometry, cdiv, next_power_of_2
+
+MOST_VECTORS = 128
+GROUP = 16
+"""Splits of the long axis that one block adds up."""
+
+APPLY_TILE = 4096
+"""Elements of a tile of the gradient, by eight warps."""
+
+BLOCK_J = 16
+"""Depth of a dot: an IEEE float32 dot holds its operands in registers."""
+
+
+class Runs:
+    """The (c, h, w) part of equally shaped tensors as runs along which every tensor steps evenly.
+
+    Attributes:
+        lines: runs [channels, lines] of ``length`` elements; (1, 1) when a frame is one run.
+        vec: elements of the widest access.
+        strides: (b, f, c, h, w) a tensor, the first four in units of ``vec``.
+    """
+
+    def __init__(self, geometries: tuple[Geometry, ...], itemsizes: tuple[int, ...], aligned: bool) -> None:
+        _, _, channels, height, width = geometries[0].sizes
+        rows_join = all(g.strides[3] == width * g.strides[4] or height == 1 for g in geometries)
+        planes_join = rows_join and all(
+            g.strides[2] == height * width * g.strides[4] or channels == 1 for g in geometries
+        )
+        if all(g.strides[4] == 1 or width == 1 for g in geometries):
+            step = [1] * len(geometries)
+        else:
+            step = [g.strides[4] for g in geometries]
+        if width == 1:
+            rows_join = planes_join = False
+        self.channels = 1 if planes_join else channels
+        self.lines = 1 if rows_join else height
+        self.length = width * (height if rows_join else 1) * (channels if planes_join else 1)
+        self.count = self.channels * self.lines
+        self.vec = 1
+        if aligned and all(s == 1 for s in step):
+            used = [s for g in geometries for s in (*g.strides[:2], *self._inner(g))]
+            self.vec = 16 // max(itemsizes)
+            while any(s % self.vec for s in (self.length, *used)):
+                self.vec //= 2
+        self.strides = tuple(
+            (*(s // self.vec for s in (*g.strides[:2], *self._inner(g))), w)
+            for g, w in zip(geometries, step, strict=True)
+        )
+
+    def _inner(self, geometry: Geometry) -> tuple[int, int]:
+        c, h = geometry.strides[2:4]
+        return (c if self.channels > 1 else 0), (h if self.lines > 1 else 0)
+
+    def tiles(self, block: int) -> int:
+        return self.count * cdiv(self.length, block)
+
+
+class GramPlan:
+    """Launch of :func:`gram_kernel` over ``samples`` relations of ``vectors``."""
+
+    def __init__(self, samples: int, vectors: int, runs: Runs, processors: int, grams: bool, difference: bool) -> None:
+        block_n = max(16, min(64, next_power_of_2(vectors)))
+        blocks = cdiv(vectors, block_n)
+        pairs = blocks * (blocks + 1) // 2
+        block_l = 2 * BLOCK_J if block_n <= 32 else BLOCK_J
+        tiles = runs.tiles(block_l)
+        self.splits = max(1, min(cdiv(processors, samples * pairs), cdiv(tiles, 4)))
+        groups = cdiv(self.splits, GROUP)
+        size = 3 * vectors**2 + vectors
+        pieces_at = samples * ((groups + 1) * size + (vectors + 2) * vectors + 1)
+        self.workspace = pieces_at + samples * self.splits * size if grams else 0
+        self.counters = samples * (groups + 1) + 1
+        self.sizes = (
+            samples, vectors, runs.count, runs.lines, runs.length, tiles, pieces_at, *sum(runs.strides, ()),
+        )  # fmt: skip
+        self.launch = Launcher(
+            gram_kernel,
+            samples * self.splits * pairs,
+            (
+                self.splits, GROUP, blocks, runs.vec, block_n, block_l,
+                max(16, next_power_of_2(vectors)), grams, difference,
+            ),
+            warps=8 if block_n > 32 else 4,
+            registers=255,
+        )  # fmt: skip
+
+
+class ApplyPlan:
+    """Launch of :func:`apply_kernel`: ``rows`` rows of M X, and the batch gradient."""
+
+    def __init__(self, samples: int, vectors: int, rows: int, runs: Runs, processors: int) -> None:
+        block_n = max(16, min(64, next_power_of_2(rows)))
+        blocks = cdiv(rows, block_n)
+        block_l = min(128, APPLY_TILE // block_n)
+        tiles = runs.tiles(block_l)
+        splits = max(1, min(tiles, cdiv(8 * processors, samples * blocks)))
+        self.sizes = vectors, runs.count, runs.lines, runs.length, tiles
+        self.rows = rows
+        self.strides = sum(runs.strides, ())
+        self.launch = Launcher(
+            apply_kernel,
+            samples * splits * blocks,
+            (splits, blocks, runs.vec, block_n, block_l, BLOCK_J, next_power_of_2(vectors)),
+            warps=block_n * block_l // 512,
+            registers=255,
+        )
+
+
+_plans: dict[Any, Any] = {}
+
+
+def _mask(frame_mask: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if frame_mask is None else (frame_mask.stride(0), frame_mask.stride(1))
+
+
+def _mask_key(frame_mask: Tensor | None) -> tuple[Any, ...] | None:
+    return None if frame_mask is None else (frame_mask.stride(), frame_mask.dtype)
+
+
+def _gram_plan(
+    student: Tensor, real: Tensor, fake: Tensor, frame_mask: Tensor | None, layout: str, grams: bool, means: bool
+) -> GramPlan:
+    strides = student.stride(), real.stride(), fake.stride()
+    aligned = student.data_ptr() % 16 == 0, real.data_ptr() % 16 == 0, fake.data_ptr() % 16 == 0
+    key = (
+        "gram", student.shape, strides, aligned, student.dtype, student.device, layout, grams, means,
+        _mask_key(frame_mask),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        geometries = tuple(Geometry.of(student.shape, s, layout) for s in strides)
+        samples, frames = geometries[0].sizes[:2]
+        runs = Runs(geometries, (student.element_size(),) * 3, all(aligned))
+        plan = _plans[key] = GramPlan(samples, frames, runs, multiprocessors(student.device), grams, False)
+    return plan
+
+
+def _first_stage(
+    student: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    frame_mask: Tensor | None,
+    layout: str,
+    temperature: float,
+    frame_weight: float,
+    means: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Terms (of the frame relation alone), its M / B, and the rows of time averages if ``means``."""
+    device = student.device
+    samples, frames = student.shape[0], student.shape[1 if layout == "bfchw" else 2]
+    grams = frame_weight != 0 and frames > 1
+    if not grams:
+        terms, matrices = torch.zeros(3, device=device), torch.empty(0, device=device)
+        if not means:
+            return terms, matrices, None
+    else:
+        terms = torch.empty(3, dtype=torch.float32, device=device)
+        matrices = torch.empty((samples, frames, frames), dtype=torch.float32, device=device)
+    plan = _gram_plan(student, real, fake, frame_mask, layout, grams, means)
+    stream = current_stream(device)
+    pooled = None
+    if means:
+        features = student[0].numel() // frames
+        pooled = torch.empty((samples, 3 * features + 1), dtype=torch.float32, device=device)
+    workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
+    plan.launch(
+        stream, student, real, fake, frame_mask, None, terms, matrices, pooled, workspace,
+        counters(device, stream, plan.counters), *plan.sizes, *_mask(frame_mask),
+        float(temperature), 0.0, float(frame_weight),
+    )  # fmt: skip
+    return terms, matrices, pooled
+
+
+def relation_forward(
+    student: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    frame_mask: Tensor | None,
+    layout: str,
+    temperature: float,
+    batch_weight: float,
+    frame_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 terms ``[3]``, M / B of the frame relation ``[B, F, F]``, gradient of the batch term ``[B, K]``."""
+    samples = student.shape[0]
+    means = batch_weight != 0 and samples > 1
+    terms, matrices, pooled = _first_stage(student, real, fake, frame_mask, layout, temperature, frame_weight, means)
+    if pooled is None:
+        return terms, matrices, torch.empty(0, dtype=torch.float32, device=student.device)
+    terms, batch_grad = relation_batch(pooled, terms[2:], 0, samples, temperature, batch_weight, frame_weight, 1.0)
+    return terms, matrices, batch_grad
+
+
+def relation_frames(
+    student: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    frame_mask: Tensor | None,
+    layout: str,
+    temperature: float,
+    frame_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stage before a gather: frame term ``[1]``, M / B, and ``[B, 3K + 1]``: ψ_x, ψ_r, ψ_d, valid frames."""
+    terms, matrices, pooled = _first_stage(student, real, fake, frame_mask, layout, temperature, frame_weight, True)
+    assert pooled is not None
+    return terms[2:], matrices, pooled
+
+
+def relation_batch(
+    pooled: Tensor,
+    frame: Tensor,
+    first_row: int,
+    rows: int,
+    temperature: float,
+    batch_weight: float,
+    frame_weight: float,
+    grad_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The batch relation of ``[N, 3K + 1]`` rows: terms ``[3]``, ``grad_scale``·gradient of the caller's rows."""
+    device = pooled.device
+    stream = current_stream(device)
+    vectors, row = pooled.shape
+    features = (row - 1) // 3
+    key = "batch", vectors, row, rows, first_row, device, pooled.data_ptr() % 16
+    plans = _plans.get(key)
+    if plans is None:
+        sizes = 1, vectors, 1, 1, features
+        averages, gradient = Geometry(sizes, (0, row, 0, 0, 1)), Geometry(sizes, (0, features, 0, 0, 1))
+        processors = multiprocessors(device)
+        plans = _plans[key] = (
+            GramPlan(1, vectors, Runs((averages,) * 3, (4,) * 3, False), processors, True, True),
+            ApplyPlan(1, vectors, rows, Runs((gradient, averages), (4, 4), False), processors),
+        )
+    gram, apply = plans
+    terms = torch.empty(3, dtype=torch.float32, device=device)
+    matrix = torch.empty((1, vectors, vectors), dtype=torch.float32, device=device)
+    workspace = torch.empty(gram.workspace, dtype=torch.float32, device=device)
+    scalars = float(temperature), float(batch_weight), float(frame_weight)
+    real, difference, valid = pooled[:, features:], pooled[:, 2 * features :], pooled[:, 3 * features :]
+    gram.launch(
+        stream, pooled, real, difference, valid, frame, terms, matrix, None, workspace,
+        counters(device, stream, gram.counters), *gram.sizes, 0, row, *scalars,
+    )  # fmt: skip
+    grad = torch.empty((rows, features), dtype=torch.float32, device=device)
+    apply.launch(
+        stream, grad, pooled, valid, None, None, None, matrix, None,
+        *apply.sizes, first_row, rows, *apply.strides, 0, row, 0.0, float(grad_scale),
+    )  # fmt: skip
+    return terms, grad
+
+
+def relation_backward(
+    out: Tensor,
+    grad_total: Tensor | None,
+    grad_batch: Tensor | None,
+    grad_frame: Tensor | None,
+    student: Tensor,
+    frame_mask: Tensor | None,
+    matrices: Tensor,
+    batch_grad: Tensor,
+    layout: str,
+    batch_weight: float,
+    frame_weight: float,
+) -> None:
+    """Write the gradient of the student's latents into ``out``, from the student's values and M."""
+    aligned = out.data_ptr() % 16 == 0, student.data_ptr() % 16 == 0
+    has_frames = matrices.numel() > 0 and not (grad_total is None and grad_frame is None)
+    has_batch = batch_grad.numel() > 0 and not (grad_total is None and grad_batch is None)
+    key = (
+        "apply", out.shape, out.stride(), student.stride(), aligned, out.dtype, out.device, layout, has_frames,
+        has_batch, _mask_key(frame_mask), *(g is None or g.dtype for g in (grad_total, grad_batch, grad_frame)),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        geometries = tuple(Geometry.of(out.shape, s, layout) for s in (out.stride(), student.stride()))
+        samples, frames = geometries[0].sizes[:2]
+        runs = Runs(geometries, (out.element_size(),) * 2, all(aligned))
+        plan = _plans[key] = ApplyPlan(samples, frames, frames, runs, multiprocessors(out.device))
+    plan.launch(
+        current_stream(out.device), out, student, frame_mask, grad_total, grad_batch, grad_frame,
+        matrices if has_frames else None, batch_grad if has_batch else None,
+        *plan.sizes, 0, plan.rows, *plan.strides, *_mask(frame_mask), float(batch_weight), float(frame_weight),
+    )  # fmt: skip

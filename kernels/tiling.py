@@ -1,0 +1,113 @@
+"""How a latent is cut into programs: vector width, tiles and splits, from sizes and strides alone.
+
+The tables take the place of autotuning: the choice is the same in every process, costs nothing at the first call,
+and can be compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE_BYTES = 4096
+"""Bytes of one tensor that a program of 4 warps has in flight: two 16-byte vectors a thread."""
+
+WAVES = 8
+"""Programs wanted per multiprocessor before planes stop being split."""
+
+MOST_SPLITS = 16
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes, and element strides of b, f, c, h, w, of one latent tensor in canonical order."""
+
+    sizes: tuple[int, int, int, int, int]
+    strides: tuple[int, int, int, int, int]
+
+    @staticmethod
+    def of(shape: tuple[int, ...], stride: tuple[int, ...], layout: str) -> Geometry:
+        order = (0, 1, 2, 3, 4) if layout == "bfchw" else (0, 2, 1, 3, 4)
+        sizes = tuple(shape[i] for i in order)
+        # The stride of an axis of size 1 never matters; 0 keeps it from narrowing the vectors.
+        strides = tuple(stride[i] if shape[i] > 1 else 0 for i in order)
+        return Geometry(sizes, strides)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Constants of the pooling and broadcasting kernels, and strides in units of ``vec`` elements."""
+
+    flat: bool
+    vec: int
+    tile_h: int
+    tile_w: int
+    splits: int
+    column_tiles: int
+    strides: tuple[tuple[int, int, int, int, int], ...]
+
+    @property
+    def constants(self) -> tuple[int | bool, ...]:
+        """SPLITS, COLUMN_TILES, FLAT, VEC, TILE_H, TILE_W."""
+        return self.splits, self.column_tiles, self.flat, self.vec, self.tile_h, self.tile_w
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def vector_width(geometries: tuple[Geometry, ...], flat: bool, grid_h: int, itemsize: int, aligned: bool) -> int:
+    """Elements of the widest access, up to 16 bytes, at which every run of every tensor starts and ends."""
+    height, width = geometries[0].sizes[3:]
+    if not aligned or any(g.strides[4] not in (0, 1) for g in geometries):
+        return 1
+    run = height * width if flat and grid_h == 1 else width
+    steps = [run, *(s for g in geometries for s in g.strides[: 3 if flat else 4])]
+    vec = 16 // itemsize
+    while any(step % vec for step in steps):
+        vec //= 2
+    return vec
+
+
+def tile_planes(
+    geometries: tuple[Geometry, ...],
+    grid: tuple[int, int],
+    itemsize: int,
+    aligned: bool,
+    processors: int,
+    warps: int = 4,
+) -> Tiling:
+    """Cut the (h, w) planes of equally shaped tensors.
+
+    Args:
+        geometries: one a tensor, sizes equal.
+        grid: regions (gh, gw) of a plane.
+        itemsize: bytes of an element.
+        aligned: every base address is a multiple of 16 bytes.
+        processors: multiprocessors to fill.
+        warps: warps of a program.
+    """
+    samples, frames, channels, height, width = geometries[0].sizes
+    flat = grid[1] == 1 and all(
+        g.strides[4] == (1 if width > 1 else 0) and (height == 1 or g.strides[3] == width) for g in geometries
+    )
+    vec = vector_width(geometries, flat, grid[0], itemsize, aligned)
+    tile = TILE_BYTES // itemsize * warps // 4
+    lines = cdiv(height, grid[0])
+    if flat:
+        column_tiles = 1
+        tile_w = min(tile, next_power_of_2(lines * width))
+        tile_h = 1
+        pieces = cdiv(lines * width, tile_w)
+    else:
+        tile_w = min(max(next_power_of_2(width), 16), 512)
+        tile_h = min(next_power_of_2(lines), max(tile // tile_w, 1))
+        column_tiles = cdiv(width, tile_w)
+        pieces = cdiv(lines, tile_h)
+    programs = samples * frames * channels * grid[0] * column_tiles
+    splits = max(1, min(pieces, cdiv(processors * WAVES, programs), MOST_SPLITS))
+    scaled = tuple((*(s // vec for s in g.strides[:4]), g.strides[4]) for g in geometries)
+    return Tiling(flat, vec, tile_h, tile_w, splits * column_tiles, column_tiles, scaled)  # type: ignore[arg-type]
