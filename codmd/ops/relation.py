@@ -7,6 +7,7 @@ the backend; traced calls (``torch.compile``, ``export``, fake tensors) go throu
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +165,26 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(terms [3] = total, batch, frame; gradient of the frame term; gradient of the batch term)."""
-    run = backends.select(backend, student)
+    return _run_forward(
+        backends.select(backend, student), student, real, fake, frame_mask, temperature, batch_weight, frame_weight,
+        layout, grid, group_name, batch_grad,
+    )  # fmt: skip
+
+
+def _run_forward(
+    run: ModuleType,
+    student: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    frame_mask: Tensor | None,
+    temperature: float,
+    batch_weight: float,
+    frame_weight: float,
+    layout: str,
+    grid: list[int] | None,
+    group_name: str,
+    batch_grad: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     pool = _pool(grid)
     group = distributed.resolve(group_name) if group_name and batch_weight else None
     if group is None or group.size() == 1:
@@ -180,33 +200,6 @@ def _forward(
         gathered, frame, group.rank() * samples, samples, temperature, batch_weight, frame_weight, scale
     )
     return terms, frame_grad, rows_grad
-
-
-def _backward(
-    out: Tensor,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    student: Tensor | None,
-    frame_mask: Tensor | None,
-    frame_grad: Tensor,
-    batch_grad: Tensor,
-    layout: str,
-    grid: list[int] | None,
-    batch_weight: float,
-    frame_weight: float,
-    backend: str,
-) -> None:
-    backends.select(backend, out).relation_backward(
-        out,
-        *gradients,
-        student,
-        frame_mask,
-        frame_grad,
-        batch_grad,
-        layout,
-        _pool(grid),
-        batch_weight,
-        frame_weight,
-    )
 
 
 def dense_strides(shape: Any, strides: Any) -> tuple[int, ...]:
@@ -225,14 +218,15 @@ def dense_strides(shape: Any, strides: Any) -> tuple[int, ...]:
 class _Relation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        terms, frame_grad, batch_grad = _forward(student, *rest)
-        _, _, frame_mask, _, batch_weight, frame_weight, layout, grid, _, _, backend = rest
+        *options, backend = rest
+        run = backends.select(backend, student)
+        terms, frame_grad, batch_grad = _run_forward(run, student, *options)
+        _, _, frame_mask, _, batch_weight, frame_weight, layout, grid, _, _ = options
         ctx.save_for_backward(frame_grad, batch_grad, frame_mask, student if grid is None else None)
-        ctx.student = student.shape, student.stride(), student.dtype
-        ctx.options = layout, grid, batch_weight, frame_weight, backend
+        ctx.run, ctx.student = run, (student.shape, student.stride(), student.dtype)
+        ctx.options = layout, _pool(grid), batch_weight, frame_weight
         ctx.set_materialize_grads(False)
-        total, batch, frame = terms.unbind()
-        return total, batch, frame
+        return terms.unbind()  # type: ignore[return-value]
 
     @staticmethod
     @once_differentiable
@@ -240,7 +234,7 @@ class _Relation(torch.autograd.Function):
         frame_grad, batch_grad, frame_mask, student = ctx.saved_tensors
         shape, strides, dtype = ctx.student
         out = torch.empty_strided(shape, dense_strides(shape, strides), dtype=dtype, device=frame_grad.device)
-        _backward(out, gradients, student, frame_mask, frame_grad, batch_grad, *ctx.options)  # type: ignore[arg-type]
+        ctx.run.relation_backward(out, *gradients, student, frame_mask, frame_grad, batch_grad, *ctx.options)
         return out, *[None] * 11
 
 
@@ -312,9 +306,9 @@ def _relation_loss_backward(
 ) -> Tensor:
     out = torch.empty_strided(size, stride, dtype=dtype, device=grad_terms.device)
     total, batch, frame = grad_terms.unbind()
-    _backward(
-        out, (total, batch, frame), student, frame_mask, frame_grad, batch_grad,
-        layout, grid, batch_weight, frame_weight, backend,
+    backends.select(backend, out).relation_backward(
+        out, total, batch, frame, student, frame_mask, frame_grad, batch_grad,
+        layout, _pool(grid), batch_weight, frame_weight,
     )  # fmt: skip
     return out
 
