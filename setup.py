@@ -107,7 +107,11 @@ def extensions() -> list[Extension]:
 setup(
     packages=[*find_packages(include=["codmd", "codmd.*"]), "codmd.kernels"],
     package_dir={"codmd.kernels": "kernels"},
-    package_data={"codmd": ["py.typed", "configs/*.yaml"], "codmd.models": ["configs/*.json"]},
+    package_data={
+        "codmd": ["py.typed", "configs/*.yaml", "configs/*.json"],
+        "codmd.models": ["configs/*.json"],
+        "codmd.compare": ["page.html"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
 )

@@ -48,6 +48,19 @@ class CycleLog:
     relation_to_dmd: Tensor | None
     signs: EarlySigns | None
 
+    def scalars(self) -> dict[str, Tensor | float]:
+        """Name to value, for a log."""
+        loss = self.generator
+        measured: dict[str, Tensor] = {} if self.signs is None else self.signs._asdict()
+        if self.relation_to_dmd is not None:
+            measured["relation_to_dmd"] = self.relation_to_dmd
+        return {
+            "loss": loss.total, "dmd": loss.dmd, "relation_batch": loss.relation_batch,
+            "relation_frame": loss.relation_frame, "relation_weight": loss.relation_weight, "critic": self.critic,
+            "student_grad_norm": self.student.grad_norm, "critic_grad_norm": self.critic_step.grad_norm,
+            "exit_step": float(self.exit_step), **measured,
+        }  # fmt: skip
+
 
 class _StudentPass(NamedTuple):
     loss: GeneratorLoss
@@ -214,3 +227,12 @@ class Distiller:
             "critic_optimizer": self.critic_optimizer.state(),
         }
         return {f"{group}.{name}": tensor.detach() for group, part in groups.items() for name, tensor in part.items()}
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """The generators of the run, alike on all processes."""
+        return {"exit": self.exit_generator, "noise": self.noise.generator}
+
+    @property
+    def optimizers(self) -> dict[str, GuardedAdamW]:
+        """The guarded optimizers by the names of their networks."""
+        return {"student": self.student_optimizer, "critic": self.critic_optimizer}

@@ -1,0 +1,272 @@
+"""Checkpoints that are complete or not there: written aside, summed, renamed; damaged ones are found and skipped.
+
+A run's folder `checkpoints` holds `step_00000100` and so on: the files of `torch.distributed.checkpoint`, one or more
+a process, and `meta.json`, written last, with the size and CRC-32 of each of them. Tensors are named `student.*`,
+`critic.*`, `ema.*`, `student_optimizer.*`, `critic_optimizer.*` (a teacher's run has `student.*` for the teacher)
+and `random.*`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from .parallel import Processes
+
+META = "meta.json"
+PREFIX = "step_"
+PARTIAL = ".partial"
+CHUNK = 1 << 24
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says what is still there."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: `checkpoints` of the run; on a file system that all processes share.
+        processes: that save and load together; every method is called by all of them.
+        keep_last: how many stay; older ones are removed once a newer one is complete.
+        warn: called on the first process with what was found damaged.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, keep_last: int, warn: Callable[[str], None]) -> None:
+        self.folder, self.processes, self.keep_last, self.warn = folder, processes, keep_last, warn
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path:
+        """Writes one checkpoint: all of it under its name, or nothing.
+
+        Args:
+            step: names the checkpoint.
+            tensors: of this process; sharded ones are written by all, equal ones once.
+            record: what `meta.json` keeps beside the sums; JSON.
+
+        Raises:
+            CheckpointError: on every process; earlier checkpoints are untouched.
+        """
+        path = self.folder / f"{PREFIX}{step:08d}"
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        self._each("prepare", lambda: self._prepare(partial) if self.processes.first else None)
+        self._each("write", lambda: _quietly(dcp.save, self.processes)(dict(tensors), checkpoint_id=partial))
+        own = self._each("check", lambda: self._own_sums(partial))
+        files = {name: entry for part in own for name, entry in part.items()}
+        self._each("finish", lambda: self._finish(partial, path, files, step, record) if self.processes.first else None)
+        return path
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is complete and undamaged, the same on every process; None when there is none."""
+        for path in self.processes.share(self.paths()):
+            problems = [problem for part in self.processes.gather(self._problems(path)) for problem in part]
+            if not problems:
+                return path
+            if self.processes.first:
+                self.warn(f"checkpoint {path} is damaged and will be skipped: {problems[0]}")
+        return None
+
+    def paths(self) -> list[Path]:
+        """Checkpoints by name, the newest first, damaged ones included."""
+        found = self.folder.glob(f"{PREFIX}*") if self.folder.is_dir() else ()
+        return sorted((path for path in found if path.name[len(PREFIX) :].isdigit()), reverse=True)
+
+    def verify(self, path: Path) -> None:
+        """Raises `CheckpointError` on every process unless `path` is a complete and undamaged checkpoint."""
+        problems = [problem for part in self.processes.gather(self._problems(path)) for problem in part]
+        if problems:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {problems[0]}")
+
+    def _prepare(self, partial: Path) -> None:
+        """Clears what killed runs left; only the first process of a run that owns the folder comes here."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for abandoned in self.folder.glob(f".*{PARTIAL}"):
+            shutil.rmtree(abandoned)
+        partial.mkdir()
+
+    def _own_sums(self, partial: Path) -> dict[str, list[int]]:
+        """Size and sum of the files that this process wrote (the first one: also the index), read back."""
+        mine = sorted(partial.glob(f"__{self.processes.rank}_*")) + ([partial / ".metadata"] * self.processes.first)
+        return {file.name: _size_and_sum(file) for file in mine}
+
+    def _finish(
+        self, partial: Path, path: Path, files: Mapping[str, list[int]], step: int, record: Mapping[str, Any]
+    ) -> None:
+        with open(partial / META, "w", encoding="utf-8") as file:
+            json.dump({"step": step, "files": files, **record}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        for damaged in self.paths():
+            if damaged >= path:  # or this run would have begun after it
+                shutil.rmtree(damaged)
+        os.rename(partial, path)
+        _flush_folder(self.folder)
+        for old in self.paths()[self.keep_last :]:
+            gone = old.with_name(f".{old.name}{PARTIAL}")
+            os.rename(old, gone)
+            shutil.rmtree(gone)
+
+    def _each(self, what: str, action: Callable[[], Any]) -> list[Any]:
+        """Every process's result of `action`; raises on all when it failed on one."""
+        result, failure = None, ""
+        try:
+            result = action()
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            failure = _root(error)
+        outcomes = self.processes.gather((result, failure))
+        failures = [failure for _, failure in outcomes if failure]
+        if failures:
+            if self.processes.first:
+                for partial in self.folder.glob(f".*{PARTIAL}"):
+                    shutil.rmtree(partial, ignore_errors=True)
+            last = self.paths()
+            raise CheckpointError(
+                f"could not {what} a checkpoint in {self.folder}: {failures[0]}; "
+                + (f"the newest one there, {last[0].name}, is untouched" if last else "there is no earlier one")
+            )
+        return [result for result, _ in outcomes]
+
+    def _problems(self, path: Path) -> list[str]:
+        """What is wrong with this process's share of a checkpoint's files."""
+        try:
+            files = read_meta(path)["files"]
+        except CheckpointError as error:
+            return [str(error)]
+        problems = []
+        for name, (size, total) in sorted(files.items())[self.processes.rank :: self.processes.size]:
+            try:
+                found = _size_and_sum(path / name)
+            except OSError as error:
+                problems.append(f"{name}: {error.strerror}")
+                continue
+            if found != [size, total]:
+                what = f"{found[0]} bytes, not {size}" if found[0] != size else "its content has changed"
+                problems.append(f"{name}: {what}")
+        return problems
+
+
+def load(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
+    """Fills `tensors` in place; sharding and number of processes may differ from those that saved.
+
+    Raises:
+        CheckpointError: the checkpoint has not all of them, or with other shapes.
+    """
+    present = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        entry = present.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"checkpoint {path} has no tensor {name}: it is of another model or recipe")
+        if entry.size != tensor.shape:
+            raise CheckpointError(
+                f"checkpoint {path}: {name} has shape {tuple(entry.size)}; the model here has {tuple(tensor.shape)}"
+            )
+    _quietly(dcp.load, processes)(dict(tensors), checkpoint_id=path)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """`meta.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, truncated, or not what `save` writes.
+    """
+    try:
+        meta = json.loads((path / META).read_text("utf-8"))
+        if not isinstance(meta["files"], dict) or not isinstance(meta["step"], int):
+            raise TypeError("files, step")
+    except OSError as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {META}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: {META} is damaged") from error
+    return meta
+
+
+def read_student(path: str | os.PathLike[str], ema: bool = False) -> dict[str, Tensor]:
+    """The student's trained weights of a checkpoint, whole, on the CPU; by the names of its `state_dict`.
+
+    Args:
+        path: a checkpoint, a folder `checkpoints`, or a run's folder, of which the newest complete one is read.
+        ema: the running average instead.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or it has no running average.
+    """
+    alone = Processes(0, 1, torch.device("cpu"), None, None)
+    path = resolve(Path(path), alone)
+    prefix = "ema." if ema else "student."
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    if not weights:
+        raise CheckpointError(f"checkpoint {path} has no {'running average (ema_decay)' if ema else 'student'}")
+    load(path, weights, alone)
+    return {name.removeprefix(prefix): weight for name, weight in weights.items()}
+
+
+def resolve(path: Path, processes: Processes) -> Path:
+    """The checkpoint that a path means: itself, or the newest complete one of a run; verified.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    damaged: list[str] = []
+    store = CheckpointStore(folder, processes, 1, damaged.append)
+    if not store.paths():
+        store.verify(path)
+        return path
+    newest = store.newest()
+    if newest is None:
+        raise CheckpointError(f"{path} has no usable checkpoint: {'; '.join(damaged)}")
+    return newest
+
+
+def _quietly(function: Callable[..., Any], processes: Processes) -> Callable[..., Any]:
+    """`dcp.save` or `dcp.load` for the processes at hand, without its warning that there is only one."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            return function(*arguments, **options, no_dist=processes.group is None)
+
+    return call
+
+
+def _size_and_sum(file: Path) -> list[int]:
+    size = total = 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(CHUNK):
+            size, total = size + len(chunk), zlib.crc32(chunk, total)
+    return [size, total]
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _root(error: BaseException) -> str:
+    """The first cause of a failure: distributed checkpoints wrap what the system said."""
+    if isinstance(error, dcp.CheckpointException):
+        cause, _ = next(iter(error.failures.values()))
+        return _root(cause)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__

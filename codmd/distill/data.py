@@ -1,0 +1,158 @@
+"""What updates are conditioned on: prompts or their embeddings, in one global order that every process reads alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from codmd.models.base import Condition, VideoDenoiser, move_cond
+
+from .typed import ConfigError
+
+
+class Source(Protocol):
+    """A numbered set of conditions and the prompts they stand for."""
+
+    @property
+    def prompts(self) -> Sequence[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def condition(self, numbers: Sequence[int]) -> Condition:
+        """The joint condition of those items, on the CPU or on the model's device."""
+        ...
+
+
+class Positions:
+    """Which items come next: epochs in orders of their own, dealt out to the processes row by row.
+
+    The order depends on the seed alone. A position counts samples of all processes, so a run goes on where it
+    stopped on any number of them.
+
+    Args:
+        length: items of an epoch.
+        seed: of the orders.
+        rows: items a process takes at a time.
+        rank, processes: which rows are this process's.
+
+    Attributes:
+        position: samples that all processes have taken together.
+    """
+
+    def __init__(self, length: int, seed: int, rows: int, rank: int = 0, processes: int = 1) -> None:
+        self.length, self.seed, self.rows, self.rank, self.processes = length, seed, rows, rank, processes
+        self.position = 0
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def take(self) -> tuple[list[int], list[int]]:
+        """(items, global positions) of this process's next rows."""
+        start = self.position + self.rank * self.rows
+        self.position += self.rows * self.processes
+        positions = list(range(start, start + self.rows))
+        return [self._item(position) for position in positions], positions
+
+    def _item(self, position: int) -> int:
+        epoch, place = divmod(position, self.length)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator)
+        return int(self._order[place])
+
+
+class Conditions(Iterator[Condition]):
+    """One condition per micro-batch of this process, without end.
+
+    Attributes:
+        positions: where the data stands; part of a checkpoint.
+    """
+
+    def __init__(self, source: Source, positions: Positions, device: torch.device) -> None:
+        self.source, self.positions, self.device = source, positions, device
+
+    def __next__(self) -> Condition:
+        items, _ = self.positions.take()
+        return move_cond(self.source.condition(items), self.device)
+
+
+class Prompts:
+    """The prompts of a text file, encoded by the model as they come."""
+
+    def __init__(self, path: Path, model: VideoDenoiser | None = None) -> None:
+        self.prompts, self.model = read_prompts(path), model
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def condition(self, numbers: Sequence[int]) -> Condition:
+        """The model's encoding of those prompts."""
+        assert self.model is not None, "these prompts were read for validation only"
+        return self.model.encode([self.prompts[number] for number in numbers])
+
+
+class Embeddings:
+    """The folder that `codmd encode` wrote: safetensors shards, read row by row as they are needed.
+
+    Every shard has a tensor "embedding" [N, L, text_dim] and, in its metadata, the N "prompts" as JSON.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        shards = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        if not shards:
+            raise ConfigError(
+                f"data.path: {folder} has no safetensors shards; expected a folder that codmd encode wrote"
+            )
+        self.prompts: list[str] = []
+        self._rows: list[tuple[int, int]] = []
+        self._shards = [_open_shard(path) for path in shards]
+        shapes = set()
+        for number, (path, shard) in enumerate(zip(shards, self._shards, strict=True)):
+            shape = shard.get_slice("embedding").get_shape()
+            prompts = json.loads((shard.metadata() or {}).get("prompts", "[]"))
+            if len(prompts) != shape[0]:
+                raise ConfigError(f"data.path: {path} has {len(prompts)} prompts for {shape[0]} embeddings")
+            shapes.add(tuple(shape[1:]))
+            self.prompts += prompts
+            self._rows += [(number, row) for row in range(shape[0])]
+        if len(shapes) > 1:
+            raise ConfigError(f"data.path: {folder} mixes embeddings of shapes {sorted(shapes)}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def condition(self, numbers: Sequence[int]) -> Condition:
+        """The embeddings of those rows, [len(numbers), L, text_dim]."""
+        rows = [self._rows[number] for number in numbers]
+        return torch.cat([self._shards[shard].get_slice("embedding")[row : row + 1] for shard, row in rows])
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a UTF-8 text file, one a line; empty lines are skipped.
+
+    Raises:
+        ConfigError: the file cannot be read, is not UTF-8, or has no prompt.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}: line {line} is not UTF-8; save the file in that encoding") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{path}: has no prompts; expected one a line")
+    return prompts
+
+
+def _open_shard(path: Path) -> Any:
+    try:
+        shard = safe_open(path, framework="pt").__enter__()
+        shard.get_slice("embedding")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"data.path: {path} is no readable shard of embeddings: {error}") from error
+    return shard

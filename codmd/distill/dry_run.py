@@ -1,0 +1,104 @@
+"""What can be known of a run without training: files, sizes, and one forward pass without numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from codmd import models
+from codmd.models.base import Condition, VideoDenoiser, cat_cond, move_cond
+
+from .config import split_batch
+from .data import read_prompts
+from .job import open_source, preview_numbers
+from .roles import RANDOM
+from .settings import ConfigError, ModelSettings, RunConfig
+
+
+def dry_run(config: RunConfig) -> str:
+    """Validates `config` for the number of processes at hand and describes the run.
+
+    Networks are built on the meta device, without memory for weights, and evaluated there once.
+
+    Raises:
+        ConfigError: what would stop the run at its start.
+    """
+    try:
+        return _described(config)
+    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def _described(config: RunConfig) -> str:
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    teaching = config.mode == "teacher"
+    settings = config.model.changed({"weights": config.teacher.weights}, "model") if teaching else config.model
+    shards = config.parallel.shard_size or size
+    if size % shards:
+        raise ConfigError(f"parallel.shard_size: {shards} does not divide {size} processes")
+    batch = config.teacher if teaching else config.distill
+    micro_batch, accumulate = split_batch(batch.batch_size, batch.micro_batch, size)
+    _check_weights(settings)
+    _check_writable(config.folder)
+    model = build_meta(settings)
+    trained = sum(weight.numel() for weight in model.trainable_parameters())
+    items = _check_data(config, model, micro_batch)
+    updates = config.teacher.updates if teaching else config.updates
+    lines = [
+        f"{config.mode}: {updates} updates of {batch.batch_size} samples, {size} x {micro_batch} x {accumulate} "
+        "(processes x micro-batch x accumulated)",
+        f"model: {settings.name}, {trained:,} weights, latents {' x '.join(map(str, model.latent_shape))}",
+        f"data: {config.data.kind}" + (f", {items} items" if items else ""),
+        f"folder: {config.folder}",
+    ]
+    return "\n".join(lines)
+
+
+def build_meta(settings: ModelSettings) -> VideoDenoiser:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return models.build(settings.name, **dataclasses.asdict(settings.options))
+
+
+def _check_weights(settings: ModelSettings) -> None:
+    weights = settings.options.weights
+    if weights != RANDOM and not Path(weights).exists():
+        raise ConfigError(f"model.weights: {weights} does not exist")
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"out: {folder} cannot be made: {existing} is no folder that can be written to")
+
+
+def _check_data(config: RunConfig, model: VideoDenoiser, micro_batch: int) -> int:
+    """Number of items, after one forward of the network with the condition of the first ones."""
+    if config.data.kind == "prompts":
+        return len(read_prompts(Path(config.data.path)))
+    source = open_source(config, model)
+    preview_numbers(config, source)
+    cond = None
+    if source is not None:
+        cond = source.condition([number % len(source) for number in range(micro_batch)])
+        if config.mode == "distill" and config.distill.guidance is not None:
+            cat_cond((move_cond(cond, "meta"), move_cond(model.null_cond(micro_batch), "meta")))
+    with FakeTensorMode() as fake:  # of the CPU, because autocast knows no meta device
+        state = itertools.chain(model.named_parameters(), model.named_buffers())
+        weights = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in state}
+        x_t, sigma = torch.empty(micro_batch, *model.latent_shape), torch.empty(micro_batch)
+        functional_call(model, weights, (x_t, sigma, _fake(cond, fake)))
+    return 0 if source is None else len(source)
+
+
+def _fake(cond: Condition, mode: FakeTensorMode) -> Condition:
+    if isinstance(cond, Mapping):
+        return {name: mode.from_tensor(value) for name, value in cond.items()}
+    return None if cond is None else mode.from_tensor(cond)

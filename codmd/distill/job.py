@@ -1,0 +1,181 @@
+"""What a configuration asks for, assembled: the trainer, its data, and what previews are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from codmd.models.base import Condition, VideoDenoiser, move_cond
+
+from .data import Conditions, Embeddings, Positions, Prompts, Source
+from .ema import WeightAverage
+from .guard import GuardedAdamW
+from .parallel import Processes
+from .roles import build_network, build_roles
+from .rollout import sample_euler, sample_few_step
+from .schedule import sampling_sigmas
+from .settings import RunConfig
+from .teacher import FlowMatching
+from .textures import Textures
+from .trainer import Distiller
+from .typed import ConfigError, nearest
+
+TEACHER_PREVIEW_STEPS = 50
+
+
+class CycleScalars(Protocol):
+    """What a cycle measured."""
+
+    def scalars(self) -> dict[str, Tensor | float]: ...
+
+
+class Trainer(Protocol):
+    """What the run needs of a distillation or of a teacher's training."""
+
+    update: int
+    average: WeightAverage | None
+
+    def cycle(self, measure_gradients: bool = False) -> CycleScalars: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def generators(self) -> dict[str, torch.Generator]: ...
+
+    @property
+    def optimizers(self) -> dict[str, GuardedAdamW]: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One assembled run.
+
+    Attributes:
+        model: the network that is trained for use: the student, or the teacher in its own training.
+        updates: of the whole run.
+        positions: where the data stands; None without data.
+        draw_preview: latents of the fixed preview samples, from the model as it is.
+        decode: latents to pixels, of the data or of the model.
+    """
+
+    trainer: Trainer
+    model: VideoDenoiser
+    updates: int
+    positions: Positions | None
+    draw_preview: Callable[[], Tensor]
+    decode: Callable[[Tensor], Tensor]
+
+
+def assemble(config: RunConfig, processes: Processes) -> Job:
+    """Networks, optimizers and data of `config` on this process.
+
+    Raises:
+        ConfigError: something the configuration names cannot be used.
+    """
+    try:
+        return _teacher_job(config, processes) if config.mode == "teacher" else _distill_job(config, processes)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _distill_job(config: RunConfig, processes: Processes) -> Job:
+    recipe = config.distill
+    micro_batch, _ = recipe.micro_batches(processes.size)
+    roles = build_roles(config, processes)
+    source = open_source(config, roles.student)
+    positions, conditions = None, None
+    if source is not None:
+        positions = Positions(len(source), config.seed, micro_batch, processes.rank, processes.size)
+        conditions = Conditions(source, positions, processes.device)
+    trainer = Distiller(roles.teacher, roles.student, roles.critic, recipe, config.seed, processes.group, conditions)
+
+    def sample(noise: Tensor, generator: torch.Generator, cond: Condition) -> Tensor:
+        return sample_few_step(roles.student, noise, recipe.sigmas, generator, cond)
+
+    preview = _preview(config, roles.student, source, processes, sample)
+    return Job(trainer, roles.student, config.updates, positions, preview, _decoder(source, roles.student))
+
+
+def _teacher_job(config: RunConfig, processes: Processes) -> Job:
+    settings = config.teacher
+    model = build_network(config.model.changed({"weights": settings.weights}, "model"), config, processes)
+    source = open_source(config, model)
+    assert isinstance(source, Textures), "RunConfig admits no other data for a teacher"
+    rows = settings.micro_batch or settings.batch_size // processes.size
+    positions = Positions(len(source), config.seed, rows, processes.rank, processes.size)
+    trainer = FlowMatching(model, _videos(source, positions, processes.device), settings, config.seed, processes.group)
+
+    def sample(noise: Tensor, generator: torch.Generator, cond: Condition) -> Tensor:
+        return sample_euler(model, noise, sampling_sigmas(TEACHER_PREVIEW_STEPS, settings.shift), cond)
+
+    preview = _preview(config, model, source, processes, sample)
+    return Job(trainer, model, settings.updates, positions, preview, source.decode)
+
+
+def open_source(config: RunConfig, model: VideoDenoiser) -> Source | None:
+    """The data of a run; None for an unconditional model."""
+    data = config.data
+    if data.kind == "prompts":
+        return Prompts(Path(data.path), model)
+    if data.kind == "embeddings":
+        return Embeddings(Path(data.path))
+    if data.kind == "textures":
+        return Textures(model.latent_shape, model.null_cond(1).shape[2], data.zoom, config.seed)
+    return None
+
+
+def preview_numbers(config: RunConfig, source: Source | None) -> list[int]:
+    """Which items of the data previews show.
+
+    Raises:
+        ConfigError: a preview prompt is not among the data's.
+    """
+    wanted = config.log.preview_prompts
+    if source is None:
+        if wanted:
+            raise ConfigError("log.preview_prompts: the model is unconditional; expected none")
+        return []
+    if not wanted:
+        return [number % len(source) for number in range(config.log.preview_samples)]
+    known = {prompt: number for number, prompt in reversed(list(enumerate(source.prompts)))}
+    for prompt in wanted:
+        if prompt not in known:
+            raise ConfigError(
+                f"log.preview_prompts: {prompt!r} is not in the data; {nearest(prompt, list(known)[:20])}"
+            )
+    return [known[prompt] for prompt in wanted]
+
+
+def _preview(
+    config: RunConfig,
+    model: VideoDenoiser,
+    source: Source | None,
+    processes: Processes,
+    sample: Callable[[Tensor, torch.Generator, Condition], Tensor],
+) -> Callable[[], Tensor]:
+    """Draws the same samples whenever it is called, on every process alike: sharded networks run on all of them."""
+    numbers = preview_numbers(config, source)
+    count = len(numbers) or config.log.preview_samples
+
+    def draw() -> Tensor:
+        cond = move_cond(source.condition(numbers), processes.device) if source else None
+        generator = torch.Generator(processes.device).manual_seed(config.seed)
+        noise = torch.randn(count, *model.latent_shape, device=processes.device, generator=generator)
+        with torch.no_grad():
+            return sample(noise, generator, cond)
+
+    return draw
+
+
+def _decoder(source: Source | None, model: VideoDenoiser) -> Callable[[Tensor], Tensor]:
+    return source.decode if isinstance(source, Textures) else model.decode
+
+
+def _videos(source: Textures, positions: Positions, device: torch.device) -> Iterator[tuple[Tensor, Condition]]:
+    while True:
+        items, places = positions.take()
+        yield source.videos(items, places).to(device), source.condition(items).to(device)

@@ -1,0 +1,114 @@
+"""What a run writes about itself: JSON lines, TensorBoard, and a bar with loss, rate and time left."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .parallel import Processes
+
+JSON_LINES = "log.jsonl"
+
+
+class RunLog:
+    """The log of one run; only the first process writes.
+
+    A run that continues from an earlier update drops what was logged after it, so that the log is one curve.
+
+    Args:
+        folder: of the run.
+        processes: whose scalars are averaged.
+        start: updates made before this process began.
+        total: updates of the whole run.
+        tensorboard: also write TensorBoard events.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, start: int, total: int, tensorboard: bool) -> None:
+        self.processes, self.writer, self._file = processes, None, None
+        self._clock, self._counted = time.perf_counter(), start
+        if not processes.first:
+            self.bar = tqdm(disable=True)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / JSON_LINES
+        _drop_after(path, start)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        interval = 0.2 if sys.stderr.isatty() else 10.0
+        self.bar = tqdm(total=total, initial=start, unit="update", mininterval=interval, dynamic_ncols=True)
+
+    def scalars(self, update: int, values: Mapping[str, Tensor | float]) -> None:
+        """One line: the averages of `values` over all processes, and the rate; called by every process alike."""
+        numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in values.values()])
+        averaged = dict(zip(values, self.processes.mean(numbers).tolist(), strict=True))
+        now = time.perf_counter()
+        seconds = (now - self._clock) / max(1, update - self._counted)
+        self._clock, self._counted = now, update
+        if self._file is None:
+            return
+        line = {"update": update, **{name: _json(value) for name, value in averaged.items()}}
+        print(json.dumps({**line, "seconds_per_update": round(seconds, 6)}), file=self._file, flush=True)
+        if self.writer is not None:
+            for name, value in {**averaged, "seconds_per_update": seconds}.items():
+                self.writer.add_scalar(name, value, update)
+        self.bar.set_postfix(loss=f"{averaged['loss']:.4g}", refresh=False)
+
+    def event(self, update: int, **values: Any) -> None:
+        """One line about something that happened: a skipped update, a checkpoint."""
+        if self._file is not None:
+            print(json.dumps({"update": update, **values}), file=self._file, flush=True)
+
+    def say(self, message: str) -> None:
+        """A line for the reader of the terminal, from the first process."""
+        if self.processes.first:
+            tqdm.write(message, file=sys.stderr)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a log; what a killed process left of its last line is dropped."""
+    lines = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _drop_after(path: Path, update: int) -> None:
+    if path.exists():
+        kept = [line for line in read_log(path) if line["update"] <= update]
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), "utf-8")
+        os.replace(partial, path)
+
+
+def _json(value: float) -> float | str:
+    """JSON has no words for what is not finite."""
+    return value if math.isfinite(value) else str(value)

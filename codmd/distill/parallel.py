@@ -1,0 +1,101 @@
+"""The processes of a run: their group, their mesh, and what they must agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from codmd.models.base import ShardPolicy
+
+from .settings import ParallelSettings
+from .typed import ConfigError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of a run.
+
+    Attributes:
+        rank, size: of all processes; every one holds samples of its own, so all are data-parallel.
+        device: where this one computes.
+        group: all processes; None when there is one.
+        mesh: over which networks are sharded (1-D: full; 2-D: replicas x shards); None when there is one process.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+    mesh: DeviceMesh | None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what one process writes for all."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The average of `values` over all processes."""
+        if self.group is None:
+            return values
+        values = values.clone()
+        dist.all_reduce(values, group=self.group)
+        return values / self.size
+
+    def share(self, value: Any) -> Any:
+        """The first process's `value`, on every process."""
+        box = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, on every process, in the order of ranks."""
+        values = [value] * self.size
+        if self.group is not None:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def policy(self, settings: ParallelSettings, offload: bool = False) -> ShardPolicy:
+        """How `shard_blocks` lays out a network; gradients are reduced in float32."""
+        compute = torch.bfloat16 if settings.compute == "bfloat16" else None
+        return ShardPolicy(compute, torch.float32, reshard_after_forward=settings.reshard, offload=offload)
+
+
+@contextmanager
+def processes(settings: ParallelSettings) -> Iterator[Processes]:
+    """Joins the processes that torchrun started; a process started by hand is alone.
+
+    Raises:
+        ConfigError: `shard_size` does not divide the number of processes.
+    """
+    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    shards = settings.shard_size or size
+    if size % shards:
+        raise ConfigError(f"parallel.shard_size: {shards} does not divide {size} processes")
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield Processes(0, 1, device, None, None)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=settings.timeout_minutes))
+    try:
+        names: Sequence[str] = ("replicate", "shard")
+        mesh = (
+            init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+            if shards == size
+            else init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=tuple(names))
+        )
+        yield Processes(dist.get_rank(), size, device, dist.group.WORLD, mesh)
+    finally:
+        dist.destroy_process_group()

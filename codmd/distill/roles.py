@@ -1,0 +1,77 @@
+"""Teacher, student and critic of a run: built, sharded and filled with the teacher's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from codmd import models
+from codmd.models.base import VideoDenoiser
+from codmd.models.lora import LoraRoles
+
+from .parallel import Processes
+from .settings import ModelSettings, RunConfig
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The three networks of distillation; student and critic start as the teacher."""
+
+    teacher: VideoDenoiser
+    student: VideoDenoiser
+    critic: VideoDenoiser
+
+
+def build_roles(config: RunConfig, processes: Processes) -> Roles:
+    """The networks of `config` on this process's device, sharded when there are several processes.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights or an option cannot be used.
+    """
+    if config.lora is not None:
+        base = unfilled(config.model, config.seed)
+        roles = LoraRoles(base, config.lora, config.seed)
+        fill(base, config.model, config, processes)
+        roles.initialise()
+        return Roles(roles.teacher, roles.student, roles.critic)
+    frozen = config.model.changed(config.teacher_model, "teacher_model")
+    teacher = build_network(frozen, config, processes, offload=config.parallel.offload_teacher)
+    student, critic = (build_network(config.model, config, processes) for _ in range(2))
+    return Roles(teacher.requires_grad_(False), student, critic)
+
+
+def build_network(
+    settings: ModelSettings, config: RunConfig, processes: Processes, offload: bool = False
+) -> VideoDenoiser:
+    """One network with the weights of its options, in its place on this process."""
+    model = unfilled(settings, config.seed)
+    fill(model, settings, config, processes, offload)
+    return model
+
+
+def unfilled(settings: ModelSettings, seed: int) -> VideoDenoiser:
+    """A network whose weights are to be read, on the meta device; random weights are there at once.
+
+    Random weights are alike for every network and process of one seed.
+    """
+    random = settings.options.weights == RANDOM
+    with torch.random.fork_rng(devices=[]), nullcontext() if random else torch.device("meta"):
+        torch.manual_seed(seed)
+        return models.build(settings.name, **dataclasses.asdict(settings.options))
+
+
+def fill(
+    model: VideoDenoiser, settings: ModelSettings, config: RunConfig, processes: Processes, offload: bool = False
+) -> None:
+    """Shards `model` over the mesh, then reads its weights: every process its own part."""
+    if processes.mesh is not None:
+        model.shard_blocks(processes.mesh, processes.policy(config.parallel, offload))
+    if settings.options.weights != RANDOM:
+        model.load_weights(settings.options.weights, processes.device)
+    elif processes.mesh is None:
+        model.to(processes.device)
