@@ -1,0 +1,275 @@
+"""The calls of docs/integrations.md, executed on stand-ins, against the formulas written out here and beside."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import re
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dmd_formulas import FORMULAS
+
+import codmd
+from codmd import conventions
+
+PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
+WIDE = {"single": torch.float64, "double": torch.float64}
+
+
+def recipe(section: str) -> str:
+    """The expression with the ``codmd_loss`` call among the added lines of a section's diff."""
+    found = re.search(rf"^## {re.escape(section)}\n.*?```diff\n(.*?)```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert found, f"docs/integrations.md has no recipe for {section}"
+    added = textwrap.dedent("\n".join(line[1:] for line in found[1].splitlines() if line.startswith("+")))
+    start = added.index("codmd.ops.codmd_loss(")
+    for end in range(start + 1, len(added) + 1):
+        if added[end - 1] == ")" and (end == len(added) or added[end] == "\n"):
+            try:
+                ast.parse(added[start:end], mode="eval")
+            except SyntaxError:
+                continue
+            if added[end:].lstrip("\n").startswith((")", "else")):
+                continue
+            return added[start:end]
+    raise AssertionError(f"no complete call for {section}")
+
+
+def draw(shape, dtype, seed=0):
+    """(student, fake, conditional, unconditional) predictions of a codebase."""
+    generator = torch.Generator().manual_seed(seed)
+    x, c, u, noise = (torch.randn(shape, generator=generator) for _ in range(4))
+    return tuple(v.to(dtype) for v in (x, c + 0.2 * noise, c, c + 0.3 * u))
+
+
+def relation(x, f, r, layout, temperature=0.1):
+    """The relation term as the paper writes it, in float64, from guided predictions."""
+    if layout == "bchw":
+        x, f, r = (v.unsqueeze(1) for v in (x, f, r))
+    if layout == "bcfhw":
+        x, f, r = (v.transpose(1, 2) for v in (x, f, r))
+
+    def divergence(x, f, r):
+        x, f, r = (F.normalize(v, dim=-1) for v in (x, f, r))
+        student = x @ x.T
+        target = ((student - (f @ f.T - r @ r.T)) / temperature).softmax(-1).detach()
+        return (target * (target.log() - (student / temperature).log_softmax(-1))).sum(-1).mean()
+
+    features = [v.mean((-2, -1)) for v in (x, f, r)]
+    total = x.new_zeros(())
+    if x.shape[1] > 1:
+        total = total + torch.stack([divergence(*sample) for sample in zip(*features, strict=True)]).mean()
+    if len(x) > 1:
+        total = total + divergence(*(v.mean(1) for v in features))
+    return total
+
+
+def expected(formula, tensors, scale, form, layout, weight=0.1, divide=1.0):
+    """Value and gradient of (formula + weight * relation) / divide in float64 on the same inputs."""
+    x, f, c, u = (v.double() for v in tensors)
+    leaf = x.clone().requires_grad_()
+    real = c + (scale if form == "cond" else scale - 1) * (c - u)
+    total = (formula(leaf, f, c, u, scale) + weight * relation(leaf, f, real, layout)) / divide
+    return total.detach(), torch.autograd.grad(total, leaf)[0]
+
+
+def check(section, namespace, student_name, wanted):
+    """Run the recipe's call; its value and gradient are the formula's within float32 and one output rounding."""
+    leaf = namespace[student_name].clone().requires_grad_()
+    scope = {"codmd": codmd, "dataclasses": dataclasses, "group": None, **namespace, student_name: leaf}
+    result = eval(recipe(section), scope)
+    total = result.total if isinstance(result, tuple) else result
+    (gradient,) = torch.autograd.grad(total, leaf)
+    value, true_gradient = wanted
+    assert gradient.dtype == leaf.dtype
+    torch.testing.assert_close(total.detach().double(), value, rtol=2e-5, atol=0)
+    error = (gradient.double() - true_gradient).norm() / true_gradient.norm()
+    assert error < 2e-5 + torch.finfo(leaf.dtype).eps, float(error)
+
+
+def masked_self_forcing(x, f, c, u, s, mask):
+    r = c + s * (c - u)
+    g = ((f - r) / (x - r).abs().flatten(1).mean(1).reshape(-1, 1, 1, 1, 1)).detach()
+    target = (x - g).detach()
+    return 0.5 * ((x - target)[mask] ** 2).mean()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["everything", "gradient_mask"])
+@pytest.mark.parametrize("section", ["Self-Forcing", "CausVid"])
+def test_self_forcing_and_causvid(section, masked):
+    tensors = draw((2, 6, 4, 6, 8), torch.bfloat16)
+    x, f, c, u = tensors
+    mask = torch.ones(x.shape, dtype=torch.bool)
+    mask[:, : 2 if masked else 0] = False
+
+    def formula(*arguments):
+        return masked_self_forcing(*arguments, mask)
+
+    namespace = {
+        "original_latent": x, "self": SimpleNamespace(real_guidance_scale=3.0),
+        "gradient_mask": mask if masked else None, "fake": f, "real": c, "real_uncond": u, "pred_fake_image": f,
+        "pred_real_image_cond": c, "pred_real_image_uncond": u,
+    }  # fmt: skip
+    check(section, namespace, "original_latent", expected(formula, tensors, 3.0, "cond", "bfchw"))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["blocks", "independent first frame"])
+def test_longlive(first):
+    tensors = draw((2, 7, 4, 6, 8), torch.bfloat16)
+    x, f, c, u = tensors
+
+    def formula(x, f, c, u, s):
+        r = c + s * (c - u)
+        norm = torch.ones_like(x[:, :, :1, :1, :1])
+        starts = [0, 3, 6, 7] if not first else [1, 4, 7]
+        for start, end in itertools.pairwise(starts):
+            norm[:, start:end] = (x - r)[:, start:end].abs().mean((1, 2, 3, 4), keepdim=True).detach()
+        return 0.5 * ((x - (x - (f - r) / norm).detach()) ** 2).mean()
+
+    own = SimpleNamespace(real_guidance_scale=3.0, num_frame_per_block=3, independent_first_frame=first)
+    namespace = {"original_latent": x, "self": own, "gradient_mask": None, "fake": f, "real": c, "real_uncond": u}
+    check("LongLive", namespace, "original_latent", expected(formula, tensors, 3.0, "cond", "bfchw"))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_rcm_with_its_sum_and_its_mean_over_the_batch(samples):
+    tensors = draw((samples, 4, 6, 6, 8), torch.float32)
+    x, f, c, u = tensors
+    per_sample = x[0].numel()
+    namespace = {
+        "G_x0_theta_B_C_T_H_W": x, "x0_theta_fake_B_C_T_H_W": f, "x0_theta_teacher_B_C_T_H_W": c,
+        "x0_theta_teacher_B_C_T_H_W_uncond": u, "self": SimpleNamespace(teacher_guidance=5.0),
+    }  # fmt: skip
+
+    def formula(*arguments):
+        return FORMULAS["rcm"](*arguments, **WIDE)
+
+    wanted = expected(formula, tensors, 5.0, "cond", "bcfhw", weight=0.1 * 2 * samples * per_sample, divide=samples)
+    check("rCM", namespace, "G_x0_theta_B_C_T_H_W", wanted)
+
+    def halved_mean(x, f, c, u, s):
+        r = c + s * (c - u)
+        norm = (x - r).abs().mean((1, 2, 3, 4), keepdim=True).detach()
+        return 0.5 * ((x - (x - (f - r) / norm).detach()) ** 2).mean()
+
+    paper = expected(halved_mean, tensors, 5.0, "cond", "bcfhw", weight=0.1)
+    torch.testing.assert_close(wanted[1], 2 * per_sample * paper[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fastgen(dtype):
+    tensors = draw((2, 4, 6, 6, 8), dtype)
+    x, f, c, u = tensors
+    namespace = {
+        "gen_data": x, "fake_score_x0": f, "teacher_x0": c, "teacher_x0_neg": u,
+        "self": SimpleNamespace(config=SimpleNamespace(guidance_scale=4.0)),
+    }  # fmt: skip
+
+    def formula(*arguments):
+        return FORMULAS["fastgen"](*arguments, **WIDE)
+
+    check("FastGen", namespace, "gen_data", expected(formula, tensors, 4.0, "uncond", "bcfhw"))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "additional_scale"])
+def test_modelopt(scaled):
+    tensors = draw((2, 4, 6, 6, 8), torch.bfloat16)
+    x, f, c, _ = tensors
+    scale = torch.tensor([0.5, 1.5]) if scaled else None
+    namespace = {"gen_data": x, "fake_score_x0": f, "teacher_x0": c, "additional_scale": scale}
+
+    def formula(x, f, c, u, s):
+        return FORMULAS["fastgen"](x, f, c, c, 1.0, scale=scale, **WIDE)
+
+    check("ModelOpt", namespace, "gen_data", expected(formula, (x, f, c, c), 1.0, "uncond", "bcfhw"))
+
+
+@pytest.mark.parametrize("name", ["fastvideo", "fastvideo_legacy"])
+def test_fastvideo(name):
+    tensors = draw((2, 6, 4, 6, 8), torch.bfloat16)
+    x, f, c, u = tensors
+    namespace = {
+        "generator_pred_x0": x, "faker_x0": f, "real_cond_x0": c, "real_uncond_x0": u, "guidance_scale": 3.5,
+    }  # fmt: skip
+    form = conventions.NAMED[name].guidance_form
+
+    def formula(*arguments):
+        return FORMULAS[name](*arguments, **WIDE)
+
+    wanted = expected(formula, tensors, 3.5, form, "bfchw")
+    if name == "fastvideo":
+        check("FastVideo", namespace, "generator_pred_x0", wanted)
+        return
+    call = recipe("FastVideo").replace('"fastvideo"', '"fastvideo_legacy"')
+    leaf = x.clone().requires_grad_()
+    total = eval(call, {"codmd": codmd, "group": None, **namespace, "generator_pred_x0": leaf})
+    torch.testing.assert_close(total.detach().double(), wanted[0], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("minimum", [None, 3.0])
+def test_lightx2v(minimum):
+    tensors = draw((2, 4, 6, 6, 8), torch.bfloat16)
+    x, f, c, _ = tensors
+
+    def formula(x, f, c, u, s):
+        norm = (x - c).abs().mean((1, 2, 3, 4), keepdim=True).detach()
+        norm = norm if minimum is None else norm.clamp(min=minimum)
+        return 0.5 * ((x - (x - (f - c) / norm).detach()) ** 2).mean()
+
+    namespace = {"latents": x, "x_pred_fake_flow": f, "x_pred_teacher": c, "norm_clip_min": minimum}
+    check("LightX2V", namespace, "latents", expected(formula, (x, f, c, c), 1.0, "uncond", "bcfhw"))
+
+
+def test_videox_fun():
+    tensors = draw((2, 4, 6, 6, 8), torch.bfloat16)
+    x, f, c, u = tensors
+    namespace = {
+        "generator_pred": x, "fake_score_main": f, "real_score_main_cond": c, "real_score_main_uncond": u,
+        "args": SimpleNamespace(real_guidance_scale=6.0),
+    }  # fmt: skip
+
+    def formula(*arguments):
+        return FORMULAS["videox_fun"](*arguments, **WIDE)
+
+    check("VideoX-Fun", namespace, "generator_pred", expected(formula, tensors, 6.0, "uncond", "bcfhw"))
+
+
+def test_diffsynth_on_images():
+    tensors = draw((4, 4, 12, 10), torch.bfloat16)
+    x, f, c, _ = tensors
+
+    def formula(x, f, c, u, s):
+        return FORMULAS["diffsynth"](x, f, c, c, 1.0, **WIDE)
+
+    namespace = {"gen_data": x, "fake_score_x0": f, "teacher_x0": c}
+    check("DiffSynth", namespace, "gen_data", expected(formula, (x, f, c, c), 1.0, "uncond", "bchw"))
+
+
+def test_every_codebase_has_a_recipe_whose_arguments_exist():
+    sections = re.findall(r"^## (.+)$", PAGE.read_text(), re.MULTILINE)
+    assert sections == [
+        "Self-Forcing", "CausVid", "LongLive", "rCM", "FastGen", "ModelOpt", "FastVideo", "LightX2V", "VideoX-Fun",
+        "DiffSynth",
+    ]  # fmt: skip
+    for section in sections:
+        assert "group=group" in recipe(section)
+        assert "relation_weight=" in recipe(section)
+
+
+def test_the_page_of_conventions_is_up_to_date():
+    import importlib.util
+
+    path = PAGE.with_name("build_conventions.py")
+    spec = importlib.util.spec_from_file_location("build_conventions", path)
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    page = builder.PAGE.read_text()
+    assert builder.differences() in page
+    assert builder.roundings() in page
+    for name in conventions.NAMED:
+        assert f"`{name}`" in page
