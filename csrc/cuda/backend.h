@@ -6,11 +6,14 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
-#include "launch.h"
-#include "tensors.h"
+#include "types.h"
 
 namespace codmd::cuda {
+
+// The device's queue; a host compiler's build ignores it.
+using Stream = uintptr_t;
 
 struct Run {
   int device;
@@ -58,5 +61,8 @@ void relation_backward(const Run& run, const Shape& shape, DType dtype, const Te
 
 // Counters that every function above makes do with.
 int64_t relation_counters(int64_t samples, int64_t frames);
+
+// Why this binary cannot run on the device; empty when it can.
+std::string device_problem(int device);
 
 }  // namespace codmd::cuda

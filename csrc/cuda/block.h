@@ -28,6 +28,7 @@ struct Values {
 
 #define CODMD_DEVICE __device__ __forceinline__
 #define CODMD_UNROLL _Pragma("unroll")
+#define CODMD_ROLLED _Pragma("unroll 1")
 
 namespace codmd::cuda {
 

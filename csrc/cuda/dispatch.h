@@ -3,7 +3,7 @@
 // From a runtime dtype to the type that kernels are compiled for, and the device that a call runs on.
 #pragma once
 
-#include "backend.h"
+#include "launch.h"
 #include "plan.h"
 
 namespace codmd::cuda {

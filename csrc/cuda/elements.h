@@ -13,8 +13,6 @@
 
 namespace codmd::cuda {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-
 #if defined(__CUDACC__)
 
 struct bf16 {

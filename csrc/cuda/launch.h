@@ -7,16 +7,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "backend.h"
 #include "block.h"
 
 namespace codmd::cuda {
 
-// The device's queue; a host compiler's build ignores it.
-using Stream = uintptr_t;
-
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
-// Hands out the parts of a workspace, 256 bytes apart. Without memory it only counts what is needed.
+// Hands out the parts of a workspace, 256 bytes apart. Without memory it only counts what is needed, never 0 bytes:
+// an empty workspace would look like none.
 class Arena {
  public:
   explicit Arena(uintptr_t base) : base_(base) {}
@@ -32,7 +31,7 @@ class Arena {
 
  private:
   uintptr_t base_;
-  int64_t used_ = 0;
+  int64_t used_ = 256;
 };
 
 inline void check_grid(const char* name, int64_t blocks) {

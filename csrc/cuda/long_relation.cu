@@ -113,4 +113,19 @@ void long_forward(const Run& run, Arena& arena, const LongRows& rows, const Rela
   long_terms(run, arena, frames, batch, nullptr, weights, terms, frame_term);
 }
 
+std::string device_problem(int device) {
+#if defined(__CUDACC__)
+  int before = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, run<TermsPass>);
+  cudaSetDevice(before);
+  cudaGetLastError();
+  return error == cudaSuccess ? "" : std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")";
+#else
+  return device == 0 ? "" : "simulated: there is one device, 0";
+#endif
+}
+
 }  // namespace codmd::cuda

@@ -89,8 +89,6 @@ int64_t relation_batch(const Run& run, const float* pooled, int64_t samples, int
   Arena arena(run.workspace);
   const int64_t shared = fused_floats(samples, features);
   if (samples <= kFusedRows && shared <= kFusedFloats) {
-    // The workspace is not used; a positive size keeps "counting" apart from "running".
-    arena.take<float>(1);
     const Weights narrow{float(weights.temperature), float(weights.batch), float(weights.frame)};
     if (!arena.counting())
       launch(GatheredPass{pooled, samples, first_row, rows, int(features), narrow, float(grad_scale), frame_term, terms,

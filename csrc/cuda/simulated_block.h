@@ -16,6 +16,7 @@
 
 #define CODMD_DEVICE inline
 #define CODMD_UNROLL
+#define CODMD_ROLLED
 
 namespace codmd::cuda {
 

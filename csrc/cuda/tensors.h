@@ -1,49 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Latents by address and element strides, and how their planes are cut into units of work. Offsets are int64.
+// How the planes of latents are cut into units of work, and how a block walks through one. Offsets are int64.
 #pragma once
 
 #include <cstdint>
 
-#include "../algebra.h"
 #include "elements.h"
+#include "types.h"
 
 namespace codmd::cuda {
-
-struct Shape {
-  int64_t batch, frames, channels, height, width;
-};
-
-// Strides of (batch, frame, channel, y, x) in elements, whatever the order in memory; null data stands for none.
-struct Tensor {
-  const void* data;
-  int64_t stride[5];
-
-  CODMD_HD int64_t offset(int64_t b, int64_t f, int64_t c, int64_t y, int64_t x) const {
-    return b * stride[0] + f * stride[1] + c * stride[2] + y * stride[3] + x * stride[4];
-  }
-  // Rows follow each other without a gap: a plane is one long row.
-  CODMD_HD bool flat(const Shape& shape) const {
-    return !data || shape.height == 1 || stride[3] == shape.width * stride[4];
-  }
-};
-
-// Bytes [B, F], non-zero where the frame counts; null means that every frame does.
-struct FrameMask {
-  const uint8_t* data;
-  int64_t stride[2];
-  CODMD_HD bool valid(int64_t b, int64_t f) const { return !data || data[b * stride[0] + f * stride[1]] != 0; }
-  CODMD_HD int64_t count(int64_t b, int64_t frames) const {
-    if (!data) return frames;
-    int64_t sum = 0;
-    for (int64_t f = 0; f < frames; ++f) sum += valid(b, f) ? 1 : 0;
-    return sum;
-  }
-};
-
-struct Grid {
-  int64_t height, width;  // {0, 0} keeps every pixel
-};
 
 // 32-bit division where it suffices: a 64-bit one costs tens of instructions on a GPU.
 CODMD_HD inline int64_t quotient(int64_t a, int64_t b) {
@@ -112,6 +77,7 @@ CODMD_DEVICE void each_chunk(const Cut& cut, const Unit& unit, const Tensor& anc
   constexpr int vector = kVector<T>;
   const int64_t start = int64_t(reinterpret_cast<uintptr_t>(anchor.data) / sizeof(T)) +
                         anchor.offset(unit.b, unit.f, unit.c, unit.y, unit.x);
+CODMD_ROLLED
   for (int64_t i = unit.first + thread; i < unit.last; i += kThreads) {
     const int64_t row = unit.rows == 1 ? 0 : quotient(i, unit.per_row), chunk = i - row * unit.per_row;
     if (!cut.wide) {
@@ -122,6 +88,7 @@ CODMD_DEVICE void each_chunk(const Cut& cut, const Unit& unit, const Tensor& anc
     if (span.end - span.begin == vector) {
       visit(row, span.begin, Count<vector>{});
     } else {
+CODMD_ROLLED
       for (int64_t column = span.begin; column < span.end; ++column) visit(row, column, Count<1>{});
     }
   }

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+namespace codmd::cuda {
+
+// Raised whenever a bound function changes its arguments or their meaning; codmd/ops/_cuda.py names the same number.
+constexpr int kAbiVersion = 1;
+
+}  // namespace codmd::cuda
