@@ -155,7 +155,7 @@ def test_with_lora_the_teacher_has_no_options_of_its_own():
         ("out: x\nmodel: {weights: random}\n", "model.name: not given; expected one of toy, wan"),
         ("out: x\nmodel: {name: toy}\n", "model.weights: not given"),
         (
-            "out: x\nmodel: {name: toy, weights: ???}\n",
+            "out: x\nmodel:\n  name: toy\n  weights: ???\n",
             "model.weights: not given; add model.weights=... to the command",
         ),
         ("out: ${nowhere}\nmodel: {name: toy, weights: random}\n", "nowhere"),
