@@ -56,3 +56,11 @@ def compute_in_float32(transformer: Any) -> None:
 def float32_modules(transformer: Any) -> tuple[nn.Module, nn.Module]:
     """The modules whose weights stay float32 in every storage and sharding mode."""
     return transformer.condition_embedder.time_embedder, transformer.condition_embedder.time_proj
+
+
+def store_in_bfloat16(transformer: Any) -> None:
+    """Casts the weights of matrix products; norms, modulation and time embedding stay float32, as in diffusers."""
+    kept = {module for parent in float32_modules(transformer) for module in parent.modules()}
+    for module in transformer.modules():
+        if isinstance(module, (nn.Linear, nn.Conv3d)) and module not in kept:
+            module.to(torch.bfloat16)

@@ -22,7 +22,7 @@ from . import weights
 from .attention import set_attention, supports_backward
 from .base import Condition, ShardPolicy, VideoDenoiser
 from .materialize import copy_weights
-from .precision import compute_in_float32, float32_modules
+from .precision import compute_in_float32, float32_modules, store_in_bfloat16
 from .wan_config import build_transformer, read_config
 from .wan_text import NEGATIVE_PROMPT, PromptEncoder, read_embedding
 from .wan_vae import WanVideoDecoder
@@ -47,7 +47,8 @@ class WanOptions:
         gradient_checkpointing: recompute every block's activations in the backward pass.
         compile: compile the repeated block, once for all of them.
         text_encoder: folder with `text_encoder` and `tokenizer`, for prompts given as text.
-        null_embedding: a file that `codmd encode` wrote, or "zeros"; "" encodes `negative_prompt`.
+        null_embedding: the folder that `codmd encode` wrote (or a file with one embedding), or "zeros"; ""
+            encodes `negative_prompt`.
         negative_prompt: the text of the unconditional branch.
         vae: folder of an AutoencoderKLWan, or of a pipeline that has one, for decoding.
     """
@@ -109,9 +110,7 @@ class WanDenoiser(VideoDenoiser):
             if getattr(options, name) % multiple:
                 raise ValueError(f"{name}: got {getattr(options, name)}; expected a multiple of the patch, {multiple}")
         if options.storage == "bfloat16":
-            self.transformer.to(torch.bfloat16)
-            for module in float32_modules(self.transformer):
-                module.float()
+            store_in_bfloat16(self.transformer)
         if options.gradient_checkpointing:
             self.enable_gradient_checkpointing()
         if options.compile:
@@ -188,11 +187,19 @@ class WanDenoiser(VideoDenoiser):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, T, 3, height, width], float32 in [0, 1], of normalised latents [B, F, C, H, W]."""
+        return self.load_decoder()(latents)
+
+    def load_decoder(self) -> WanVideoDecoder:
+        """The VAE, read once; for whoever wants its errors early.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or it cannot be read.
+        """
         if self._decoder is None:
             if not self.options.vae:
                 raise ValueError("vae: not given; decoding needs the folder of an AutoencoderKLWan")
             self._decoder = WanVideoDecoder.load(self.options.vae, self.device)
-        return self._decoder(latents)
+        return self._decoder
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters that require a gradient.
@@ -236,10 +243,18 @@ class WanDenoiser(VideoDenoiser):
     def load_weights(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
         """Replaces the transformer's weights in place, one tensor at a time, from any file `codmd convert` reads."""
         with weights.open_wan(path, self.network_config) as tensors:
-            if self.device.type == "meta":
-                self.transformer.to_empty(device="cpu" if self._offloaded else device or "cpu")
-                self._restore_rope(device or "cpu")
-            copy_weights(self.transformer, tensors)
+            self.fill(tensors, device)
+
+    def fill(self, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:
+        """`load_weights` from tensors by diffusers' names, of this configuration; each is looked up once."""
+        if self.device.type == "meta":
+            self.transformer.to_empty(device="cpu" if self._offloaded else device or "cpu")
+            self._restore_rope(device or "cpu")
+        copy_weights(self.transformer, tensors)
+
+    def free_text_encoder(self) -> None:
+        """Gives back the text encoder's memory; the next `encode` loads it again."""
+        self._prompt_encoder = None
 
     def _restore_rope(self, device: torch.device | str) -> None:
         """Computes the rotary tables, which no weight file has; they live on the device even when weights do not."""

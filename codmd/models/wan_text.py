@@ -13,6 +13,8 @@ from torch import Tensor
 
 TOKENS = 512
 EMBEDDING = "embedding"
+NEGATIVE_FILE = Path("negative") / "embedding.safetensors"
+"""Where `codmd encode` puts the negative prompt's embedding, inside its folder."""
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
@@ -51,7 +53,9 @@ class PromptEncoder:
             if not (folder / name).is_dir():
                 raise FileNotFoundError(f"text_encoder: {folder / name}: no such folder")
         verbosity = logging.get_verbosity()
+        bars = logging.is_progress_bar_enabled()
         logging.set_verbosity_error()  # a missing weight is an error below, not a warning
+        logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
             loaded: Any = UMT5EncoderModel.from_pretrained(
@@ -61,6 +65,8 @@ class PromptEncoder:
             raise ValueError(f"text_encoder: {folder} cannot be read: {error}") from error
         finally:
             logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
         encoder, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"text_encoder: {folder} lacks {len(missing)} weights ({', '.join(missing[:3])})")
@@ -90,9 +96,15 @@ class PromptEncoder:
 def read_embedding(path: str | os.PathLike[str]) -> Tensor:
     """One prompt's embedding [1, L, text_dim] from a safetensors file with the tensor "embedding".
 
+    Args:
+        path: the file, or a folder of `codmd encode`, of which the negative prompt is read.
+
     Raises:
         FileNotFoundError, ValueError: naming the file and what is wrong with it.
     """
+    path = Path(path)
+    if path.is_dir():
+        path = path / NEGATIVE_FILE
     try:
         with safe_open(path, framework="pt") as file:
             embedding = file.get_tensor(EMBEDDING)

@@ -1,0 +1,245 @@
+"""Sample videos from a distilled student, or from the teacher with guidance.
+
+A video depends on (prompt, seed) alone: run it again, or on several GPUs with torchrun, and complete files stay as
+they are, partial ones are made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codmd.cli import CommandError, above, at_least, integer_in
+
+if TYPE_CHECKING:
+    import torch
+
+    from codmd.models.base import Condition
+
+    from .folder import SampleFolder
+    from .names import PromptJob
+    from .samplers import FewStep, Guided
+    from .source import Source
+
+HELP = "sample videos from a distilled student, or from the teacher with guidance"
+TEACHER_ONLY = ("steps", "guidance", "guidance_form", "shift", "solver")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `codmd sample`."""
+    parser.add_argument(
+        "source", type=Path, help="a run or checkpoint of codmd train, a diffusers folder, or a weight file"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the videos")
+    parser.add_argument(
+        "--prompts", type=Path, help="a text file with one prompt a line, or a folder that codmd encode wrote"
+    )
+    parser.add_argument("--vbench", type=Path, metavar="FULL_INFO", help="VBench's prompts, file names and numbers")
+    parser.add_argument("--seeds", type=integer_in(1, 10_000), help="videos of every prompt (1)")
+    parser.add_argument("--seed", type=integer_in(0, 2**31), help="seed of the first of them (0)")
+    parser.add_argument("--ema", action="store_true", help="the running average of the trained student")
+    parser.add_argument("--latents", action="store_true", help="keep latents and skip the VAE")
+
+    student = parser.add_argument_group("student")
+    student.add_argument("--sigmas", type=_levels, help="noise levels from 1 downwards (those of its training)")
+
+    teacher = parser.add_argument_group("teacher")
+    teacher.add_argument("--teacher", action="store_true", help="many steps with guidance instead of the few")
+    teacher.add_argument("--steps", type=integer_in(1, 1000), help="solver steps (50)")
+    teacher.add_argument("--guidance", type=at_least(0), help="guidance scale s (5)")
+    teacher.add_argument("--guidance-form", choices=("uncond", "cond"), help="u + s (c - u), or c + s (c - u) (uncond)")
+    teacher.add_argument("--shift", type=above(0), help="of the noise levels; 3 for 480p, 5 for 720p (3)")
+    teacher.add_argument("--solver", choices=("unipc", "euler"), help="of diffusers (unipc)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--config", help="of a weight file: 1.3b, 14b, tiny or a config.json (found out)")
+    model.add_argument("--text-encoder", help="folder with text_encoder and tokenizer (SOURCE, if it has them)")
+    model.add_argument("--vae", help="folder of the VAE, or of a pipeline with one (SOURCE, if it has one)")
+    model.add_argument("--negative-prompt", help="of the teacher's guidance (Wan's own)")
+    model.add_argument("--frames", type=integer_in(1, 10_000), help="of a video (81, or as trained)")
+    model.add_argument("--height", type=integer_in(16, 10_000), help="in pixels (480, or as trained)")
+    model.add_argument("--width", type=integer_in(16, 10_000), help="in pixels (832, or as trained)")
+    model.add_argument("--attention", help="backend by diffusers' name (native)")
+    model.add_argument("--compute", choices=("bfloat16", "float32"), help="dtype of the network (bfloat16)")
+    model.add_argument("--compile", action="store_true", help="compile the repeated block")
+    model.add_argument("--device", help="cpu, cuda, ... (a GPU of its own for every process, where there is one)")
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    from codmd.distill.schedule import check_step_list
+
+    try:
+        return check_step_list([float(level) for level in text.split(",")])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}; {error}") from error
+
+
+def run(args: argparse.Namespace) -> int:
+    """Samples what is missing; returns the exit status.
+
+    Raises:
+        CommandError: an option, a prompt, the weights or the folder cannot be used.
+    """
+    try:
+        import diffusers  # noqa: F401
+        import imageio  # noqa: F401
+        import imageio_ffmpeg  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
+    try:
+        _check_options(args)
+        return _run(args)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if not args.prompts and not args.vbench:
+        raise ValueError("--prompts: not given; expected a text file, a folder of codmd encode, or --vbench")
+    for name in TEACHER_ONLY:
+        if getattr(args, name) is not None and not args.teacher:
+            raise ValueError(f"--{name.replace('_', '-')}: only with --teacher; the student takes no guidance")
+    if args.sigmas and args.teacher:
+        raise ValueError("--sigmas: of the student; the teacher takes --steps and --shift")
+    if args.vbench and (args.seeds is not None or args.seed is not None):
+        raise ValueError("--seeds, --seed: VBench fixes them; leave them out with --vbench")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .folder import SampleFolder, Share
+    from .source import fingerprint, is_training, open_source
+
+    embeddings, jobs = _jobs(args)
+    if not (args.teacher or args.sigmas or is_training(args.source)):
+        raise ValueError(
+            "--sigmas: not given, and plain weights do not tell them; a student of Wan2.1 1.3B has "
+            "1,0.9,0.757,0.522 and one of 14B 1,0.937,0.833,0.624 (or ask for the --teacher's steps)"
+        )
+    share = Share.from_environment()
+    source = open_source(args.source, args.ema, _model_options(args, embeddings), _device(args.device, share))
+    sampler = _sampler(args, source)
+    folder = SampleFolder(args.out, args.latents)
+    size = dict(zip(("frames", "channels", "height", "width"), source.model.latent_shape, strict=True))
+    settings = {
+        "weights": fingerprint(source.model),
+        "sampler": type(sampler).__name__,
+        **vars(sampler),
+        "negative_prompt": source.model.options.negative_prompt if args.teacher else None,
+        "latent_size": size,
+        "compute": source.model.options.compute,
+    }
+    folder.check(settings)
+    made, kept = _fill(folder, settings, share.of(jobs), source, sampler, embeddings, quiet=share.rank > 0)
+    of = f" (process {share.rank} of {share.world})" if share.world > 1 else ""
+    print(f"{folder.kind}: {made} sampled, {kept} complete before{of}")
+    return 0
+
+
+def _jobs(args: argparse.Namespace) -> tuple[Any, list[PromptJob]]:
+    """The embeddings of `codmd encode`, if `--prompts` is their folder, and the videos wanted."""
+    from codmd.distill.data import Embeddings, read_prompts
+
+    from .names import jobs_of, vbench_jobs
+
+    embeddings = Embeddings(args.prompts) if args.prompts and args.prompts.is_dir() else None
+    prompts = None
+    if args.prompts:
+        prompts = embeddings.prompts if embeddings else read_prompts(args.prompts)
+    if args.vbench:
+        return embeddings, vbench_jobs(args.vbench, prompts)
+    first = args.seed or 0
+    return embeddings, jobs_of(prompts or [], range(first, first + (args.seeds or 1)))
+
+
+def _model_options(args: argparse.Namespace, embeddings: Any) -> dict[str, Any]:
+    from .source import latent_size
+
+    given = {
+        "config": args.config,
+        "text_encoder": args.text_encoder or _inside(args.source, "text_encoder"),
+        "vae": args.vae or _inside(args.source, "vae"),
+        "negative_prompt": args.negative_prompt,
+        "attention": args.attention,
+        "compute": args.compute,
+        "storage": args.compute or "bfloat16",
+        "compile": args.compile,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if embeddings is not None and args.negative_prompt is None:
+        options["null_embedding"] = str(args.prompts)
+    elif args.negative_prompt is not None:
+        options["null_embedding"] = ""
+    return options | latent_size(args.frames, args.height, args.width)
+
+
+def _inside(source: Path, name: str) -> str | None:
+    return str(source) if (source / name).is_dir() else None
+
+
+def _device(name: str | None, share: Any) -> torch.device:
+    import torch
+
+    try:
+        if name is not None:
+            return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} cannot be used: {error}") from error
+    if torch.cuda.is_available():
+        torch.cuda.set_device(share.local_rank)
+        return torch.device("cuda", share.local_rank)
+    return torch.device("cpu")
+
+
+def _sampler(args: argparse.Namespace, source: Source) -> FewStep | Guided:
+    from .samplers import FewStep, Guided
+
+    if args.teacher:
+        given = {"form" if name == "guidance_form" else name: getattr(args, name) for name in TEACHER_ONLY}
+        return Guided(**{name: value for name, value in given.items() if value is not None})
+    return FewStep(args.sigmas or source.sigmas)
+
+
+def _fill(
+    folder: SampleFolder,
+    settings: dict[str, Any],
+    jobs: Sequence[PromptJob],
+    source: Source,
+    sampler: FewStep | Guided,
+    embeddings: Any,
+    quiet: bool,
+) -> tuple[int, int]:
+    """Samples what is missing; the numbers of videos made and found complete."""
+    from tqdm import tqdm
+
+    from .source import FRAME_STRIDE
+
+    frames = FRAME_STRIDE * (source.model.latent_shape[0] - 1) + 1
+    missing = {job: folder.missing(job, frames, source.model.latent_shape) for job in jobs}
+    made = sum(map(len, missing.values()))
+    if made and not folder.latents:
+        source.model.load_decoder()
+    conditions = _conditions([job for job in jobs if missing[job]], source, sampler, embeddings)
+    folder.create(settings)
+    with tqdm(total=made * sampler.evaluations, unit="step", desc="sampling", disable=quiet) as bar:
+        for job, seeds in missing.items():
+            bar.set_postfix_str(job.prompt[:30])
+            cond = conditions[job].to(source.model.device) if seeds else None
+            folder.sample(job, seeds, source.model, sampler, cond, bar.update)
+    return made, sum(len(job.seeds) for job in jobs) - made
+
+
+def _conditions(
+    jobs: Sequence[PromptJob], source: Source, sampler: FewStep | Guided, embeddings: Any
+) -> dict[PromptJob, Condition]:
+    """Every prompt's condition on the CPU, encoded by itself; then the text encoder's memory is given back."""
+    if embeddings is not None:
+        number = {prompt: i for i, prompt in reversed(list(enumerate(embeddings.prompts)))}
+        return {job: embeddings.condition([number[job.prompt]]) for job in jobs}
+    conditions = {job: source.model.encode([job.prompt]).cpu() for job in jobs}
+    if jobs and hasattr(sampler, "guidance"):
+        source.model.null_cond(1)
+    source.model.free_text_encoder()
+    return conditions

@@ -1,0 +1,130 @@
+"""The folder that samples go to, and filling it: what is complete stays, what is missing or partial is made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from codmd.atomic import replacing_file
+from codmd.models.base import Condition, VideoDenoiser
+
+from .names import PromptJob
+from .samplers import FewStep, Guided, noise_of
+from .sheet import write_sheet
+from .video import latents_are_complete, video_is_complete, write_latents, write_video
+
+SETTINGS = "sampling.json"
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """`videos/{name}-{seed}.mp4` (or `latents/{name}-{seed}.safetensors`), `sheets/{name}.png`, `sampling.json`.
+
+    Attributes:
+        root: the folder.
+        latents: keep latents instead of videos.
+    """
+
+    root: Path
+    latents: bool
+
+    @property
+    def kind(self) -> Path:
+        """The folder of the files themselves."""
+        return self.root / ("latents" if self.latents else "videos")
+
+    def file(self, job: PromptJob, seed: int) -> Path:
+        """The file of one video."""
+        return self.kind / f"{job.name}-{seed}{'.safetensors' if self.latents else '.mp4'}"
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Requires that what the folder holds, if anything, was sampled with the same settings.
+
+        Raises:
+            ValueError: it was not; the message names the settings that differ.
+        """
+        path = self.root / SETTINGS
+        if path.is_file():
+            try:
+                before = json.loads(path.read_text("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path}: not readable; give another folder: {error}") from error
+            changed = [k for k in settings if before.get(k) != json.loads(json.dumps(settings[k]))]
+            if changed:
+                was = ", ".join(f"{k} {before.get(k)!r}, now {settings[k]!r}" for k in changed)
+                raise ValueError(f"{self.root}: was sampled with other settings ({was}); give another folder")
+        elif self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"{self.root}: is a file; give a folder")
+        elif self.root.exists() and any(p for p in self.root.iterdir() if not p.name.startswith(".")):
+            raise ValueError(f"{self.root}: holds other files and no {SETTINGS}; give a new or empty folder")
+
+    def create(self, settings: Mapping[str, Any]) -> None:
+        """Makes the folder and notes the settings in it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.kind.mkdir(parents=True, exist_ok=True)
+        with replacing_file(self.root / SETTINGS) as partial:
+            partial.write_text(json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def missing(self, job: PromptJob, frames: int, latent_shape: tuple[int, ...]) -> list[int]:
+        """The seeds of a job whose files are not there or not complete."""
+        if self.latents:
+            return [s for s in job.seeds if not latents_are_complete(self.file(job, s), latent_shape)]
+        return [s for s in job.seeds if not video_is_complete(self.file(job, s), frames)]
+
+    def sample(
+        self,
+        job: PromptJob,
+        seeds: Sequence[int],
+        model: VideoDenoiser,
+        sampler: FewStep | Guided,
+        cond: Condition,
+        progress: Callable[[int], Any],
+    ) -> None:
+        """Makes the files of `seeds`, and the sheet of the prompt where it is not up to date."""
+        for seed in seeds:
+            latents = sampler(model, noise_of(job.prompt, seed), cond, progress)
+            self._write(job, seed, model, latents)
+        sheet = self.root / "sheets" / f"{job.name}.png"
+        if not self.latents and (seeds or not sheet.is_file()):
+            sheet.parent.mkdir(exist_ok=True)
+            write_sheet(sheet, job.prompt, [(seed, self.file(job, seed)) for seed in job.seeds])
+
+    def _write(self, job: PromptJob, seed: int, model: VideoDenoiser, latents: Tensor) -> None:
+        if not latents.isfinite().all():
+            raise ValueError(f"{job.prompt!r}, seed {seed}: the latents are not finite; the weights are of no use")
+        if self.latents:
+            write_latents(self.file(job, seed), latents[0], job.prompt, seed)
+        else:
+            write_video(self.file(job, seed), model.decode(latents)[0])
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process among those that torchrun started.
+
+    Attributes:
+        rank, world: of all processes.
+        local_rank: on this machine; chooses the device.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> Share:
+        """What torchrun says; one process without it."""
+        return cls(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+
+    def of(self, jobs: Sequence[PromptJob]) -> Sequence[PromptJob]:
+        """Every world-th job; no two processes write the same file."""
+        return jobs[self.rank :: self.world]

@@ -1,0 +1,78 @@
+"""Which videos are wanted and how their files are called."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+UNSAFE = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]+')
+LONGEST = 120
+LONGEST_FILE = 255
+VBENCH_SEEDS = 5
+VBENCH_FLICKERING_SEEDS = 25
+FLICKERING = "temporal_flickering"
+
+
+@dataclass(frozen=True)
+class PromptJob:
+    """The videos of one prompt.
+
+    Attributes:
+        prompt: what the model is given.
+        name: start of the file names, `{name}-{seed}`.
+        seeds: one video each.
+    """
+
+    prompt: str
+    name: str
+    seeds: range
+
+
+def jobs_of(prompts: Sequence[str], seeds: range) -> list[PromptJob]:
+    """One job per different prompt, in the order of their first appearance."""
+    return [PromptJob(prompt, file_name(prompt), seeds) for prompt in dict.fromkeys(prompts)]
+
+
+def file_name(prompt: str) -> str:
+    """The prompt itself where a file can be called that; else shortened, with a digest that keeps it unique."""
+    name = UNSAFE.sub("_", prompt).strip(" .")
+    while len(name.encode()) > LONGEST:
+        name = name[:-1]
+    if name == prompt:
+        return name
+    return f"{name} {hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+
+
+def vbench_jobs(path: Path, augmented: Sequence[str] | None = None) -> list[PromptJob]:
+    """VBench's prompts, named `{prompt_en}-{i}` with i = 0 to 4 (0 to 24 for temporal flickering).
+
+    Args:
+        path: VBench's `VBench_full_info.json`.
+        augmented: what to give the model instead, one for every different prompt, in the file's order; the videos
+            keep the names of the original prompts.
+
+    Raises:
+        ValueError: the file is not what VBench ships, a prompt cannot be a file name, or the numbers differ.
+    """
+    counts: dict[str, int] = {}
+    try:
+        for entry in json.loads(path.read_text("utf-8")):
+            seeds = VBENCH_FLICKERING_SEEDS if FLICKERING in entry["dimension"] else VBENCH_SEEDS
+            counts[entry["prompt_en"]] = max(seeds, counts.get(entry["prompt_en"], 0))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"--vbench {path}: not VBench's list of prompts: {error!r}") from error
+    if not counts:
+        raise ValueError(f"--vbench {path}: has no prompts")
+    for prompt in counts:
+        if UNSAFE.search(prompt) or len(f"{prompt}-00.mp4".encode()) > LONGEST_FILE:
+            raise ValueError(f"--vbench {path}: VBench names files by the prompt, which no file can be: {prompt!r}")
+    if augmented is not None and len(augmented) != len(counts):
+        raise ValueError(
+            f"--prompts: {len(augmented)} prompts for {len(counts)} different ones of --vbench; expected one for each"
+        )
+    given = augmented if augmented is not None else list(counts)
+    return [PromptJob(g, name, range(n)) for g, (name, n) in zip(given, counts.items(), strict=True)]
