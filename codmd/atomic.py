@@ -19,8 +19,8 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the folder is missing or cannot be written.
     """
     path = Path(path)
-    _remove_abandoned(path)
-    partial = _partial(path)
+    remove_abandoned(path)
+    partial = partial_sibling(path)
     try:
         yield partial
         os.replace(partial, path)
@@ -40,8 +40,8 @@ def creating_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: exists already; give a new or empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    partial = _partial(path)
+    remove_abandoned(path)
+    partial = partial_sibling(path)
     partial.mkdir()
     try:
         yield partial
@@ -50,12 +50,13 @@ def creating_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _partial(path: Path) -> Path:
+def partial_sibling(path: Path) -> Path:
+    """Where this process builds what will be `path`; the name keeps the suffix."""
     # A name may be as long as the file system allows already.
     return path.with_name(f".{path.name[:40]}.partial-{os.getpid()}{path.suffix}")
 
 
-def _remove_abandoned(path: Path) -> None:
+def remove_abandoned(path: Path) -> None:
     """Removes what a killed process (it is gone) left beside `path`."""
     prefix = f".{path.name[:40]}.partial-"
     for leftover in path.parent.iterdir() if path.parent.is_dir() else ():

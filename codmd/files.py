@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from codmd.atomic import replacing_file
 from codmd.cli import CommandError
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes to a temporary sibling and renames it, so that `path` holds all of `content` or what it held before.
+    """Writes a file so that `path` holds all of `content` or what it held before.
 
     Args:
         path: the file; missing parent folders are made.
@@ -24,15 +24,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise CommandError(f"{path}: is a folder; give the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-            os.chmod(partial, 0o666 & ~_umask())
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        with replacing_file(path) as partial:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise CommandError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -51,7 +44,10 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     raise CommandError(f"the same path is given twice: {', '.join(map(str, paths))}")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def samples_in(folder: Path) -> Path:
+    """The folder of the samples themselves in a folder that `codmd sample` wrote; any other path as it is."""
+    if (folder / "sampling.json").is_file():
+        for kind in ("videos", "latents"):
+            if (folder / kind).is_dir():
+                return folder / kind
+    return folder

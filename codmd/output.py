@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from codmd.atomic import partial_sibling, remove_abandoned
+
 MARKER = "results.json"
 
 
@@ -43,8 +45,8 @@ def building(out: Path) -> Iterator[Path]:
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    remove_abandoned(out)
+    partial = partial_sibling(out)
     partial.mkdir()
     try:
         yield partial
@@ -55,21 +57,3 @@ def building(out: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Removes what a killed run (its process is gone) left beside `out`."""
-    for leftover in out.parent.glob(f".{out.name}.partial-*"):
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -342,3 +342,11 @@ def test_folders_of_clips_are_expanded_and_files_kept_as_they_are(folders, tmp_p
     expected = [tmp_path / "set" / "a.mp4", frames, tmp_path / "absent.mp4"]
     assert find_clips([tmp_path / "set", tmp_path / "absent.mp4"]) == expected
     assert find_clips([frames]) == [frames]
+
+
+def test_a_folder_of_codmd_sample_stands_for_its_videos(folders, tmp_path):
+    (tmp_path / "samples" / "sheets").mkdir(parents=True)
+    (tmp_path / "samples" / "sampling.json").write_text("{}")
+    cv2.imwrite(str(tmp_path / "samples" / "sheets" / "a.png"), np.zeros((32, 32, 3), np.uint8))
+    video = encode(tmp_path / "samples" / "videos" / "a-0.mp4", pan("coffee", 3, 2, frames=2))
+    assert find_clips([tmp_path / "samples"]) == [video]

@@ -30,7 +30,9 @@ def chart(rates: Mapping[str, WinRate | None], names: tuple[str, str], title: st
                 axis.text(start + share / 2, row, str(count), ha="center", va="center", color=text, fontsize=9)
             start += share
         reach = [[100 * (rate.rate - rate.low)], [100 * (rate.high - rate.rate)]]
-        axis.errorbar(100 * rate.rate, row + 0.4, xerr=reach, fmt="D", color="#202124", ms=4, capsize=3, lw=1.2)
+        axis.errorbar(
+            100 * rate.rate, row + 0.4, xerr=reach, fmt="D", color="#202124", ms=4, capsize=3, lw=1.2, clip_on=False
+        )
         label = f"{100 * rate.rate:.1f} % [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
         axis.text(101.5, row, label, va="center", fontsize=9)
     axis.axvline(50, color="#5f6368", lw=0.8, ls=":")

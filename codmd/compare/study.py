@@ -7,12 +7,11 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from codmd.cli import CommandError
-from codmd.files import short_names
+from codmd.files import samples_in, short_names
 
 MEDIA_TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}
 """What browsers play."""
@@ -50,7 +49,7 @@ def make_study(a: Path, b: Path, seed: int, limit: int | None, prompts: dict[str
     """Pairs same-named videos of two folders.
 
     Args:
-        a, b: folders of mp4 or webm files; names count without the suffix.
+        a, b: folders of mp4 or webm files, or what `codmd sample` wrote; names count without the suffix.
         seed: decides the pairs drawn, their order and their sides. Of n pairs, n // 2 or (n + 1) // 2 have `a` left.
         limit: number of pairs to draw; all by default.
         prompts: prompt by name; others are read off the name, "{prompt}-{number}".
@@ -119,5 +118,5 @@ def damage(path: Path) -> str | None:
 def _videos(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise CommandError(f"{folder}: no such folder")
-    files: Sequence[Path] = sorted(folder.iterdir())
+    files = sorted(samples_in(folder).iterdir())
     return {p.stem: p for p in files if p.suffix.lower() in MEDIA_TYPES and not p.name.startswith(".")}

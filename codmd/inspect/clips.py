@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from codmd.files import samples_in
 from codmd.reference import to_bfchw
 
 from .motion import MIN_SIDE
@@ -44,10 +45,11 @@ class Clip:
 def find_clips(paths: Iterable[Path]) -> list[Path]:
     """One path a clip: files and folders of frames as given, other folders replaced by the clips they hold, sorted.
 
-    A path that holds no clip stays in the list; :func:`read_clip` says what is wrong with it.
+    A folder that `codmd sample` wrote stands for its videos or latents. A path that holds no clip stays in the list;
+    :func:`read_clip` says what is wrong with it.
     """
     found: list[Path] = []
-    for path in paths:
+    for path in map(samples_in, paths):
         children = [p for p in sorted(path.iterdir(), key=_by_number) if _is_clip(p)] if path.is_dir() else []
         found.extend([path] if not children or _frame_files(path) else children)
     return found
