@@ -103,6 +103,41 @@ Upstream upstream_of(const py::tuple& scalars) {
           floats(py::cast<uintptr_t>(scalars[2]))};
 }
 
+// (student, fake, real, real_uncond, fake_uncond, noisy, mask, sigma, sample_weight address) and the two scales.
+DmdScores dmd_scores_of(const py::handle& sizes, bool channels_first, int dtype, const py::tuple& tensors,
+                        double real_scale, double fake_scale) {
+  DmdScores scores{};
+  scores.shape = shape_of(sizes, channels_first);
+  scores.dtype = dtype_of(dtype);
+  Tensor* latents[7] = {&scores.student,     &scores.fake,  &scores.real, &scores.real_uncond,
+                        &scores.fake_uncond, &scores.noisy, &scores.mask};
+  for (size_t i = 0; i < 7; ++i) *latents[i] = tensor_of(tensors[i], channels_first);
+  const FrameMask sigma = mask_of(tensors[7]);
+  scores.sigma = reinterpret_cast<const float*>(sigma.data);
+  std::copy(sigma.stride, sigma.stride + 2, scores.sigma_stride);
+  scores.sample_weight = floats(py::cast<uintptr_t>(tensors[8]));
+  scores.real_scale = float(real_scale);
+  scores.fake_scale = float(fake_scale);
+  return scores;
+}
+
+// (scope, block, first_alone, guard, eps, nan, huber_c, coefficient, sum, norm_divides_loss, weight_on_direction)
+DmdRule rule_of(const py::tuple& fields) {
+  DmdRule rule{};
+  rule.scope = static_cast<NormScope>(py::cast<int>(fields[0]));
+  rule.block = py::cast<int64_t>(fields[1]);
+  rule.first_alone = py::cast<bool>(fields[2]);
+  rule.guard = static_cast<Guard>(py::cast<int>(fields[3]));
+  rule.eps = py::cast<float>(fields[4]);
+  rule.nan = static_cast<NanPolicy>(py::cast<int>(fields[5]));
+  rule.huber_c = py::cast<float>(fields[6]);
+  rule.coefficient = py::cast<double>(fields[7]);
+  rule.sum = py::cast<bool>(fields[8]);
+  rule.norm_divides_loss = py::cast<bool>(fields[9]);
+  rule.weight_on_direction = py::cast<bool>(fields[10]);
+  return rule;
+}
+
 }  // namespace
 }  // namespace codmd::cuda
 
@@ -152,5 +187,37 @@ PYBIND11_MODULE(CODMD_CUDA_MODULE, m) {
     relation_backward(run_of(run), shape, dtype_of(dtype), tensor_of(student, channels_first),
                       tensor_of(grad, channels_first), mask_of(mask), grid_of(shape, grid), upstream_of(upstream),
                       floats(frame_grad), floats(batch_grad), batch_weight, frame_weight);
+  });
+
+  m.def("dmd_forward", [](const py::tuple& run, const py::handle& sizes, bool channels_first, int dtype,
+                          const py::tuple& tensors, double real_scale, double fake_scale, const py::tuple& rule,
+                          bool magnitude, uintptr_t values, uintptr_t norms, uintptr_t factors) {
+    const DmdScores scores = dmd_scores_of(sizes, channels_first, dtype, tensors, real_scale, fake_scale);
+    return dmd_forward(run_of(run), scores, rule_of(rule), magnitude, floats(values), floats(norms), floats(factors));
+  });
+
+  m.def("codmd_forward", [](const py::tuple& run, const py::handle& sizes, bool channels_first, int dtype,
+                            const py::tuple& tensors, double real_scale, double fake_scale, const py::tuple& rule,
+                            bool magnitude, const py::handle& mask, const py::handle& grid, double temperature,
+                            uintptr_t values, uintptr_t norms, uintptr_t factors, uintptr_t frame_term,
+                            uintptr_t frame_grad, uintptr_t pooled) {
+    const DmdScores scores = dmd_scores_of(sizes, channels_first, dtype, tensors, real_scale, fake_scale);
+    return codmd_forward(run_of(run), scores, rule_of(rule), magnitude, mask_of(mask), grid_of(scores.shape, grid),
+                         temperature, floats(values), floats(norms), floats(factors), floats(frame_term),
+                         floats(frame_grad), floats(pooled));
+  });
+
+  m.def("dmd_backward", [](const py::tuple& run, const py::handle& sizes, bool channels_first, int dtype,
+                           const py::tuple& tensors, double real_scale, double fake_scale, const py::tuple& rule,
+                           uintptr_t norms, uintptr_t factors, const py::tuple& upstream, const py::handle& mask,
+                           const py::handle& grid, uintptr_t frame_grad, uintptr_t batch_grad, double batch_weight,
+                           double frame_weight, const py::handle& grad) {
+    const DmdScores scores = dmd_scores_of(sizes, channels_first, dtype, tensors, real_scale, fake_scale);
+    float* scalar[4];
+    for (size_t i = 0; i < 4; ++i) scalar[i] = floats(py::cast<uintptr_t>(upstream[i]));
+    dmd_backward(run_of(run), scores, rule_of(rule), floats(norms), floats(factors),
+                 {scalar[0], scalar[1], scalar[2], scalar[3]}, mask_of(mask), grid_of(scores.shape, grid),
+                 floats(frame_grad), floats(batch_grad), batch_weight, frame_weight,
+                 tensor_of(grad, channels_first));
   });
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <string>
 
+#include "dmd_algebra.h"
 #include "types.h"
 
 namespace codmd::cuda {
@@ -58,6 +59,38 @@ int64_t relation_batch(const Run& run, const float* pooled, int64_t samples, int
 void relation_backward(const Run& run, const Shape& shape, DType dtype, const Tensor& student, const Tensor& grad,
                        const FrameMask& mask, const Grid& grid, const Upstream& upstream, const float* frame_grad,
                        const float* batch_grad, double batch_weight, double frame_weight);
+
+// Absent latents have null data. With sigma, the predictions are velocities and x0 = noisy - sigma v.
+struct DmdScores {
+  Shape shape;
+  DType dtype;
+  Tensor student, fake, real, real_uncond, fake_uncond, noisy;
+  const float* sigma;  // [B, F] by strides, or null
+  int64_t sigma_stride[2];
+  Tensor mask;                   // bytes, or null
+  const float* sample_weight;    // [B], or null
+  float real_scale, fake_scale;  // k in c + k (c - u)
+};
+
+struct DmdUpstream {
+  const float *total, *dmd, *batch, *frame;
+};
+
+// values[2] = (loss, mean |g| or 0). norms: [B], [1] or [B, segments]. factors [B]: dL/dx = factor G(f - r, norm).
+int64_t dmd_forward(const Run& run, const DmdScores& scores, const DmdRule& rule, bool magnitude, float* values,
+                    float* norms, float* factors);
+
+// The same read also pools: frame_term [1], frame_grad [B, F, K] and rows [B, 3K + 1] as relation_frames, where not
+// null. `mask` is the relation's.
+int64_t codmd_forward(const Run& run, const DmdScores& scores, const DmdRule& rule, bool magnitude,
+                      const FrameMask& mask, const Grid& grid, double temperature, float* values, float* norms,
+                      float* factors, float* frame_term, float* frame_grad, float* pooled);
+
+// Writes the gradient of both terms, rounded once. Reads neither student nor noisy; needs no workspace.
+void dmd_backward(const Run& run, const DmdScores& scores, const DmdRule& rule, const float* norms,
+                  const float* factors, const DmdUpstream& upstream, const FrameMask& mask, const Grid& grid,
+                  const float* frame_grad, const float* batch_grad, double batch_weight, double frame_weight,
+                  const Tensor& grad);
 
 // Counters that every function above makes do with.
 int64_t relation_counters(int64_t samples, int64_t frames);

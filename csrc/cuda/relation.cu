@@ -29,7 +29,7 @@ int64_t forward(const Run& run, const RelationScores& scores, const RelationWeig
                                                  scores.fake, scores.mask,    plan.partial};
       launch(pass, plan.cut.units(), 0, run.stream);
     });
-  finish(run, arena, plan, weights, outputs);
+  finish_pooled(run, arena, plan, weights, outputs);
   return arena.bytes();
 }
 
@@ -50,52 +50,14 @@ int64_t relation_frames(const Run& run, const RelationScores& scores, const Rela
   return forward(run, scores, weights, {frame_grad, nullptr, pooled, nullptr, frame_term});
 }
 
-namespace {
-
-// The whole batch relation by one block, of gathered rows that fit its shared memory.
-struct GatheredPass {
-  static constexpr const char* kName = "gathered_pass";
-  static constexpr int kBlocksPerMultiprocessor = 2;
-
-  const float* pooled;
-  int64_t samples, first_row, rows;
-  int features;
-  Weights weights;
-  float grad_scale;
-  const float* frame_term;
-  float *terms, *batch_grad;
-
-  CODMD_DEVICE void operator()(Block& block) const {
-    const int64_t size = samples * row_pitch(features);
-    float* table = block.shared() + kReserved;
-    block.each([&](int t) {
-      for (int64_t at = t; at < size; at += kThreads) table[at] = pooled[at];
-    });
-    block.sync();
-    const float batch = fused_relation(block, table, features, samples, first_row, rows, weights.temperature,
-                                       grad_scale, batch_grad, table + size);
-    block.each([&](int t) {
-      if (t == 0) write_terms(terms, batch, *frame_term, weights);
-    });
-  }
-};
-
-}  // namespace
-
 int64_t relation_batch(const Run& run, const float* pooled, int64_t samples, int64_t features, int64_t first_row,
                        int64_t rows, const float* frame_term, const RelationWeights& weights, double grad_scale,
                        float* terms, float* batch_grad) {
   const DeviceGuard guard(run.device);
   Arena arena(run.workspace);
-  const int64_t shared = fused_floats(samples, features);
-  if (samples <= kFusedRows && shared <= kFusedFloats) {
-    const Weights narrow{float(weights.temperature), float(weights.batch), float(weights.frame)};
-    if (!arena.counting())
-      launch(GatheredPass{pooled, samples, first_row, rows, int(features), narrow, float(grad_scale), frame_term, terms,
-                          batch_grad},
-             1, shared, run.stream);
+  if (finish_gathered(run, arena, pooled, samples, features, first_row, rows, frame_term, weights, grad_scale, terms,
+                      batch_grad))
     return arena.bytes();
-  }
   float* matrix = nullptr;
   const LongRows table = table_rows(pooled, 1, samples, features);
   const TermPart batch = long_relation(run, arena, table, float(weights.temperature), float(grad_scale), matrix);
