@@ -1,11 +1,13 @@
 """`codmd compare`: the study's sides and pairs, its page in a real browser, and the tally of its answers."""
 
 import base64
+import errno
 import json
 import math
 import os
 import random
 import re
+from pathlib import Path
 
 import pytest
 from chromium import browse, find_browser
@@ -145,6 +147,26 @@ def test_a_page_too_large_for_a_browser_is_refused_with_a_number_that_fits(folde
     monkeypatch.setattr("codmd.compare.render.LARGEST", size // 2)
     assert main(["compare", *map(str, folders), "--out", str(tmp_path / "p.html")]) == 1
     assert re.search(r"draw fewer with --pairs [12]\b", capsys.readouterr().err)
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(folders, tmp_path, capsys, monkeypatch):
+    def full(path, *_):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["compare", *map(str, folders), "--out", str(tmp_path / "p.html")]) == 1
+    assert "p.html: cannot be written: No space left on device" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rocket-0": 3}'])
+def test_prompts_that_are_no_object_of_texts_are_refused(folders, tmp_path, capsys, content):
+    (tmp_path / "prompts.json").write_text(content)
+    options = ["--prompts", str(tmp_path / "prompts.json"), "--out", str(tmp_path / "p.html")]
+    assert main(["compare", *map(str, folders), *options]) == 1
+    assert "prompts.json:" in capsys.readouterr().err
+    assert not (tmp_path / "p.html").exists()
 
 
 # The page in a browser

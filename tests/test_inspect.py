@@ -1,9 +1,11 @@
 """`codmd inspect` on real clips with known motion: its measures, what its page says, and what it skips."""
 
+import errno
 import json
 import math
 import os
 import re
+from pathlib import Path
 
 import cv2
 import imageio.v3 as imageio
@@ -325,6 +327,22 @@ def test_unusable_folders_are_refused_before_any_work(folders, tmp_path, capsys,
     assert f"{option} {tmp_path / name}:" in error
     assert "clips:" not in error
     assert sorted(os.listdir(tmp_path)) == ["occupied"]
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_earlier_report(folders, tmp_path, capsys, monkeypatch):
+    arguments = ["inspect", str(folders[0] / "coffee.mp4"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    before = (tmp_path / "out" / "report.html").read_bytes()
+
+    def full(path, *_):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(arguments) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "out" / "report.html").read_bytes() == before
+    assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("pool", ["8", "0x4", "8x", "grid"])
