@@ -31,7 +31,7 @@ _accepted: dict[tuple[Any, ...], bool] = {}
 
 def refusal(sizes: tuple[int, int, int, int, int], pool: Pool, batch: bool, frame: bool) -> str:
     """Why latents of canonical ``sizes`` are beyond the kernels; empty if they are not."""
-    samples, frames, channels, height, width = sizes
+    samples, frames, channels = sizes[:3]
     most = relation_whole.MOST_VECTORS if pool is None else relation_pooled.MOST_VECTORS
     if frame and frames > most:
         return f"{frames} frames, at most {most} with pool={pool!r}"

@@ -47,7 +47,10 @@ def unless_alone(valid, n):
 
 @triton.jit
 def feature_norms(base, index, valid, stride_i, stride_k, features):
-    """1/n_x, whether n_x is above the floor, 1/n_r, (‖f‖ - ‖r‖)/n_f without cancellation, 1/n_f; like ``index``."""
+    """1/n_x, 1/n_r, (‖f‖ - ‖r‖)/n_f without cancellation, 1/n_f, and whether ‖x‖ and ‖r‖, ‖f‖ reach the floor.
+
+    Where ‖r‖ or ‖f‖ does not, the third is 1, for e = f/n_f - r̂ as it stands.
+    """
     xx = tl.zeros(index.shape, tl.float32)
     rr = tl.zeros(index.shape, tl.float32)
     ff = tl.zeros(index.shape, tl.float32)
@@ -62,8 +65,18 @@ def feature_norms(base, index, valid, stride_i, stride_k, features):
     x_norm, r_norm, f_norm = tl.sqrt_rn(xx), tl.sqrt_rn(rr), tl.sqrt_rn(ff)
     n_x, n_r, n_f = tl.maximum(x_norm, NORM_FLOOR), tl.maximum(r_norm, NORM_FLOOR), tl.maximum(f_norm, NORM_FLOOR)
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
-    change = tl.where(clamped, n_f - n_r, dd / tl.maximum(r_norm + f_norm, NORM_FLOOR))
-    return 1.0 / n_x, x_norm >= NORM_FLOOR, 1.0 / n_r, change / n_f, 1.0 / n_f
+    change = tl.where(clamped, 1.0, dd / tl.maximum(r_norm + f_norm, NORM_FLOOR) / n_f)
+    return 1.0 / n_x, 1.0 / n_r, change, 1.0 / n_f, x_norm >= NORM_FLOOR, clamped == 0
+
+
+@triton.jit
+def unit_diagonal(similarity, difference, diagonal, x_free, score_free):
+    """S_ii = 1 and Δ_ii = 0 exactly, as they are for vectors whose norm is not clamped.
+
+    A rounding there would be divided by τ like every other and shift the whole row's KL.
+    """
+    similarity = tl.where(diagonal & x_free, 1.0, similarity)
+    return similarity, tl.where(diagonal & score_free, 0.0, difference)
 
 
 @triton.jit
@@ -76,18 +89,20 @@ def relation_tile(
     Row quantities come spread over the columns, [I, J]: they are loaded where they are used, and no exchange
     through shared memory enters the loop.
     """
-    i_x, _, i_r, i_change, i_f = i_norms
-    j_x, _, j_r, j_change, j_f = j_norms
+    i_x, i_r, i_change, i_f, x_free, i_free = i_norms
+    j_x, j_r, j_change, j_f, _, j_free = j_norms
+    i_whole, j_whole = tl.where(i_free, 0.0, 1.0), tl.where(j_free, 0.0, 1.0)
     similarity = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     difference = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for k in tl.range(0, features, loop_unroll_factor=UNROLL):
         x, r, d = feature_row(base, i, i_valid, stride_i, stride_k, features, k)
         xj, rj, dj = feature_row(base, j, j_valid, stride_i, stride_k, features, k)
+        d, dj = (d + i_whole * r) * i_f, (dj + j_whole * rj) * j_f
         r, rj = r * i_r, rj * j_r
-        e, ej = d * i_f - r * i_change, dj * j_f - rj * j_change
+        e, ej = d - r * i_change, dj - rj * j_change
         similarity += (x * i_x) * (xj * j_x)
         difference += e * (rj + ej) + r * ej
-    return similarity, difference
+    return unit_diagonal(similarity, difference, i == j, x_free, i_free)
 
 
 @triton.jit
@@ -181,7 +196,7 @@ def relation_in_one_block(
     for start in range(0, count, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)[:, None]
         valid = unless_alone(validity(base, i, count, stride_i, stride_k, features), n)
-        inverse, free, _, _, _ = feature_norms(base, i, valid, stride_i, stride_k, features)
+        inverse, _, _, _, free, _ = feature_norms(base, i, valid, stride_i, stride_k, features)
         radial = tl.load(row_radial + i, mask=i < count, other=0.0)
         radial = tl.where(free, radial + tl.load(column_radial + i, mask=i < count, other=0.0), 0.0)
         for first in range(0, features, BLOCK_K):

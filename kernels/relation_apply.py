@@ -1,6 +1,6 @@
 """The gradient of a whole-latent relation: one streaming pass ∂L/∂X = c_F·M X + c_B·valid/n_valid·batch_grad.
 
-Dots are IEEE float32. The same pass turns the batch relation's M and the gathered time averages into the batch gradient.
+Dots are IEEE float32. The same pass turns the batch relation's M and the gathered averages into the batch gradient.
 """
 
 import triton

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .divergence import divergence_rows
-from .relation_algebra import NORM_FLOOR, UNROLL, store_tile, unless_alone
+from .relation_algebra import NORM_FLOOR, store_tile, unit_diagonal, unless_alone
 from .relation_pool import frame_validity, ordered_sum, store_terms
 
 
@@ -37,7 +37,7 @@ def add_pieces(total, pieces, first, last, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def gram_norms(grams, i, count, size):
-    """1/n_x, whether n_x is above the floor, a, b, k of vectors i, shaped like ``i``; 1 beyond the end."""
+    """1/n_x, a, b, k of vectors i, and whether ‖x‖, ‖f‖ and both scores reach the floor; shaped like ``i``."""
     inside = i < count
     diagonal = i * count + i
     square = count * count
@@ -45,10 +45,11 @@ def gram_norms(grams, i, count, size):
     x_norm = tl.sqrt_rn(tl.load(grams + diagonal, mask=inside, other=1.0))
     r_norm = tl.sqrt_rn(tl.load(grams + square + diagonal, mask=inside, other=1.0))
     f_norm = tl.sqrt_rn(tl.load(grams + 3 * square + i, mask=inside, other=1.0))
-    a, b = tl.maximum(r_norm, NORM_FLOOR), tl.maximum(f_norm, NORM_FLOOR)
+    a = tl.maximum(r_norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    b = tl.maximum(f_norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    k = t / tl.maximum(r_norm + f_norm, NORM_FLOOR)
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
-    k = tl.where(clamped, b - a, t / tl.maximum(r_norm + f_norm, NORM_FLOOR))
-    return 1.0 / tl.maximum(x_norm, NORM_FLOOR), x_norm >= NORM_FLOOR, a, b, k
+    return 1.0 / tl.maximum(x_norm, NORM_FLOOR), a, b, k, x_norm >= NORM_FLOOR, f_norm >= NORM_FLOOR, clamped == 0
 
 
 @triton.jit
@@ -68,21 +69,26 @@ def relation_of_grams(
     j_valid = frame_validity(frame_mask, sample, j, count, mask_b, mask_f)
     n = tl.sum(tl.sum(j_valid.to(tl.float32), 1), 0)
     j_valid = unless_alone(j_valid, n)
-    j_x, _j_free, j_a, j_b, j_k = gram_norms(grams, j, count, size)
+    j_x, j_a, j_b, j_k, _j_x_free, j_f_free, j_free = gram_norms(grams, j, count, size)
     kl = 0.0
     column_sum = tl.zeros([1, BLOCK_J], tl.float32)
     for start in range(0, count, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)[:, None]
         spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
         i_valid = unless_alone(frame_validity(frame_mask, sample, spread, count, mask_b, mask_f), n)
-        i_x, _i_free, i_a, i_b, i_k = gram_norms(grams, spread, count, size)
+        i_x, i_a, i_b, i_k, x_free, i_f_free, i_free = gram_norms(grams, spread, count, size)
         at = tl.minimum(spread, j) * count + tl.maximum(spread, j)
         inside = (spread < count) & (j < count)
         x = tl.load(grams + at, mask=inside, other=0.0)
         r = tl.load(grams + square + at, mask=inside, other=0.0)
         t = tl.load(grams + 2 * square + at, mask=inside, other=0.0)
         similarity = (x * i_x) * j_x
-        difference = (t - r / i_a / j_a * (i_k * j_a + i_b * j_k)) / i_b / j_b
+        r_cosine = r / i_a / j_a
+        difference = (t - r_cosine * (i_k * j_a + i_b * j_k)) / i_b / j_b
+        # Below the floor r + d has no digit left: such a fake vector counts as zero (a NaN norm stays NaN).
+        f_cosine = tl.where(i_f_free & j_f_free, (r + t) / i_b / j_b, 0.0 * i_b * j_b)
+        difference = tl.where(i_free & j_free, difference, f_cosine - r_cosine)
+        similarity, difference = unit_diagonal(similarity, difference, spread == j, x_free, i_free)
         block_kl, q_minus_p = divergence_rows(similarity, difference, i_valid, j_valid, temperature)
         g = q_minus_p / (temperature * tl.maximum(n, 1.0))
         store_tile(scratch, i, j, count, count, g)
@@ -96,7 +102,7 @@ def relation_of_grams(
         i = start + tl.arange(0, BLOCK_I)[:, None]
         spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
         inside = (spread < count) & (j < count)
-        i_x, free, _i_a, _i_b, _i_k = gram_norms(grams, spread, count, size)
+        i_x, _i_a, _i_b, _i_k, free, _i_f_free, _i_free = gram_norms(grams, spread, count, size)
         h = tl.load(scratch + spread * count + j, mask=inside, other=0.0)
         h += tl.load(scratch + j * count + spread, mask=inside, other=0.0)
         radial = tl.load(row_radial + spread, mask=inside, other=0.0)
@@ -179,7 +185,7 @@ def gram_kernel(
             tt = tl.dot(d, tl.trans(fj), tt, input_precision="ieee")
             tt = tl.dot(r, tl.trans(dj), tt, input_precision="ieee")
             ff += tl.sum(f * f, 1)
-        if pooled is not None:
+        if pooled is not None:  # noqa: SIM102 (decided at compile time, the next at run time)
             if pair == 0:
                 sum_x = tl.zeros([BLOCK_L], tl.float32)
                 sum_r = tl.zeros([BLOCK_L], tl.float32)

@@ -72,7 +72,7 @@ def add_shares(
         i = first_row + start + tl.arange(0, BLOCK_I)[:, None]
         inside = i < first_row + rows
         valid = validity(base, i, first_row + rows, stride_i, stride_k, features)
-        inverse, free, _, _, _ = feature_norms(base, i, valid, stride_i, stride_k, features)
+        inverse, _, _, _, free, _ = feature_norms(base, i, valid, stride_i, stride_k, features)
         radial = tl.load(row_radial + i, mask=inside, other=0.0)
         for block in tl.range(0, blocks, loop_unroll_factor=UNROLL):
             radial += tl.load(column_radial + block * count + i, mask=inside, other=0.0)
