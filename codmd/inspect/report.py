@@ -89,7 +89,10 @@ def render(inspection: Inspection, pictures: int) -> str:
         parts.append(f"<h2>Skipped or not compared</h2>{page.text_table((), rows)}")
     parts.append("<h2>Measures</h2>")
     parts.append(
-        page.figure(figures.overview(inspection.clips, references), "One dot a clip, joined to its reference.")
+        page.figure(
+            figures.overview(inspection.clips, references),
+            "One dot a clip" + (", joined to its reference." if inspection.pairs else "."),
+        )
     )
     parts.append(_measures_table(inspection, names))
     if inspection.pairs:
