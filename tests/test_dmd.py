@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import types
 from dataclasses import replace
 
 import pytest
@@ -10,8 +12,9 @@ from cases import DTYPES, relative_error
 from dmd_cases import BACKENDS, run, same_dtype, scores, truth
 from dmd_formulas import FORMULAS
 
-from codmd import conventions, ops, reference
+from codmd import backends, conventions, ops, reference
 from codmd.conventions import NAMED
+from codmd.ops import _dmd_backend, _reference_dmd
 
 MASKS = ("none", "elements", "frames", "one", "all", "nothing")
 LAYOUTS = ("bfchw", "bcfhw", "bchw")
@@ -461,3 +464,21 @@ def test_a_wrong_argument_is_named_with_what_came_and_what_is_allowed(change, ki
     with pytest.raises(kind) as error:
         operator(**{**arguments, **change})
     assert message in str(error.value)
+
+
+def test_a_backend_without_a_fused_pass_is_a_logged_reason(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "select", lambda requested, tensor: types.ModuleType("codmd.ops._absent"))
+    with caplog.at_level(logging.INFO, logger="codmd"):
+        assert _dmd_backend.select("auto", torch.empty(1)) is _reference_dmd
+    assert "the DMD losses run on the reference instead of codmd.ops._absent: ModuleNotFoundError" in caplog.text
+    with pytest.raises(ValueError, match="backend='cpp' has no fused DMD loss: ModuleNotFoundError"):
+        _dmd_backend.select("cpp", torch.empty(1))
+
+
+def test_a_convention_that_runs_step_by_step_says_so_once(caplog):
+    _dmd_backend._log_once.cache_clear()
+    student, arguments = scores((1, 2, 2, 2, 2))
+    with caplog.at_level(logging.INFO, logger="codmd"):
+        for _ in range(2):
+            ops.dmd_loss(student, **arguments, convention=replace(conventions.rcm, arithmetic="float64"))
+    assert caplog.text.count("arithmetic='float64' is computed step by step") == 1
