@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from codmd.models.base import Condition, VideoDenoiser, move_cond
 
+from .noise import seeded
 from .typed import ConfigError
 
 
@@ -59,8 +60,7 @@ class Positions:
     def _item(self, position: int) -> int:
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator)
+            self._epoch, self._order = epoch, torch.randperm(self.length, generator=seeded(self.seed, epoch))
         return int(self._order[place])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -59,6 +60,11 @@ def uniform(batch: int, randomness: Randomness, device: torch.device) -> Tensor:
 def noise_like(x: Tensor, randomness: Randomness) -> Tensor:
     """Standard normal noise of the shape, dtype and device of x."""
     return normal(x.shape, randomness, x.device, x.dtype)
+
+
+def seeded(*parts: int | str) -> torch.Generator:
+    """A generator on the CPU for these numbers and names; its seed has 32 bits, all that the CPU's engine reads."""
+    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, parts)).encode()))
 
 
 def _stream(randomness: Randomness) -> NoiseStream:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -171,7 +173,11 @@ def export_teacher(config: RunConfig, job: Job, store: CheckpointStore, team: Pr
     """Writes the trained teacher as a model that the option `weights` reads: `model` in the run's folder."""
     if team.first:
         weights = read_student(store.paths()[0], ema=job.trainer.average is not None)
-        job.model.save_state(config.folder / "model", weights)
+        target, partial = config.folder / "model", config.folder / ".model.partial"
+        _remove(partial)
+        job.model.save_state(partial, weights)
+        _remove(target)
+        os.rename(partial, target)
     team.share(None)
 
 
@@ -198,6 +204,13 @@ def stop_requests() -> Iterator[Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str | None:

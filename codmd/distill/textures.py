@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import zlib
 from collections.abc import Sequence
 from importlib import resources
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .noise import seeded
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "rocket.jpg", "ihc.png")
 MOTIONS = {
@@ -96,10 +97,9 @@ class Textures:
     def _video(self, number: int, position: int) -> Tensor:
         photograph = self.photographs[number // len(MOTIONS)]
         dx, dy, factor = list(MOTIONS.values())[number % len(MOTIONS)]
-        generator = torch.Generator().manual_seed((self.seed << 40) + position)
         size = torch.tensor([photograph.shape[2], photograph.shape[1]], dtype=torch.float32)
         margin = self._reach() / 2
-        start = margin + (size - 2 * margin) * torch.rand(2, generator=generator)
+        start = margin + (size - 2 * margin) * torch.rand(2, generator=seeded(self.seed, position))
         time = torch.arange(self.frames, dtype=torch.float32) - (self.frames - 1) / 2
         centre = start + time[:, None] * torch.tensor([dx, dy])
         scale = factor**time
@@ -130,8 +130,5 @@ def _photograph(name: str, zoom: float) -> Tensor:
 def _caption_vector(caption: str, text_dim: int) -> Tensor:
     """Unit-variance sum of one random vector for the photograph and one for the motion."""
     photograph, _, motion = caption.partition(" ")
-    vectors = [
-        torch.randn(text_dim, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
-        for word in (photograph, motion)
-    ]
+    vectors = [torch.randn(text_dim, generator=seeded(word)) for word in (photograph, motion)]
     return (vectors[0] + vectors[1]) / math.sqrt(2)

@@ -1,0 +1,114 @@
+"""Several processes do what one does: the same losses, and checkpoints that any number of them continues."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from codmd import cli
+from codmd.distill.checkpoint import read_student
+from codmd.distill.log import read_log
+from codmd.distill.parallel import processes
+from codmd.distill.settings import ParallelSettings
+from codmd.distill.typed import ConfigError
+
+LOSSES = ("loss", "dmd", "relation_batch", "relation_frame", "critic", "student_grad_norm", "critic_grad_norm")
+TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=32", "model.blocks=2", "distill.batch_size=8",
+       "distill.student_lr=1e-3", "distill.critic_lr=1e-3", "distill.grad_clip=0.5", "distill.ema_decay=0.9",
+       "distill.critic_updates=2", "log.every=1", "log.tensorboard=false"]  # fmt: skip
+
+
+def alone(*arguments):
+    assert cli.main(["train", *arguments]) == 0
+
+
+def torchrun(count, *arguments):
+    """The command on `count` gloo processes; returns what they printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run(
+        [*launcher, "-m", "codmd", "train", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def curve(folder):
+    return {line["update"]: [line[name] for name in LOSSES] for line in read_log(folder / "log.jsonl")}
+
+
+def assert_same_curve(actual, expected):
+    assert list(actual) == list(expected)
+    torch.testing.assert_close(
+        torch.tensor(list(actual.values())), torch.tensor(list(expected.values())), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The curve and the student of one process, six updates."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    alone(*TOY, f"out={folder}", "updates=6", "checkpoint.every=4")
+    return folder
+
+
+def assert_same_student(folder, other, ema=False):
+    actual, expected = read_student(folder, ema), read_student(other, ema)
+    assert set(actual) == set(expected)
+    for name, weight in expected.items():
+        torch.testing.assert_close(actual[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_have_the_losses_of_one_and_one_continues_their_checkpoint(one, tmp_path, capsys):
+    torchrun(2, *TOY, f"out={tmp_path}", "updates=4", "checkpoint.every=4")
+    assert len(list((tmp_path / "checkpoints" / "step_00000004").glob("*.distcp"))) == 2
+    alone(*TOY, f"out={tmp_path}", "updates=6")
+    assert "saved by 2 processes, continued by 1" in capsys.readouterr().err
+    assert_same_curve(curve(tmp_path), curve(one))
+    assert_same_student(tmp_path, one)
+    assert_same_student(tmp_path, one, ema=True)
+
+
+def test_a_hybrid_mesh_has_the_losses_of_one_and_continues_its_checkpoint(one, tmp_path):
+    alone(*TOY, f"out={tmp_path}", "updates=2")
+    printed = torchrun(2, *TOY, f"out={tmp_path}", "updates=6", "parallel.shard_size=1")
+    assert "saved by 1 processes, continued by 2" in printed
+    assert_same_curve(curve(tmp_path), curve(one))
+    assert_same_student(tmp_path, one)
+
+
+def test_two_processes_train_a_sharded_wan_as_one_does_with_guidance_and_adapters(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    shards = tmp_path / "embeddings"
+    shards.mkdir()
+    for shard, rows in enumerate((3, 4)):
+        embedding = torch.randn(rows, 1, 32, generator=generator)
+        prompts = str([f"prompt {shard} {row}" for row in range(rows)]).replace("'", '"')
+        save_file({"embedding": embedding}, shards / f"{shard}.safetensors", metadata={"prompts": prompts})
+    common = ["wan_tiny", f"data.path={shards}", "model.frames=2", "model.height=4", "model.width=4", "updates=2",
+              "distill.critic_updates=2", "log.tensorboard=false"]  # fmt: skip
+    for name, options in (("whole", []), ("lora", ["lora.rank=2", "lora.alpha=2"])):
+        alone(*common, *options, f"out={tmp_path / name}_one")
+        torchrun(2, *common, *options, f"out={tmp_path / name}_two")
+        assert_same_curve(curve(tmp_path / f"{name}_two"), curve(tmp_path / f"{name}_one"))
+
+
+def test_a_shard_size_that_does_not_divide_the_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with (
+        pytest.raises(ConfigError, match=r"parallel.shard_size: 3 does not divide 4 processes"),
+        processes(ParallelSettings(shard_size=3)),
+    ):
+        pass
+
+
+def test_one_process_agrees_with_itself():
+    with processes(ParallelSettings()) as team:
+        assert (team.rank, team.size, team.group, team.mesh) == (0, 1, None, None)
+        assert torch.equal(team.mean(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))
+        assert (team.share("x"), team.gather("x")) == ("x", ["x"])

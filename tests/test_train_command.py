@@ -1,0 +1,301 @@
+"""`codmd train` from outside: crash and go on, outputs, and the errors that a user meets."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v3 as imageio
+import pytest
+import torch
+
+from codmd import cli
+from codmd.distill.checkpoint import read_meta, read_student
+from codmd.distill.log import RunLog, read_log
+from codmd.distill.parallel import Processes
+from codmd.models.wan import WanDenoiser
+
+TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=16", "model.blocks=1", "distill.batch_size=4",
+       "distill.critic_updates=2", "log.every=1"]  # fmt: skip
+QUIET = "log.tensorboard=false"
+ALONE = Processes(0, 1, torch.device("cpu"), None, None)
+
+
+def train(*arguments, status=0):
+    assert cli.main(["train", *arguments]) == status
+
+
+def start(*arguments):
+    """The command as a process of its own, on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "codmd", "train", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process, status=0):
+    """Waits for its end and returns what it printed."""
+    _, printed = process.communicate()
+    assert process.returncode == status, printed[-4000:]
+    return printed
+
+
+def curve(folder):
+    """Every logged number but the time, as it stands in the file."""
+    lines = [line for line in read_log(folder / "log.jsonl") if "loss" in line]
+    return [{name: value for name, value in line.items() if name != "seconds_per_update"} for line in lines]
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.0005)
+
+
+def logged(folder):
+    path = folder / "log.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def partial(folder):
+    return list((folder / "checkpoints").glob(".*.partial"))
+
+
+# Crash and go on
+
+
+def test_a_run_killed_in_training_and_in_a_save_and_terminated_has_the_curve_of_an_undisturbed_one(tmp_path):
+    common = [*TOY, QUIET, "distill.ema_decay=0.9", "distill.grad_clip=0.5", "seed=5"]
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    updates = 3000
+    slow = [*common, f"out={run}", f"updates={updates}"]
+
+    process = start(*slow, "checkpoint.every=4")
+    wait_for(lambda: logged(run) > 10, process)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    killed_at = len(curve(run))
+
+    for _ in range(20):
+        process = start(*slow, "checkpoint.every=1")
+        wait_for(lambda: partial(run), process)
+        process.send_signal(signal.SIGKILL)
+        finish(process, -signal.SIGKILL)
+        if partial(run):  # or the save was faster than the signal
+            break
+    else:
+        pytest.fail("no save was caught in twenty runs")
+
+    process = start(*slow, "checkpoint.every=1000")
+    before = logged(run)
+    wait_for(lambda: logged(run) > before + 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert "continuing from" in finish(process, 143)
+    assert not partial(run)
+    stopped_at = len(curve(run))
+    assert stopped_at > killed_at - 4
+    assert read_student(run)
+
+    last = stopped_at + 5
+    printed = finish(start(*common, f"out={run}", f"updates={last}", "checkpoint.every=1000"))
+    assert f"updates: {updates} -> {last}" in printed
+    finish(start(*common, f"out={undisturbed}", f"updates={last}", "checkpoint.every=1000"))
+    assert [line["update"] for line in curve(run)] == list(range(1, last + 1))
+    assert curve(run) == curve(undisturbed)
+    for ema in (False, True):
+        ours, theirs = read_student(run, ema), read_student(undisturbed, ema)
+        assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_continues(tmp_path, capsys):
+    out = f"out={tmp_path / 'run'}"
+    train(*TOY, QUIET, out, "updates=6", "checkpoint.every=2")
+    expected = curve(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    file = next(newest.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-100])
+    capsys.readouterr()
+    train(*TOY, QUIET, out, "updates=6", "checkpoint.every=2")
+    printed = capsys.readouterr().err
+    assert "step_00000006 is damaged and will be skipped" in printed
+    assert "continuing from" in printed
+    assert "step_00000004" in printed
+    assert curve(tmp_path / "run") == expected
+    assert read_student(newest)
+
+
+def test_a_full_disk_ends_the_run_with_a_clear_error_and_the_previous_checkpoint_goes_on(tmp_path, capsys):
+    run = tmp_path / "run"
+    train(*TOY, QUIET, f"out={run}", "updates=2")
+    size = max(file.stat().st_size for file in (run / "checkpoints" / "step_00000002").iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))  # the system refuses to write more
+    try:
+        train(*TOY, QUIET, f"out={run}", "updates=4", status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large; the newest one there, step_00000002, is untouched" in capsys.readouterr().err
+    train(*TOY, QUIET, f"out={run}", "updates=4")
+    assert [line["update"] for line in curve(run)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_diverges_ends_with_advice_and_an_intact_checkpoint(tmp_path, capsys):
+    run = tmp_path / "run"
+    common = [*TOY, QUIET, f"out={run}", "checkpoint.every=1", "distill.max_nonfinite=3"]
+    train(*common, "updates=2")
+    train(*common, "updates=20", "distill.critic_lr=1e30", "distill.student_lr=1e30", status=1)
+    assert "in a row were not finite" in capsys.readouterr().err
+    skipped = [line for line in read_log(run / "log.jsonl") if isinstance(line.get("skipped"), dict)]
+    assert skipped
+    meta = read_meta(max((run / "checkpoints").iterdir()))
+    assert all(torch.isfinite(weight).all() for weight in read_student(run / "checkpoints").values())
+    assert sum(count for count, _ in meta["nonfinite"].values()) <= sum(skipped[-1]["skipped"].values())
+
+
+# Resuming
+
+
+def test_resume_none_refuses_a_folder_with_checkpoints(tmp_path, capsys):
+    train(*TOY, QUIET, f"out={tmp_path}", "updates=1", "resume=none")
+    train(*TOY, QUIET, f"out={tmp_path}", "updates=2", "resume=none", status=1)
+    assert "resume: " in capsys.readouterr().err
+
+
+def test_resume_takes_a_checkpoint_of_another_run(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(*TOY, QUIET, f"out={first}", "updates=4", "checkpoint.every=2")
+    train(*TOY, QUIET, f"out={second}", "updates=4", f"resume={first / 'checkpoints' / 'step_00000002'}")
+    assert curve(second) == curve(first)[2:]
+    train(*TOY, QUIET, f"out={second}", "updates=4", f"resume={first}", status=1)
+    assert "has checkpoints of its own" in capsys.readouterr().err
+    train(*TOY, QUIET, f"out={first}", f"resume={first / 'checkpoints' / 'step_00000002'}", status=1)
+    assert "has checkpoints of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["resume=nowhere"], "nowhere is not a complete checkpoint"),
+        (["model.width=8"], "the model here has"),
+        (["distill.ema_decay=0.9"], "has no tensor ema."),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, capsys, changes, message):
+    if "resume=nowhere" not in changes:
+        train(*TOY, QUIET, f"out={tmp_path}", "updates=1")
+    train(*TOY, QUIET, f"out={tmp_path}", "updates=2", *changes, status=1)
+    assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    train(*TOY, QUIET, f"out={tmp_path}", "updates=2")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    train(*TOY, QUIET, f"out={tmp_path}", "updates=2")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("relation_weight", [0.0, 0.1])
+def test_dmd_and_codmd_runs_log_what_to_watch(tmp_path, relation_weight):
+    train(*TOY, f"out={tmp_path}", "updates=3", f"distill.relation_weight={relation_weight}", "log.preview_every=3")
+    lines = curve(tmp_path)
+    assert [line["update"] for line in lines] == [1, 2, 3]
+    assert all(line["std_ratio"] > 0 and line["frame_difference_ratio"] > 0 for line in lines)
+    assert ("relation_to_dmd" in lines[0]) == (relation_weight > 0)
+    assert all((line["relation_frame"] > 0) == (relation_weight > 0) for line in lines[1:])
+    video = imageio.imread(tmp_path / "previews" / "step_00000003.mp4")
+    assert video.shape[0] == 4
+    events = read_events(tmp_path / "tensorboard")
+    assert {"loss", "critic", "std_ratio", "seconds_per_update"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert events.Scalars("loss")[1].value == pytest.approx(lines[1]["loss"])
+    assert set(events.Tags()["images"]) == {"preview/samples", "preview/frame_relation", "preview/sample_relation"}
+    assert events.Images("preview/samples")[0].encoded_image_string.startswith(b"GIF8")
+
+
+def read_events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_the_log_of_a_continued_run_drops_what_was_lost_and_half_written(tmp_path):
+    with RunLog(tmp_path, ALONE, 0, 5, tensorboard=False) as log:
+        for update in (1, 2, 3):
+            log.scalars(update, {"loss": torch.tensor(float(update))})
+        log.scalars(4, {"loss": float("nan")})
+    path = tmp_path / "log.jsonl"
+    assert json.loads(path.read_text().splitlines()[3])["loss"] == "nan"
+    path.write_text(path.read_text() + '{"update": 5, "lo')
+    with RunLog(tmp_path, ALONE, 2, 5, tensorboard=False) as log:
+        log.event(3, skipped={"student": 1})
+    assert [line["update"] for line in read_log(path)] == [1, 2, 3]
+    assert read_log(path)[2]["skipped"] == {"student": 1}
+
+
+def test_a_checkpoint_records_configuration_versions_and_the_place_in_the_data(tmp_path):
+    train(*TOY, QUIET, f"out={tmp_path}", "updates=1")
+    meta = read_meta(tmp_path / "checkpoints" / "step_00000001")
+    assert meta["config"]["distill"]["critic_updates"] == 2
+    assert meta["versions"]["torch"] == torch.__version__
+    assert (meta["processes"], meta["position"]) == (1, None)
+
+
+# Two commands: a teacher on real pixels, then its student
+
+
+@pytest.fixture
+def network(tmp_path):
+    """A Wan smaller than the packaged one."""
+    config = {
+        "_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 2,
+        "attention_head_dim": 12, "in_channels": 12, "out_channels": 12, "text_dim": 16, "freq_dim": 16,
+        "ffn_dim": 32, "num_layers": 1, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-6,
+        "rope_max_seq_len": 64,
+    }  # fmt: skip
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_two_commands_train_a_teacher_on_real_pixels_and_distil_it(tmp_path, network):
+    run = tmp_path / "run"
+    common = ["textures_tiny", f"out={run}", f"model.config={network}", "model.height=4", "model.width=4", QUIET,
+              "model.frames=4", "log.preview_every=4", "log.preview_samples=2", "log.every=1"]  # fmt: skip
+    teacher = [*common, "mode=teacher", "teacher.batch_size=4"]
+    train(*teacher, "teacher.updates=2")
+    train(*teacher, "teacher.updates=4")  # continues, and exports again
+    assert [line["update"] for line in curve(run / "teacher")] == [1, 2, 3, 4]
+    assert read_meta(run / "teacher" / "checkpoints" / "step_00000004")["position"] == 16
+    exported = WanDenoiser.load(run / "teacher" / "model", config=str(network)).state_dict()
+    average = read_student(run / "teacher", ema=True)
+    assert all(torch.equal(exported[name], weight) for name, weight in average.items())
+
+    train(
+        *common, "updates=4", "distill.batch_size=4", "distill.critic_updates=1", "log.preview_prompts=[chelsea pan up]"
+    )
+    assert (run / "previews" / "step_00000004.mp4").exists()
+    assert read_meta(run / "checkpoints" / "step_00000004")["position"] == 4 * 4
+    started = read_student(run)
+    assert any(not torch.equal(started[name], weight) for name, weight in exported.items())
+
+
+def test_the_preview_does_not_change_training(tmp_path, network):
+    for name, every in (("with", 1), ("without", 0)):
+        train(*TOY, QUIET, f"out={tmp_path / name}", "updates=3", f"log.preview_every={every}", "distill.ema_decay=0.5")
+    assert curve(tmp_path / "with") == curve(tmp_path / "without")
+
+
+def test_a_missing_package_names_the_extra_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "codmd.distill.run", None)
+    train(*TOY, status=1)
+    assert "pip install 'codmd[train]'" in capsys.readouterr().err
