@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from codmd.ops import _dmd_backend
+from codmd.ops._boundary import is_traced
 from codmd.ops._dmd_inputs import Inputs
-from codmd.ops.relation import _traced
 from codmd.reference import dmd as equations
 from codmd.reference import guidance
 
@@ -18,7 +18,7 @@ from codmd.reference import guidance
 def loss_and_terms(inputs: Inputs, backend: str, return_terms: bool) -> tuple[Tensor, ...]:
     """(loss,), or (loss, mean|g|, norm) when ``return_terms``."""
     _dmd_backend.report_stepwise(backend, inputs.convention.unfusable)
-    loss = _stepwise_loss(*inputs) if _traced(inputs.student) else _Stepwise.apply(*inputs)
+    loss = _stepwise_loss(*inputs) if is_traced(inputs.student) else _Stepwise.apply(*inputs)
     if not return_terms:
         return (loss,)
     with torch.no_grad(), torch.autocast(inputs.student.device.type, enabled=False):

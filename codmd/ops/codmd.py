@@ -16,9 +16,10 @@ from torch.autograd.function import once_differentiable
 from codmd import backends, conventions, distributed
 from codmd.conventions import Convention
 from codmd.ops import _checks, _dmd_backend, _dmd_inputs, _stepwise
+from codmd.ops._boundary import dense_strides, group_name_of, is_traced, pool_of
 from codmd.ops._dmd_inputs import Inputs
 from codmd.ops.dmd import LATENTS, OPTIONS, SAVED, STUDENT, empty_moments, fused
-from codmd.ops.relation import _group_name, _pool, _traced, dense_strides, relation_loss
+from codmd.ops.relation import relation_loss
 from codmd.reference.relation import Pool
 
 
@@ -112,12 +113,12 @@ def codmd_loss(
         _checks.check_weight("relation_weight", relation_weight),
         _checks.check_weight("batch_weight", batch_weight),
         _checks.check_weight("frame_weight", frame_weight),
-        _group_name(group),
+        group_name_of(group),
         batch_grad,
     )
     if not inputs.convention.fusable or relation.grid is None or not relation.relation_weight:
         terms = _composed(inputs, relation, group, backend)
-    elif _traced(student):
+    elif is_traced(student):
         stacked, *_ = torch.ops.codmd.codmd_loss(
             *inputs[:10], inputs.convention.encoded, *inputs.fused[11:], *relation, backend
         )
@@ -142,7 +143,7 @@ def _composed(inputs: Inputs, relation: _Relation, group: dist.ProcessGroup | No
         relation.batch_weight,
         relation.frame_weight,
         inputs.layout,
-        _pool(relation.grid),
+        pool_of(relation.grid),
         relation.frame_mask,
         group,
         relation.batch_grad,
@@ -163,7 +164,13 @@ def _forward(
     ranks = 1 if group is None else group.size()
     related = bool(relation.batch_weight) and ranks * len(student) > 1
     values, norms, factors, frame, frame_grad, rows = _dmd_backend.select(backend, student).codmd_forward(
-        *inputs, False, relation.frame_mask, _pool(relation.grid), relation.temperature, relation.frame_weight, related
+        *inputs,
+        False,
+        relation.frame_mask,
+        pool_of(relation.grid),
+        relation.temperature,
+        relation.frame_weight,
+        related,
     )
     if not related:
         batch, batch_grad = torch.zeros_like(frame[0]), frame.new_empty(0)
@@ -190,7 +197,7 @@ def _backward(
 ) -> None:
     grid, relation_weight, batch_weight, frame_weight = relation
     _dmd_backend.select(backend, out).codmd_backward(
-        out, *gradients, *saved, *options, _pool(grid), relation_weight, batch_weight, frame_weight
+        out, *gradients, *saved, *options, pool_of(grid), relation_weight, batch_weight, frame_weight
     )
 
 

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from codmd import conventions, reference
 from codmd.conventions import Convention
 from codmd.ops import _dmd_backend, _dmd_inputs, _stepwise
+from codmd.ops._boundary import dense_strides, is_traced
 from codmd.ops._dmd_inputs import Inputs
-from codmd.ops.relation import _traced, dense_strides
 
 
 class DmdTerms(NamedTuple):
@@ -105,7 +105,7 @@ def dmd_loss(
 
 def fused(inputs: Inputs, magnitude: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, mean|g| if ``magnitude``, norms) of a fusable convention in one pass; only the loss has a gradient."""
-    if _traced(inputs.student):
+    if is_traced(inputs.student):
         values, norm, _ = torch.ops.codmd.dmd_loss(
             *inputs[:10], inputs.convention.encoded, *inputs.fused[11:], magnitude, backend
         )

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from codmd import backends, distributed, reference
 from codmd.ops import _checks
+from codmd.ops._boundary import dense_strides, group_name_of, is_traced, pool_of
 from codmd.reference.relation import Pool
 
 
@@ -87,12 +88,12 @@ def relation_loss(
     _checks.check_frame_mask(frame_mask, student, layout)
     _checks.check_one_of("batch_grad", batch_grad, ("global", "local"))
     backends.check_name(backend)
-    group_name = _group_name(group)
+    group_name = group_name_of(group)
     arguments = (
         student, real, fake, frame_mask, temperature, batch_weight, frame_weight,
         layout, grid, group_name, batch_grad, backend,
     )  # fmt: skip
-    if _traced(student):
+    if is_traced(student):
         terms, _, _ = torch.ops.codmd.relation_loss(*arguments)
         total, batch, frame = terms.unbind()
     else:
@@ -122,32 +123,8 @@ def relation_matrix(latents: Tensor, axis: str = "frame", pool: Pool = "mean", l
     _checks.check_one_of("axis", axis, ("frame", "batch"))
     grid = _checks.check_pool(pool, layout, latents.shape)
     with torch.autocast(latents.device.type, enabled=False):
-        features = reference.frame_features(latents, layout, _pool(grid))
+        features = reference.frame_features(latents, layout, pool_of(grid))
         return reference.relation(features if axis == "frame" else reference.batch_features(features))
-
-
-def _group_name(group: dist.ProcessGroup | None) -> str:
-    if group is None:
-        return ""
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
-    return group.group_name
-
-
-def _traced(tensor: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-    )
-
-
-def _pool(grid: list[int] | None) -> Pool:
-    """The ``pool`` argument back from its form in a schema."""
-    if grid is None:
-        return None
-    return "mean" if grid == [1, 1] else (grid[0], grid[1])
 
 
 def _forward(
@@ -185,7 +162,7 @@ def _run_forward(
     group_name: str,
     batch_grad: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pool = _pool(grid)
+    pool = pool_of(grid)
     group = distributed.resolve(group_name) if group_name and batch_weight else None
     if group is None or group.size() == 1:
         return run.relation_forward(
@@ -202,19 +179,6 @@ def _run_forward(
     return terms, frame_grad, rows_grad
 
 
-def dense_strides(shape: Any, strides: Any) -> tuple[int, ...]:
-    """The gradient's strides: the student's own when they cover memory densely, else contiguous ones."""
-    expected, dense = 1, True
-    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
-        dense, expected = dense and stride == expected, expected * size
-    if dense:
-        return tuple(strides)
-    contiguous = [1]
-    for size in reversed(shape[1:]):
-        contiguous.append(contiguous[-1] * size)
-    return tuple(reversed(contiguous))
-
-
 class _Relation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +188,7 @@ class _Relation(torch.autograd.Function):
         _, _, frame_mask, _, batch_weight, frame_weight, layout, grid, _, _ = options
         ctx.save_for_backward(frame_grad, batch_grad, frame_mask, student if grid is None else None)
         ctx.run, ctx.student = run, (student.shape, student.stride(), student.dtype)
-        ctx.options = layout, _pool(grid), batch_weight, frame_weight
+        ctx.options = layout, pool_of(grid), batch_weight, frame_weight
         ctx.set_materialize_grads(False)
         return terms.unbind()  # type: ignore[return-value]
 
@@ -308,7 +272,7 @@ def _relation_loss_backward(
     total, batch, frame = grad_terms.unbind()
     backends.select(backend, out).relation_backward(
         out, total, batch, frame, student, frame_mask, frame_grad, batch_grad,
-        layout, _pool(grid), batch_weight, frame_weight,
+        layout, pool_of(grid), batch_weight, frame_weight,
     )  # fmt: skip
     return out
 

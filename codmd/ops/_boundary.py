@@ -1,0 +1,50 @@
+"""What every operator shares at its boundary: whether a call is traced, and arguments in the form of a schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from codmd.reference.relation import Pool
+
+
+def group_name_of(group: dist.ProcessGroup | None) -> str:
+    """The name that stands for a group in a schema; empty for none."""
+    if group is None:
+        return ""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    return group.group_name
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a call must go through the dispatcher: compiled, exported, or on a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )
+
+
+def pool_of(grid: list[int] | None) -> Pool:
+    """The ``pool`` argument back from its form in a schema."""
+    if grid is None:
+        return None
+    return "mean" if grid == [1, 1] else (grid[0], grid[1])
+
+
+def dense_strides(shape: Any, strides: Any) -> tuple[int, ...]:
+    """The gradient's strides: the student's own when they cover memory densely, else contiguous ones."""
+    expected, dense = 1, True
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        dense, expected = dense and stride == expected, expected * size
+    if dense:
+        return tuple(strides)
+    contiguous = [1]
+    for size in reversed(shape[1:]):
+        contiguous.append(contiguous[-1] * size)
+    return tuple(reversed(contiguous))
