@@ -36,6 +36,7 @@ struct Norms {
   T fake;     // max(|f|, 1e-12)
   T change;   // fake - real, without the cancellation
   bool clamped;  // |x| lies under the floor: the norm is a constant there
+  bool scores_clamped;  // |r| or |f| does
 };
 
 // A NaN norm fails the comparison and stays NaN.
@@ -55,8 +56,8 @@ CODMD_HD inline Norms<T> norms(const Inner<T>& own, T fake_squared) {
   result.real = at_least_floor(a);
   result.fake = at_least_floor(b);
   result.clamped = x < T(1e-12);
-  const bool either_clamped = a < T(1e-12) || b < T(1e-12);
-  result.change = either_clamped ? result.fake - result.real : (T(2) * own.rd + own.dd) / (a + b);
+  result.scores_clamped = a < T(1e-12) || b < T(1e-12);
+  result.change = result.scores_clamped ? result.fake - result.real : (T(2) * own.rd + own.dd) / (a + b);
   return result;
 }
 
@@ -67,12 +68,23 @@ CODMD_HD inline T cosine(const Inner<T>& pair, const Norms<T>& i, const Norms<T>
 }
 
 // Delta_ij = S_ij(f) - S_ij(r) = e_i . f_j/|f_j| + r_i/|r_i| . e_j with e_i = (d_i - r_i (|f_i| - |r_i|)/|r_i|)/|f_i|,
-// the change of the unit vector. Every summand is of the order of d: no digit is lost when fake nears real.
+// the change of the unit vector. Every summand is of the order of d: no digit is lost when fake nears real. Where a
+// norm is clamped, e_i = f_i/|f_i| - r_i/|r_i| itself: |f_i| - |r_i| would swamp it.
 template <class T>
 CODMD_HD inline T score_difference(const Inner<T>& pair, const Norms<T>& i, const Norms<T>& j) {
-  const T left = (pair.dr + pair.dd) - (i.change / i.real) * (pair.rr + pair.rd);
-  const T right = pair.rd - (j.change / j.real) * pair.rr;
-  return left / (i.fake * j.fake) + right / (i.real * j.fake);
+  const T rf = pair.rr + pair.rd;
+  const T left = i.scores_clamped ? (rf + pair.dr + pair.dd) / i.fake - rf / i.real
+                                  : ((pair.dr + pair.dd) - (i.change / i.real) * rf) / i.fake;
+  const T right = j.scores_clamped ? rf / j.fake - pair.rr / j.real
+                                   : (pair.rd - (j.change / j.real) * pair.rr) / j.fake;
+  return left / j.fake + right / i.real;
+}
+
+// One component of e_i, for rows at hand.
+template <class T>
+CODMD_HD inline T unit_change(T r, T d, const Norms<T>& norm) {
+  if (norm.scores_clamped) return (r + d) / norm.fake - r / norm.real;
+  return (d - r / norm.real * norm.change) / norm.fake;
 }
 
 // expm1(x) - x, by its series where the subtraction would cost more digits than T can spare.

@@ -75,16 +75,31 @@ CODMD_HD inline Grams grams_at(float* base, int64_t relation, int64_t n) {
   return {own, own + n * n, own + 2 * n * n, own + 3 * n * n, own + 4 * n * n};
 }
 
+// `unit_norms` are the student norms [relations, n] of rows whose scores are unit vectors by now (FeatureProducts);
+// null: rows as they are.
 struct GramProducts {
   Grams grams;
   Validity validity;
+  const float* unit_norms;
   int64_t b, n;
+
   CODMD_DEVICE bool valid(int64_t i) const { return validity(b, i); }
   CODMD_DEVICE Inner<float> pair(int64_t i, int64_t j) const {
     const int64_t at = i * n + j;
     return {grams.xx[at], grams.rr[at], grams.rd[at], grams.rd[j * n + i], grams.dd[at]};
   }
-  CODMD_DEVICE Norms<float> norm(int64_t i) const { return codmd::norms(pair(i, i), grams.ff[i]); }
+  CODMD_DEVICE Norms<float> norm(int64_t i) const { return norms(pair(i, i), grams.ff[i]); }
+  CODMD_DEVICE Related relate(int64_t i, int64_t j) const {
+    const Inner<float> own = pair(i, j);
+    if (unit_norms) return {own.xx / fabsf(student_norm(i) * student_norm(j)), own.dr + own.dd + own.rd};
+    const Norms<float> left = norm(i), right = norm(j);
+    return {cosine(own, left, right), score_difference(own, left, right)};
+  }
+  CODMD_DEVICE float student_norm(int64_t i) const {
+    if (unit_norms) return unit_norms[b * n + i];
+    const Norms<float> own = norm(i);
+    return own.clamped ? -own.student : own.student;
+  }
 };
 
 template <class T>

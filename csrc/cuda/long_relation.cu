@@ -9,7 +9,17 @@ LongRows table_rows(const float* table, int64_t relations, int64_t n, int64_t fe
     return Tensor{table ? table + which * features : nullptr, {n * pitch, pitch, 0, 0, 1}};
   };
   const Validity validity{{}, table ? table + 3 * features : nullptr, n * pitch, pitch};
-  return {{relations, n, 1, 1, features}, DType::f32, part(0), part(1), part(2), true, validity};
+  return {{relations, n, 1, 1, features}, DType::f32, part(0), part(1), part(2), true, validity,
+          nullptr};
+}
+
+LongRows unit_rows(const Run& run, Arena& arena, const float* table, int64_t relations, int64_t n, int64_t features) {
+  float* units = arena.take<float>(relations * n * row_pitch(features));
+  float* norms = arena.take<float>(relations * n);
+  LongRows rows = table_rows(units, relations, n, features);
+  rows.unit_norms = norms;
+  if (!arena.counting()) launch(UnitPass{features, table, units, norms}, relations * n, 5, run.stream);
+  return rows;
 }
 
 namespace {
@@ -50,9 +60,9 @@ TermPart long_relation(const Run& run, Arena& arena, const LongRows& rows, float
     launch(pass, pairs * splits, GramPass<T>::kSharedFloats, run.stream);
   });
   const int64_t blocks = relations * DivergencePass::blocks_per_relation(n);
-  launch(DivergencePass{n, grams, rows.validity, temperature, similarity, excess, divergence, counts}, blocks, 0,
+  launch(DivergencePass{n, grams, rows.validity, rows.unit_norms, temperature, similarity, excess, divergence, counts}, blocks, 0,
          run.stream);
-  launch(MatrixPass{n, grams, rows.validity, temperature, scale, similarity, excess, counts, matrix}, blocks, 0,
+  launch(MatrixPass{n, grams, rows.validity, rows.unit_norms, temperature, scale, similarity, excess, counts, matrix}, blocks, 0,
          run.stream);
   return {divergence, counts, relations, n};
 }
@@ -96,16 +106,19 @@ void long_forward(const Run& run, Arena& arena, const LongRows& rows, const Rela
   TermPart frames{}, batch{};
   if (frame_grad) {
     float* matrix = pooled_features ? nullptr : frame_grad;
-    frames = long_relation(run, arena, rows, temperature, 1.0f / float(samples), matrix);
+    const LongRows units =
+        pooled_features ? unit_rows(run, arena, static_cast<const float*>(rows.student.data), samples, shape.frames, features)
+                        : rows;
+    frames = long_relation(run, arena, units, temperature, 1.0f / float(samples), matrix);
     const Tensor out{frame_grad, {shape.frames * features, features, 0, 0, 1}};
     if (pooled_features)
-      long_mix(run, arena, rows, matrix, {nullptr, nullptr, 1.0f}, nullptr, {}, out, 0, shape.frames);
+      long_mix(run, arena, units, matrix, {nullptr, nullptr, 1.0f}, nullptr, {}, out, 0, shape.frames);
   }
   if (batch_grad && !pooled) pooled = arena.take<float>(samples * row_pitch(features));
   if (batch_grad || pooled) long_means(run, arena, rows, pooled);
   if (batch_grad) {
     float* matrix = nullptr;
-    const LongRows table = table_rows(pooled, 1, samples, features);
+    const LongRows table = unit_rows(run, arena, pooled, 1, samples, features);
     batch = long_relation(run, arena, table, temperature, 1.0f, matrix);
     const Tensor out{batch_grad, {0, features, 0, 0, 1}};
     long_mix(run, arena, table, matrix, {nullptr, nullptr, 1.0f}, nullptr, {}, out, 0, samples);

@@ -13,10 +13,12 @@ struct LongRows {
   Tensor student, real, other;
   bool is_difference;  // other is d itself, not fake
   Validity validity;
+  const float* unit_norms;  // of GramProducts
 };
 
-// A table [relations, n, 3K + 1] of float features as such rows.
+// A table [relations, n, 3K + 1] of float features as such rows, and its unit vectors in the workspace.
 LongRows table_rows(const float* table, int64_t relations, int64_t n, int64_t features);
+LongRows unit_rows(const Run& run, Arena& arena, const float* table, int64_t relations, int64_t n, int64_t features);
 
 // scale * M [relations, n, n] into `matrix`, or, where that is null, into the workspace. The returned part points to
 // divergences in the workspace.

@@ -68,6 +68,55 @@ CODMD_UNROLL
   }
 };
 
+// A table of features [rows, 3K + 1] to the rows of FeatureProducts, a block to each. Rows that count no frame
+// are not read.
+struct UnitPass {
+  static constexpr const char* kName = "unit_pass";
+  static constexpr int kBlocksPerMultiprocessor = 4;
+
+  int64_t features;
+  const float* table;
+  float *units, *unit_norms;
+
+  CODMD_DEVICE void operator()(Block& block) const {
+    const int64_t pitch = row_pitch(features);
+    const float* from = table + block.index() * pitch;
+    float* to = units + block.index() * pitch;
+    const bool valid = from[3 * features] > 0.0f;
+    PerThread<Values<float, 5>> sums;
+    block.each([&](int t) {
+      sums[t] = {};
+      for (int64_t k = t; valid && k < features; k += kThreads) {
+        const float x = from[k], r = from[features + k], d = from[2 * features + k];
+        sums[t].at[0] += x * x;
+        sums[t].at[1] += r * r;
+        sums[t].at[2] += r * d;
+        sums[t].at[3] += d * d;
+        sums[t].at[4] += (r + d) * (r + d);
+      }
+    });
+    const PerThread<float> total = block_sum(block, sums);
+    float* shared = block.shared() + kReserved;
+    block.each([&](int t) {
+      if (t < 5) shared[t] = total[t];
+    });
+    block.sync();
+    const Norms<float> norm = norms({shared[0], shared[1], shared[2], shared[2], shared[3]}, shared[4]);
+    block.each([&](int t) {
+      for (int64_t k = t; valid && k < features; k += kThreads) {
+        const float r = from[features + k];
+        to[k] = from[k];
+        to[features + k] = r / norm.real;
+        to[2 * features + k] = unit_change(r, from[2 * features + k], norm);
+      }
+      if (t == 0) {
+        to[3 * features] = from[3 * features];
+        unit_norms[block.index()] = norm.clamped ? -norm.student : norm.student;
+      }
+    });
+  }
+};
+
 // Similarities, excesses [B, n, n] and divergences [B, n] from Grams, kWarps rows to a block.
 struct DivergencePass {
   static constexpr const char* kName = "divergence_pass";
@@ -76,6 +125,7 @@ struct DivergencePass {
   int64_t n;
   float* grams;
   Validity validity;
+  const float* unit_norms;  // of GramProducts
   float temperature;
   float *similarity, *excess, *divergence, *counts;
 
@@ -84,7 +134,7 @@ struct DivergencePass {
   CODMD_DEVICE void operator()(Block& block) const {
     const int64_t each = blocks_per_relation(n), b = quotient(block.index(), each);
     const int64_t first = (block.index() - b * each) * kWarps;
-    const GramProducts products{grams_at(grams, b, n), validity, b, n};
+    const GramProducts products{grams_at(grams, b, n), validity, unit_norms, b, n};
     const int64_t count = count_valid(products, n);
     diverge_rows(block, products, n, count, first, temperature, similarity + b * n * n, excess + b * n * n,
                  divergence + b * n);
@@ -102,13 +152,14 @@ struct MatrixPass {
   int64_t n;
   float* grams;
   Validity validity;
+  const float* unit_norms;  // of GramProducts
   float temperature, scale;
   const float *similarity, *excess, *counts;
   float* matrix;
 
   CODMD_DEVICE void operator()(Block& block) const {
     const int64_t each = DivergencePass::blocks_per_relation(n), b = quotient(block.index(), each);
-    const GramProducts products{grams_at(grams, b, n), validity, b, n};
+    const GramProducts products{grams_at(grams, b, n), validity, unit_norms, b, n};
     gradient_rows(block, products, n, int64_t(counts[b]), (block.index() - b * each) * kWarps, temperature, scale,
                   similarity + b * n * n, excess + b * n * n, matrix + b * n * n);
   }

@@ -16,51 +16,64 @@ namespace codmd::cuda {
 constexpr int64_t kFusedFloats = 48 * 256 - kReserved;
 
 CODMD_HD inline int64_t fused_floats(int64_t n, int64_t features) {
-  return n * (row_pitch(features) + 6) + 2 * n * n;
+  return n * (row_pitch(features) + 2) + 2 * n * n;
 }
 
+// Rows of x, r/|r| and e (algebra.h), then the count.
 struct FeatureProducts {
   const float* table;
-  const Norms<float>* norms;
+  const float* norms;
   int features;
 
   CODMD_DEVICE const float* row(int64_t i) const { return table + i * row_pitch(features); }
   CODMD_DEVICE bool valid(int64_t i) const { return row(i)[3 * features] > 0.0f; }
-  CODMD_DEVICE Norms<float> norm(int64_t i) const { return norms[i]; }
-  CODMD_DEVICE Inner<float> pair(int64_t i, int64_t j) const {
+  CODMD_DEVICE float student_norm(int64_t i) const { return norms[i]; }
+  CODMD_DEVICE Related relate(int64_t i, int64_t j) const {
     const float *a = row(i), *b = row(j);
-    Inner<float> sum{};
+    Related sum{0.0f, 0.0f};
     for (int k = 0; k < features; ++k) {
-      const float r = a[features + k], d = a[2 * features + k], rj = b[features + k], dj = b[2 * features + k];
-      sum.xx += a[k] * b[k];
-      sum.rr += r * rj;
-      sum.rd += r * dj;
-      sum.dr += d * rj;
-      sum.dd += d * dj;
+      const float r = b[features + k], e = b[2 * features + k];
+      sum.similarity += a[k] * b[k];
+      sum.shift += a[2 * features + k] * (r + e) + a[features + k] * e;
     }
+    sum.similarity = sum.similarity / (fabsf(norms[i]) * fabsf(norms[j]));
     return sum;
-  }
-  CODMD_DEVICE Norms<float> own_norm(int64_t i) const {
-    const float *r = row(i) + features, *d = r + features;
-    float squared = 0.0f;
-    for (int k = 0; k < features; ++k) squared += (r[k] + d[k]) * (r[k] + d[k]);
-    return codmd::norms(pair(i, i), squared);
   }
 };
 
-// The mean divergence of a table [n, 3K + 1] in shared memory; `grad` receives scale times the gradient of rows
+// Turns r and d of a row into r/|r| and the change e of that unit vector; returns the student's norm, negative where it is clamped.
+CODMD_DEVICE float make_unit(float* row, int features) {
+  Inner<float> own{};
+  float squared = 0.0f;
+  for (int k = 0; k < features; ++k) {
+    const float x = row[k], r = row[features + k], d = row[2 * features + k];
+    own.xx += x * x;
+    own.rr += r * r;
+    own.rd += r * d;
+    own.dd += d * d;
+    squared += (r + d) * (r + d);
+  }
+  const Norms<float> norm = norms(own, squared);
+  for (int k = 0; k < features; ++k) {
+    const float r = row[features + k];
+    row[features + k] = r / norm.real;
+    row[2 * features + k] = unit_change(r, row[2 * features + k], norm);
+  }
+  return norm.clamped ? -norm.student : norm.student;
+}
+
+// The mean divergence of a table [n, 3K + 1] in shared memory, whose r and d become those of FeatureProducts; `grad` receives scale times the gradient of rows
 // first_row .. first_row + rows - 1. `scratch` has fused_floats less the table. All threads return the loss.
-CODMD_DEVICE float fused_relation(Block& block, const float* table, int features, int64_t n, int64_t first_row,
+CODMD_DEVICE float fused_relation(Block& block, float* table, int features, int64_t n, int64_t first_row,
                                   int64_t rows, float temperature, float scale, float* grad, float* scratch) {
-  Norms<float>* norms = reinterpret_cast<Norms<float>*>(scratch);
-  float* divergence = scratch + 5 * n;
+  float* norms = scratch;
+  float* divergence = scratch + n;
   float* similarity = divergence + n;
   float* excess = similarity + n * n;
-  static_assert(sizeof(Norms<float>) <= 5 * sizeof(float), "norms fit their part of the scratch");
   const FeatureProducts products{table, norms, features};
 
   block.each([&](int t) {
-    for (int64_t i = t; i < n; i += kThreads) norms[i] = products.own_norm(i);
+    for (int64_t i = t; i < n; i += kThreads) norms[i] = make_unit(table + i * row_pitch(features), features);
   });
   block.sync();
   const int64_t count = count_valid(products, n);
@@ -128,12 +141,7 @@ struct FinishPass {
       }
     });
     block.sync();
-    float loss = 0.0f;
-    if (frame_grad)
-      loss = fused_relation(block, table, features, frames, 0, frames, weights.temperature, 1.0f / float(samples),
-                            frame_grad + b * frames * features, table + size);
     block.each([&](int t) {
-      if (t == 0) losses[b] = loss;
       for (int64_t k = t; rows && k < pitch; k += kThreads) {
         float sum = 0.0f, count = 0.0f;
         for (int64_t f = 0; f < frames; ++f) {
@@ -144,6 +152,14 @@ struct FinishPass {
         }
         rows[b * pitch + k] = k < pitch - 1 && count > 0.0f ? sum / count : sum;
       }
+    });
+    block.sync();
+    float loss = 0.0f;
+    if (frame_grad)
+      loss = fused_relation(block, table, features, frames, 0, frames, weights.temperature, 1.0f / float(samples),
+                            frame_grad + b * frames * features, table + size);
+    block.each([&](int t) {
+      if (t == 0) losses[b] = loss;
     });
   }
 

@@ -12,7 +12,7 @@ int64_t forward(const Run& run, const RelationScores& scores, const RelationWeig
   Arena arena(run.workspace);
   if (scores.grid.height == 0) {
     const LongRows rows{scores.shape, scores.dtype, scores.student, scores.real, scores.fake, false,
-                        {scores.mask, nullptr, 0, 0}};
+                        {scores.mask, nullptr, 0, 0}, nullptr};
     long_forward(run, arena, rows, weights, false, outputs.frame_grad, outputs.batch_grad, outputs.pooled,
                  outputs.terms, outputs.frame_term);
     return arena.bytes();
@@ -59,7 +59,7 @@ int64_t relation_batch(const Run& run, const float* pooled, int64_t samples, int
                       batch_grad))
     return arena.bytes();
   float* matrix = nullptr;
-  const LongRows table = table_rows(pooled, 1, samples, features);
+  const LongRows table = unit_rows(run, arena, pooled, 1, samples, features);
   const TermPart batch = long_relation(run, arena, table, float(weights.temperature), float(grad_scale), matrix);
   const Tensor out{batch_grad, {0, features, 0, 0, 1}};
   long_mix(run, arena, table, matrix, {nullptr, nullptr, 1.0f}, nullptr, {}, out, first_row, rows);
@@ -77,7 +77,7 @@ void relation_backward(const Run& run, const Shape& shape, DType dtype, const Te
   if (!upstream.total && !upstream.frame) frame_grad = nullptr;
   if (!upstream.total && !upstream.batch) batch_grad = nullptr;
   if (grid.height == 0) {
-    const LongRows rows{shape, dtype, student, {}, {}, false, {mask, nullptr, 0, 0}};
+    const LongRows rows{shape, dtype, student, {}, {}, false, {mask, nullptr, 0, 0}, nullptr};
     return long_mix(run, Arena(1), rows, frame_grad, frame_scale, batch_grad, batch_scale, grad, 0, shape.frames);
   }
   const Cut cut = cut_planes(shape, grid, element_size(dtype), {grad}, {}, run.processors, true);

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The relation of n vectors by one block: a warp takes a row, its lanes the columns. `Products` gives valid(i),
-// norm(i) and pair(i, j) of algebra.h, from features in shared memory or from Grams. Matrices are [n, n], row-major.
+// The relation of n vectors by one block: a warp takes a row, its lanes the columns. Matrices are [n, n], row-major.
+// `Products` knows the vectors, as features in shared memory or by their Grams:
+//   valid(i)             whether vector i takes part
+//   relate(i, j)         S_ij of the student and the score difference Delta_ij
+//   student_norm(i)      max(|x_i|, 1e-12), negative where the floor holds
 #pragma once
 
 #include <cmath>
@@ -11,6 +14,10 @@
 #include "block.h"
 
 namespace codmd::cuda {
+
+struct Related {
+  float similarity, shift;
+};
 
 // Vectors that take part, the same for every thread.
 template <class Products>
@@ -37,18 +44,14 @@ CODMD_DEVICE void diverge_rows(Block& block, const Products& products, int64_t n
     top[t] = -INFINITY;
     if (i >= n) return;
     const bool row = takes_part(i);
-    const Norms<float> own = row ? products.norm(i) : Norms<float>{};
     for (int64_t j = t % kWarp; j < n; j += kWarp) {
-      float s = 0.0f, shift = 0.0f;
+      Related related{0.0f, 0.0f};
       if (row && products.valid(j)) {
-        const Norms<float> other = products.norm(j);
-        const Inner<float> pair = products.pair(i, j);
-        s = cosine(pair, own, other);
-        shift = score_difference(pair, own, other);
-        top[t] = fmaxf(top[t], s);
+        related = products.relate(i, j);
+        top[t] = fmaxf(top[t], related.similarity);
       }
-      similarity[i * n + j] = s;
-      excess[i * n + j] = shift;
+      similarity[i * n + j] = related.similarity;
+      excess[i * n + j] = related.shift;
     }
   });
   block.warp_max(top);
@@ -118,8 +121,8 @@ CODMD_DEVICE void diverge_rows(Block& block, const Products& products, int64_t n
   });
 }
 
-// Rows first .. first + kWarps - 1 of scale * M (gradient_row of algebra.h): d(sum of KL / count)/d(x_i) is
-// sum_j M_ij x_j. `matrix` may be `similarity` itself.
+// Rows first .. first + kWarps - 1 of scale * M (gradient_row of algebra.h): d(sum of KL / count)/d(x_i) is the sum
+// over j of M_ij x_j. `matrix` may be `similarity` itself.
 template <class Products>
 CODMD_DEVICE void gradient_rows(Block& block, const Products& products, int64_t n, int64_t count, int64_t first,
                                 float temperature, float scale, const float* similarity, const float* excess,
@@ -140,10 +143,10 @@ CODMD_DEVICE void gradient_rows(Block& block, const Products& products, int64_t 
     each_entry(t, [&](int64_t i, int64_t j, float h) {
       float entry = 0.0f;
       if (count > 1 && products.valid(i) && products.valid(j)) {
-        const Norms<float> own = products.norm(i);
+        const float norm = products.student_norm(i);
+        const float tangent = i == j && norm > 0.0f ? h - radial[t].at[0] : h;
         // One norm after the other: the product of two small ones would leave float32's range.
-        entry = h / own.student / products.norm(j).student;
-        if (i == j && !own.clamped) entry -= radial[t].at[0] / own.student / own.student;
+        entry = tangent / fabsf(norm) / fabsf(products.student_norm(j));
       }
       matrix[i * n + j] = entry;
     });
