@@ -7,7 +7,9 @@ several times the cost of a launch, is paid once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,14 +56,57 @@ class Launcher:
             options["maxnreg"] = self.registers
         return options
 
+    def start(self, arguments: tuple[Any, ...]) -> Callable[..., None]:
+        """Compile for ``arguments`` and launch; returns what launches from now on."""
+        if INTERPRETING:
+            run = self.kernel[self.grid]
+            run(*arguments, *self.constants)
+            return lambda *rest, stream: run(*rest)
+        options = self.options(triton.runtime.driver.active.get_current_target().backend)
+        compiled = self.kernel[self.grid](*arguments, *self.constants, **options)
+        return compiled[self.grid]
+
     def __call__(self, stream: int, *arguments: Any) -> None:
-        if self._run is not None:
-            self._run(*arguments, *self.constants, stream=stream)
-        elif INTERPRETING:
-            self.kernel[self.grid](*arguments, *self.constants)
+        if self._run is None:
+            self._run = self.start(arguments)
         else:
-            options = self.options(triton.runtime.driver.active.get_current_target().backend)
-            self._run = self.kernel[self.grid](*arguments, *self.constants, **options)[self.grid]
+            self._run(*arguments, *self.constants, stream=stream)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: which kernel, how configured, on what."""
+
+    launcher: Launcher
+    arguments: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.launcher.kernel.fn.__name__)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Parameter names and the values passed for them."""
+        names = self.launcher.kernel.arg_names
+        return dict(zip(names, (*self.arguments, *self.launcher.constants), strict=True))
+
+
+@contextlib.contextmanager
+def recording(run: bool = False) -> Iterator[list[Launch]]:
+    """Collect the launches made inside; unless ``run``, none is executed, so that meta tensors will do."""
+    launches: list[Launch] = []
+    original = Launcher.__call__
+
+    def record(self: Launcher, stream: int, *arguments: Any) -> None:
+        launches.append(Launch(self, arguments))
+        if run:
+            original(self, stream, *arguments)
+
+    Launcher.__call__ = record  # type: ignore[method-assign]
+    try:
+        yield launches
+    finally:
+        Launcher.__call__ = original  # type: ignore[method-assign]
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -172,9 +172,11 @@ def gram_kernel(
             x = load_rows(x_at, i, i_valid, column, inside, x_f * VEC, x_w)
             r = load_rows(r_at, i, i_valid, column, inside, r_f * VEC, r_w)
             f = load_rows(f_at, i, i_valid, column, inside, f_f * VEC, f_w)
-            xj = load_rows(x_at, j, j_valid, column, inside, x_f * VEC, x_w)
-            rj = load_rows(r_at, j, j_valid, column, inside, r_f * VEC, r_w)
-            fj = load_rows(f_at, j, j_valid, column, inside, f_f * VEC, f_w)
+            xj, rj, fj = x, r, f
+            if BLOCKS > 1:
+                xj = load_rows(x_at, j, j_valid, column, inside, x_f * VEC, x_w)
+                rj = load_rows(r_at, j, j_valid, column, inside, r_f * VEC, r_w)
+                fj = load_rows(f_at, j, j_valid, column, inside, f_f * VEC, f_w)
             if DIFFERENCE:
                 d, dj = f, fj
                 f, fj = r + d, rj + dj
@@ -187,20 +189,24 @@ def gram_kernel(
             ff += tl.sum(f * f, 1)
         if pooled is not None:  # noqa: SIM102 (decided at compile time, the next at run time)
             if pair == 0:
-                sum_x = tl.zeros([BLOCK_L], tl.float32)
-                sum_r = tl.zeros([BLOCK_L], tl.float32)
-                sum_d = tl.zeros([BLOCK_L], tl.float32)
                 count = 0.0
-                for block in range(BLOCKS):
-                    row = block * BLOCK_N + tl.arange(0, BLOCK_N)
-                    valid = frame_validity(frame_mask, sample, row, frames, mask_b, mask_f)
-                    xs = load_rows(x_at, row, valid, column, inside, x_f * VEC, x_w)
-                    rs = load_rows(r_at, row, valid, column, inside, r_f * VEC, r_w)
-                    fs = load_rows(f_at, row, valid, column, inside, f_f * VEC, f_w)
-                    sum_x += tl.sum(xs, 0)
-                    sum_r += tl.sum(rs, 0)
-                    sum_d += tl.sum(fs - rs, 0)
-                    count += tl.sum(valid.to(tl.float32), 0)
+                if GRAMS and BLOCKS == 1:
+                    sum_x, sum_r, sum_d = tl.sum(x, 0), tl.sum(r, 0), tl.sum(d, 0)
+                    count += tl.sum(i_valid.to(tl.float32), 0)
+                else:
+                    sum_x = tl.zeros([BLOCK_L], tl.float32)
+                    sum_r = tl.zeros([BLOCK_L], tl.float32)
+                    sum_d = tl.zeros([BLOCK_L], tl.float32)
+                    for block in range(BLOCKS):
+                        row = block * BLOCK_N + tl.arange(0, BLOCK_N)
+                        valid = frame_validity(frame_mask, sample, row, frames, mask_b, mask_f)
+                        xs = load_rows(x_at, row, valid, column, inside, x_f * VEC, x_w)
+                        rs = load_rows(r_at, row, valid, column, inside, r_f * VEC, r_w)
+                        fs = load_rows(f_at, row, valid, column, inside, f_f * VEC, f_w)
+                        sum_x += tl.sum(xs, 0)
+                        sum_r += tl.sum(rs, 0)
+                        sum_d += tl.sum(fs - rs, 0)
+                        count += tl.sum(valid.to(tl.float32), 0)
                 features = runs.to(tl.int64) * length
                 line = pooled + b * (3 * features + 1)
                 count_safe = tl.maximum(count, 1.0)

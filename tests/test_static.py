@@ -1,0 +1,90 @@
+"""Every kernel compiles for every architecture, ahead of time and without a GPU, within its budgets."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+torch = pytest.importorskip("torch")
+
+from codmd.kernels.launch import INTERPRETING  # noqa: E402
+from codmd.kernels.traffic import relation_bytes, traffic  # noqa: E402
+
+from benchmarks import static  # noqa: E402
+from benchmarks.shapes import SHAPES  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
+
+REGISTERS = {
+    "pool_kernel": 168,
+    "broadcast_kernel": 40,
+    "relation_rows_kernel": 255,
+    "gram_kernel": 255,
+    "apply_kernel": 128,
+}
+# (case, targets): every kernel on every architecture at least once; `python -m benchmarks.static` prints all.
+COMPILED = [
+    ("480p", tuple(static.TARGETS)),
+    ("480p, 4 x 4 regions", ("sm_90",)),
+    ("every pixel", ("sm_80", "sm_100", "gfx942")),
+    ("every pixel, 161 frames, batch 2", ("sm_90",)),
+    ("gathered, 128 samples", ("sm_80", "gfx942")),
+    ("240 latent frames", ("sm_90", "sm_100")),
+]
+WIDE_LOADS = ("480p", "480p, 4 x 4 regions", "240 latent frames")
+
+
+@pytest.mark.parametrize(("case", "target"), [(case, target) for case, targets in COMPILED for target in targets])
+def test_kernels_stay_within_registers_without_spilling(case, target):
+    for launch in static.CASES[case]():
+        report = static.compile_ahead(launch, target)
+        assert report.registers <= REGISTERS[report.kernel], report
+        assert (report.spilled, report.local) == (0, 0), report
+        assert report.shared <= static.SHARED_BUDGET, report
+        assert report.guarded == report.tickets, report
+        if case in WIDE_LOADS:
+            assert report.wide_loads >= 3 or report.kernel != "pool_kernel", report
+            assert report.wide_stores >= 1 or report.kernel != "broadcast_kernel", report
+
+
+def test_one_launch_forward_and_one_backward_up_to_32_frames_and_samples():
+    names = [launch.name for launch in static.relation_launches((32, 32, 16, 60, 104))]
+    assert names == ["pool_kernel", "broadcast_kernel"]
+    for shape in SHAPES.values():
+        names = [launch.name for launch in static.relation_launches(shape)]
+        assert len(names) <= 3
+        assert names[-1] == "broadcast_kernel"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pooled_launches_move_at_most_1_05_times_the_bytes_they_must(name, dtype):
+    shape = SHAPES[name]
+    launches = static.relation_launches(shape, dtype)
+    numel = torch.Size(shape).numel()
+    required = relation_bytes(numel, dtype.itemsize)
+    moved = traffic(launches)
+    assert moved.latents == required
+    assert moved.moved <= 1.05 * required
+
+
+@pytest.mark.parametrize("pool", [(4, 4), (3, 7), (60, 104)])
+def test_regions_cover_every_element_once(pool):
+    shape = (2, 5, 4, 60, 104)
+    moved = traffic(static.relation_launches(shape, pool=pool))
+    assert moved.latents == relation_bytes(torch.Size(shape).numel(), 2)
+
+
+def test_whole_latents_are_read_once_by_each_pass():
+    shape = SHAPES["wan-480p"]
+    numel = torch.Size(shape).numel()
+    assert traffic(static.relation_launches(shape, pool=None)).latents == relation_bytes(numel, 2, whole=True)
+
+
+def test_scratch_stays_below_one_percent_of_a_latent():
+    for name, shape in SHAPES.items():
+        launches = static.relation_launches(shape)
+        scratch = sum(launch.values["workspace"].numel() * 4 for launch in launches if launch.name == "pool_kernel")
+        # Row blocks of a relation of hundreds of frames keep their shares apart, so that they add up in one order.
+        share = 0.025 if shape[1] > 100 else 0.01
+        assert scratch <= share * 2 * torch.Size(shape).numel(), name
