@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", metavar="CONFIG", help="a YAML file, or the name of a packaged one: toy, wan_1.3b, ..."
     )
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes, such as distill.batch_size=8")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    instead.add_argument("--plan", action="store_true", help="print memory and communication on 1 to 128 GPUs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +36,12 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
     try:
-        config = read_config(args.config, args.overrides)
+        config = read_config(args.config, args.overrides, complete=not args.plan)
+        if args.plan:
+            from codmd.distill.plan import describe
+
+            print(describe(config))
+            return 0
         if args.dry_run:
             print(dry_run(config))
             return 0

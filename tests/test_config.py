@@ -142,11 +142,6 @@ def test_an_override_that_cannot_be_meant_is_refused_by_its_full_name(override, 
         packaged("toy", override)
 
 
-def test_with_lora_the_teacher_has_no_options_of_its_own():
-    with pytest.raises(ConfigError, match="teacher_model: with lora the teacher is the shared base"):
-        packaged("wan_1.3b", "lora.rank=4")
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -17,6 +17,7 @@ import torch
 from codmd import cli
 from codmd.distill.checkpoint import read_meta, read_student
 from codmd.distill.log import RunLog, read_log
+from codmd.distill.outside import only_run
 from codmd.distill.parallel import Processes
 from codmd.models.wan import WanDenoiser
 
@@ -157,6 +158,19 @@ def test_a_run_that_diverges_ends_with_advice_and_an_intact_checkpoint(tmp_path,
     assert sum(count for count, _ in meta["nonfinite"].values()) <= sum(skipped[-1]["skipped"].values())
 
 
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path, capsys):
+    with only_run(tmp_path, ALONE):
+        train(*TOY, QUIET, f"out={tmp_path}", "updates=1", status=1)
+        assert f"another run is training in {tmp_path}" in capsys.readouterr().err
+    train(*TOY, QUIET, f"out={tmp_path}", "updates=1")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    train(*TOY, QUIET, f"out={tmp_path / 'file' / 'run'}", "updates=1", status=1)
+    assert "cannot be used: Not a directory" in capsys.readouterr().err
+
+
 # Resuming
 
 
@@ -293,6 +307,11 @@ def test_the_preview_does_not_change_training(tmp_path, network):
     for name, every in (("with", 1), ("without", 0)):
         train(*TOY, QUIET, f"out={tmp_path / name}", "updates=3", f"log.preview_every={every}", "distill.ema_decay=0.5")
     assert curve(tmp_path / "with") == curve(tmp_path / "without")
+
+
+def test_a_plan_needs_no_files(capsys):
+    train("--plan", "wan_1.3b", "lora.rank=16")
+    assert "GB" in capsys.readouterr().out
 
 
 def test_a_missing_package_names_the_extra_to_install(monkeypatch, capsys):

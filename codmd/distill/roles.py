@@ -33,13 +33,13 @@ def build_roles(config: RunConfig, processes: Processes) -> Roles:
     Raises:
         FileNotFoundError, ValueError: the weights or an option cannot be used.
     """
+    frozen = config.model.changed(config.teacher_model, "teacher_model")
     if config.lora is not None:
-        base = unfilled(config.model, config.seed)
+        base = unfilled(frozen, config.seed)
         roles = LoraRoles(base, config.lora, config.seed)
-        fill(base, config.model, config, processes)
+        fill(base, frozen, config, processes)
         roles.initialise()
         return Roles(roles.teacher, roles.student, roles.critic)
-    frozen = config.model.changed(config.teacher_model, "teacher_model")
     teacher = build_network(frozen, config, processes, offload=config.parallel.offload_teacher)
     student, critic = (build_network(config.model, config, processes) for _ in range(2))
     return Roles(teacher.requires_grad_(False), student, critic)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +16,7 @@ from codmd import __version__
 from .checkpoint import CheckpointError, CheckpointStore, load, read_meta, read_student, resolve
 from .job import Job, Trainer, assemble
 from .log import RunLog
+from .outside import only_run, stop_requests
 from .parallel import Processes, processes
 from .preview import to_pixels, write_preview
 from .settings import ConfigError, RunConfig, differences
@@ -36,7 +34,7 @@ def run(config: RunConfig) -> bool:
         ConfigError: the configuration cannot be used. CheckpointError: a checkpoint cannot be written or read.
         NonFiniteRun: too many updates in a row were not finite.
     """
-    with processes(config.parallel) as team, stop_requests() as stop:
+    with processes(config.parallel) as team, only_run(config.folder, team), stop_requests() as stop:
         job = assemble(config, team)
         trainer = job.trainer
         notes: list[str] = []
@@ -179,31 +177,6 @@ def export_teacher(config: RunConfig, job: Job, store: CheckpointStore, team: Pr
         _remove(target)
         os.rename(partial, target)
     team.share(None)
-
-
-class Stop:
-    """Whether SIGTERM has come."""
-
-    def __init__(self) -> None:
-        self.set = False
-
-    def is_set(self) -> bool:
-        return self.set
-
-
-@contextmanager
-def stop_requests() -> Iterator[Stop]:
-    """Inside the block SIGTERM asks for an end instead of ending the process."""
-    stop = Stop()
-
-    def request(_signal: int, _frame: Any) -> None:
-        stop.set = True
-
-    before = signal.signal(signal.SIGTERM, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _remove(path: Path) -> None:

@@ -183,7 +183,7 @@ class RunConfig:
         resume: "auto" continues from the newest complete checkpoint of the run, if there is one; "none" starts
             anew and refuses a folder that has checkpoints; anything else is the path of a checkpoint.
         model: the adapter and its options; student and critic start as this teacher.
-        teacher_model: options in which the frozen teacher differs from student and critic.
+        teacher_model: options in which the frozen network differs: the teacher, with `lora` the shared base.
         lora: train low-rank adapters over one shared base instead of two whole networks; null for whole networks.
     """
 
@@ -211,8 +211,6 @@ class RunConfig:
             raise ValueError(
                 f"mode: a teacher learns from videos, which data.kind {self.data.kind!r} has not; expected textures"
             )
-        if self.lora is not None and self.teacher_model:
-            raise ValueError("teacher_model: with lora the teacher is the shared base; give the options in model")
         self.model.changed(self.teacher_model, "teacher_model")
 
     @property
@@ -227,11 +225,14 @@ class RunConfig:
         return {**values, "model": {"name": model["name"], **model["options"]}}
 
 
-def read_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(source: str, overrides: Sequence[str] = (), complete: bool = True) -> RunConfig:
     """The configuration of a YAML file, or of a packaged one by its bare name, with `key=value` overrides.
 
     Values may refer to others (`${out}`), to the environment (`${oc.env:HOME}`) and to the folder of the packaged
     files (`${packaged}`).
+
+    Args:
+        complete: refuse values that the file leaves to its reader (`???`); else they stay as they are.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is not allowed.
@@ -249,7 +250,7 @@ def read_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{source}: holds a list; expected sections with keys")
         merged = OmegaConf.merge({"packaged": str(PACKAGED)}, loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=complete)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: not given; add {error.full_key}=... to the command") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:

@@ -1,0 +1,69 @@
+"""What comes to a run from outside: another run in its folder, and SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .parallel import Processes
+from .typed import ConfigError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows a folder is not held
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def only_run(folder: Path, team: Processes) -> Iterator[None]:
+    """Holds the run's folder, so that no other run writes there; the system lets go of it when the process ends.
+
+    Raises:
+        ConfigError: another run holds it.
+    """
+    held, failure = None, ""
+    if team.first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = open(folder / ".lock", "w")  # noqa: SIM115
+            if fcntl is not None:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            failure = f"out: another run is training in {folder}"
+        except OSError as error:
+            failure = f"out: {folder} cannot be used: {error.strerror}"
+    try:
+        if failure := team.share(failure):
+            raise ConfigError(failure)
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
+class Stop:
+    """Whether SIGTERM has come."""
+
+    def __init__(self) -> None:
+        self.set = False
+
+    def is_set(self) -> bool:
+        return self.set
+
+
+@contextmanager
+def stop_requests() -> Iterator[Stop]:
+    """Inside the block SIGTERM asks for an end instead of ending the process."""
+    stop = Stop()
+
+    def request(_signal: int, _frame: Any) -> None:
+        stop.set = True
+
+    before = signal.signal(signal.SIGTERM, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
