@@ -63,4 +63,5 @@ def store_in_bfloat16(transformer: Any) -> None:
     kept = {module for parent in float32_modules(transformer) for module in parent.modules()}
     for module in transformer.modules():
         if isinstance(module, (nn.Linear, nn.Conv3d)) and module not in kept:
-            module.to(torch.bfloat16)
+            for name, weight in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(weight.detach().bfloat16(), weight.requires_grad))

@@ -1,0 +1,193 @@
+"""What one network occupies, found out without memory: weights from their shapes, activations from a fake run.
+
+Peaks of activations are measured on fake tensors (shapes and lifetimes, no numbers) at two depths of the network and
+extended linearly to its own, because every block is alike. Attention is taken to keep queries, keys, values, output
+and one number a row, as flash kernels do.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from codmd import models
+from codmd.models.base import VideoDenoiser
+from codmd.models.lora import LoraOptions, LoraRoles
+
+from .settings import ModelSettings
+
+DEPTHS = (2, 4)
+TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One network, in numbers of parameters and bytes.
+
+    Attributes:
+        parameters: of the whole network.
+        largest_block: parameters of its largest repeated block.
+        outside: parameters outside the blocks.
+        training: bytes alive at the worst moment of a forward and backward pass of one micro-batch, beside weights
+            and their gradients.
+        kept: bytes that the forward pass leaves for the backward pass.
+        inference: bytes alive at the worst moment of a forward pass without gradient.
+    """
+
+    parameters: int
+    largest_block: int
+    outside: int
+    training: int
+    kept: int
+    inference: int
+
+
+def footprint(settings: ModelSettings, batch: int, inference_batch: int) -> Footprint:
+    """Measures one network.
+
+    Args:
+        batch: samples of a forward pass with gradient.
+        inference_batch: samples of a forward pass without.
+    """
+    options = _unfilled(settings)
+    with torch.device("meta"):
+        network = models.build(settings.name, **options)
+        sizes = [sum(p.numel() for p in block.parameters()) for block in blocks_of(network)]
+        whole = sum(p.numel() for p in network.parameters())
+    depths = [min(depth, len(sizes)) for depth in DEPTHS]
+    peaks = [_peaks(settings.name, options, depth, batch, inference_batch) for depth in depths]
+    training, kept, inference = (_extend(values, depths, len(sizes)) for values in zip(*peaks, strict=True))
+    return Footprint(whole, max(sizes), whole - sum(sizes), training, kept, inference)
+
+
+def adapter_parameters(settings: ModelSettings, lora: LoraOptions) -> int:
+    """Parameters of one low-rank adapter over that network."""
+    with torch.device("meta"):
+        roles = LoraRoles(models.build(settings.name, **_unfilled(settings)), lora)
+    return sum(p.numel() for p in roles.student.parameters())
+
+
+def _unfilled(settings: ModelSettings) -> dict[str, Any]:
+    """Options of a network that reads no file, its weights in the dtype that sharded ones are gathered in."""
+    known = {field.name for field in fields(models.options_class(settings.name))}
+    changes = {"weights": "random", "storage": "bfloat16", "compile": False}
+    return {**vars(settings.options), **{name: value for name, value in changes.items() if name in known}}
+
+
+def blocks_of(network: VideoDenoiser) -> nn.ModuleList:
+    """The repeated blocks, which are sharded and recomputed one by one."""
+    inner: Any = getattr(network, "transformer", network)
+    return inner.blocks
+
+
+def _extend(values: tuple[int, ...], depths: list[int], depth: int) -> int:
+    (shallow, deep), (first, last) = values, depths
+    slope = (deep - shallow) / (last - first) if last > first else 0
+    return round(shallow + slope * (depth - first))
+
+
+def _peaks(name: str, options: dict[str, Any], depth: int, batch: int, inference_batch: int) -> tuple[int, int, int]:
+    """(training, kept, inference) bytes of a network cut to `depth` blocks."""
+    with FakeTensorMode(), LiveBytes() as live, flash_attention():
+        network: VideoDenoiser = models.build(name, **options)
+        blocks = blocks_of(network)
+        del blocks[depth:]
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        arguments = _inputs(network, batch)
+        start = live.restart()
+        output = network(*arguments)
+        kept = live.now - start
+        output.float().square().mean().backward()
+        training = live.peak - start
+        del output
+        arguments = _inputs(network, inference_batch)
+        start = live.restart()
+        with torch.no_grad():
+            network(*arguments)
+        return training, kept, live.peak - start
+
+
+def _inputs(network: VideoDenoiser, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    text_dim = getattr(getattr(getattr(network, "transformer", None), "config", None), "text_dim", None)
+    cond = torch.empty(batch, TOKENS, text_dim) if text_dim else None
+    return torch.empty(batch, *network.latent_shape), torch.empty(batch), cond
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators have made and that are still alive.
+
+    Attributes:
+        now, peak: bytes alive, and the most since the last `restart`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def restart(self) -> int:
+        """Forgets the peak; returns the bytes alive."""
+        self.peak = self.now
+        return self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._note(value.untyped_storage())
+        return result
+
+    def _note(self, storage: Any) -> None:
+        if storage not in self._seen:
+            self._seen.add(storage)
+            size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.now -= size
+
+
+@contextmanager
+def flash_attention() -> Iterator[None]:
+    """Puts a stand-in with the memory of a flash kernel in the place of `scaled_dot_product_attention`.
+
+    A function mode would not reach the recomputation of blocks, which runs inside the backward pass.
+    """
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query)
+        rows = torch.empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, rows)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

@@ -1,0 +1,47 @@
+"""Writes docs/scaling.md: `python -m codmd.distill.scaling_page docs/scaling.md`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from .plan import describe
+from .settings import read_config
+
+PLACEHOLDERS = ("model.weights=teacher", "model.null_embedding=embeddings", "data.path=embeddings")
+SIZES = {"wan_1.3b": "Wan2.1-T2V 1.3B", "wan_14b": "Wan2.1-T2V 14B"}
+TITLE = """# Scaling: memory and communication
+
+How many GPUs a distillation needs, from the packaged configurations. `codmd train --plan CONFIG` prints the table of
+any configuration, with `key=value` changes; this page is the output of
+`python -m codmd.distill.scaling_page docs/scaling.md`.
+
+- **trained**: float32 weights and Adam moments of student and critic, one float32 gradient (they never have one at the
+  same time) and the running average; sharded over the GPUs of one copy.
+- **frozen**: the teacher, or the base that low-rank adapters share.
+- **gathered**: weights that FSDP has whole in bfloat16: the block at work and the next one, what stands outside the
+  blocks, and one block's gradient before it is reduced in float32. On one GPU: autocast's bfloat16 copies.
+- **activations**: the most that is alive beside weights, for one micro-batch: measured on fake tensors (shapes and
+  lifetimes, no memory) at two depths and extended to all blocks, which are alike.
+- **fits**: the smallest of an H100 (80 GB) and an H200 (141 GB) with 7 % to spare. The CUDA context, NCCL's buffers and
+  fragmentation are in that share and in no column.
+- **host GB**: pinned memory beside each GPU for an offloaded teacher.
+- **GB moved a cycle**: what one GPU receives in one student update and its critic updates: all-gathers in bfloat16,
+  reductions in float32. Divide by the bandwidth between GPUs for a bound on the time, as far as it does not hide
+  behind the arithmetic.
+
+`full` shards over all GPUs; `hybrid` keeps a copy on every 8 GPUs, so that gathers stay inside a machine and only
+gradients cross. These are estimates from the configuration, not measurements on a cluster.
+"""
+
+
+def page() -> str:
+    """The page: both sizes on 1, 8, 32 and 128 GPUs."""
+    parts = [TITLE]
+    for name, title in SIZES.items():
+        parts.append(f"## {title}\n\n`codmd train --plan {name}`: {describe(read_config(name, PLACEHOLDERS))}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), "utf-8")
