@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "codmd.compare.command",
     "demo": "codmd.demo.command",
     "doctor": "codmd.doctor",
+    "encode": "codmd.encode",
     "guidance": "codmd.guidance",
     "inspect": "codmd.inspect.command",
     "sample": "codmd.sample.command",

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from codmd.atomic import replacing_file
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -67,6 +70,22 @@ def open_tensors(path: str | os.PathLike[str], network: str = "") -> Iterator[Te
         else:
             expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
             raise ValueError(f"{path}: unknown kind of file; expected {expected}, or a diffusers folder")
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, all or nothing.
+
+    Args:
+        metadata: of one entry where the bytes must repeat; several come in another order every time.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    try:
+        with replacing_file(path) as partial:
+            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def _folder_files(folder: Path) -> list[Path]:

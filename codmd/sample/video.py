@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from codmd.atomic import replacing_file
+from codmd.models.tensor_files import save_tensors
 
 FPS = 16
 LATENTS = "latents"
@@ -58,16 +58,9 @@ def video_is_complete(path: Path, frames: int) -> bool:
 
 
 def write_latents(path: Path, latents: Tensor, prompt: str, seed: int) -> None:
-    """Writes normalised latents [F, C, H, W] as safetensors, all or nothing.
-
-    The metadata has one entry, "sample": several would come in another order every time.
-    """
+    """Writes normalised latents [F, C, H, W] as safetensors, all or nothing; the metadata's "sample" is JSON."""
     sample = json.dumps({"prompt": prompt, "seed": seed}, ensure_ascii=False)
-    with replacing_file(path) as partial:
-        try:
-            save_file({LATENTS: latents.cpu().contiguous()}, partial, {"sample": sample})
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot be written: {error}") from error
+    save_tensors(path, {LATENTS: latents}, {"sample": sample})
 
 
 def latents_are_complete(path: Path, shape: tuple[int, ...]) -> bool:
