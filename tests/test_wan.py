@@ -302,6 +302,18 @@ def test_conditions_join_split_and_move_as_tensors_or_mappings():
     assert cat_cond([None, None]) is index_cond(None, 0) is move_cond(None, "cpu") is None
 
 
+def test_a_null_condition_of_zeros_means_the_same_at_every_length():
+    model = tiny(compute="float32")
+    x_t, sigma, cond = inputs()
+    null = model.null_cond(BATCH)
+    joint = cat_cond([cond, null])
+    assert joint.shape == (2 * BATCH, 8, TEXT_DIM)
+    with torch.no_grad():
+        both = model(torch.cat((x_t, x_t)), torch.cat((sigma, sigma)), joint)
+        apart = torch.cat((model(x_t, sigma, cond), model(x_t, sigma, null)))
+    torch.testing.assert_close(both, apart, rtol=1e-4, atol=1e-5)
+
+
 # Errors
 
 

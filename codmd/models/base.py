@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
 
 Condition = Any
 """What `encode` returns: a tensor or a mapping of tensors, batch first; None for an unconditional model."""
@@ -62,13 +63,23 @@ def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
 
 
 def cat_cond(conditions: Sequence[Condition]) -> Condition:
-    """Conditions of several batches as the condition of the joint batch (concatenated along dimension 0)."""
+    """Conditions of several batches as the condition of the joint batch (concatenated along dimension 0).
+
+    Sequences of tokens [B, L, D] of different lengths are zero-padded to the longest, as text embeddings are.
+    """
     first = conditions[0]
     if first is None:
         return None
     if isinstance(first, Mapping):
-        return {name: torch.cat([cond[name] for cond in conditions]) for name in first}
-    return torch.cat(list(conditions))
+        return {name: _cat([cond[name] for cond in conditions]) for name in first}
+    return _cat(conditions)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    if tensors[0].dim() == 3:
+        longest = max(tensor.shape[1] for tensor in tensors)
+        tensors = [F.pad(t, (0, 0, 0, longest - t.shape[1])) if t.shape[1] < longest else t for t in tensors]
+    return torch.cat(list(tensors))
 
 
 def index_cond(cond: Condition, index: int | slice | Tensor) -> Condition:
