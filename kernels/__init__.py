@@ -10,10 +10,10 @@ from typing import Any
 
 OLDEST_TRITON = (3, 4)
 
-_HOME = dict.fromkeys(
-    ("relation_forward", "relation_frames", "relation_batch", "relation_backward"),
-    ".relation",
-)
+_HOME = {
+    **dict.fromkeys(("relation_forward", "relation_frames", "relation_batch", "relation_backward"), ".relation"),
+    **dict.fromkeys(("dmd_forward", "dmd_backward", "codmd_forward", "codmd_backward"), ".codmd"),
+}
 
 
 def _load_error() -> str | None:

@@ -26,7 +26,7 @@ LARGEST_TABLE = 1 << 31
 
 Pool = str | tuple[int, int] | None
 
-_accepted: dict[tuple[Any, ...], bool] = {}
+_refusals: dict[tuple[Any, ...], str] = {}
 
 
 def refusal(sizes: tuple[int, int, int, int, int], pool: Pool, batch: bool, frame: bool) -> str:
@@ -44,15 +44,16 @@ def refusal(sizes: tuple[int, int, int, int, int], pool: Pool, batch: bool, fram
     return ""
 
 
-def _fits(latents: Tensor, layout: str, pool: Pool, batch: bool, frame: bool) -> bool:
+def refusal_of(latents: Tensor, layout: str, pool: Pool, batch: bool, frame: bool) -> str:
+    """:func:`refusal` of a call, logged once for each kind of call."""
     key = latents.shape, layout, pool, batch, frame
-    accepted = _accepted.get(key)
-    if accepted is None:
+    reason = _refusals.get(key)
+    if reason is None:
         reason = refusal(Geometry.of(latents.shape, latents.stride(), layout).sizes, pool, batch, frame)
         if reason:
             logger.warning("codmd: the Triton kernels do not take %s; the reference computes it", reason)
-        accepted = _accepted[key] = not reason
-    return accepted
+        _refusals[key] = reason
+    return reason
 
 
 def _reference() -> ModuleType:
@@ -61,7 +62,14 @@ def _reference() -> ModuleType:
     return module
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def reference_dmd() -> ModuleType:
+    """The reference's DMD and CoDMD passes."""
+    from ..ops import _reference_dmd as module
+
+    return module
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make ``tensor``'s device current, at no cost where it already is."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return _HERE
@@ -93,11 +101,11 @@ def relation_forward(
         float32 (total, batch, frame) ``[3]``; ∂(frame term)/∂φ ``[B, F, K]``, or M / B ``[B, F, F]`` for
         ``pool=None``; ∂(batch term)/∂ψ ``[B, K]``. Empty where a term is not computed.
     """
-    if not _fits(student, layout, pool, batch_weight != 0, frame_weight != 0):
+    if refusal_of(student, layout, pool, batch_weight != 0, frame_weight != 0):
         return _reference().relation_forward(
             student, real, fake, frame_mask, layout, pool, temperature, batch_weight, frame_weight
         )
-    with _on(student):
+    with device_of(student):
         if pool is None:
             return relation_whole.relation_forward(
                 student, real, fake, frame_mask, layout, temperature, batch_weight, frame_weight
@@ -118,9 +126,9 @@ def relation_frames(
     frame_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stage before a gather: frame term ``[1]``, its gradient, and ``[B, 3K + 1]``: ψ_x, ψ_r, ψ_d, valid frames."""
-    if not _fits(student, layout, pool, False, frame_weight != 0):
+    if refusal_of(student, layout, pool, False, frame_weight != 0):
         return _reference().relation_frames(student, real, fake, frame_mask, layout, pool, temperature, frame_weight)
-    with _on(student):
+    with device_of(student):
         if pool is None:
             return relation_whole.relation_frames(student, real, fake, frame_mask, layout, temperature, frame_weight)
         return relation_pooled.relation_frames(student, real, fake, frame_mask, layout, pool, temperature, frame_weight)
@@ -143,7 +151,7 @@ def relation_batch(
     if not long and (vectors > relation_pooled.MOST_VECTORS or pooled.numel() >= LARGEST_TABLE):
         logger.warning("codmd: the Triton kernels do not take %d gathered rows of %d", vectors, row)
         return _reference().relation_batch(*arguments)
-    with _on(pooled):
+    with device_of(pooled):
         return (relation_whole if long else relation_pooled).relation_batch(*arguments)
 
 
@@ -164,7 +172,7 @@ def relation_backward(
     """Write the gradient of the student's latents into ``out``; ``student`` is read for ``pool=None`` alone."""
     gradients = grad_total, grad_batch, grad_frame
     weights = batch_weight, frame_weight
-    if not _fits(out, layout, pool, batch_grad.numel() > 0, frame_grad.numel() > 0):
+    if refusal_of(out, layout, pool, batch_grad.numel() > 0, frame_grad.numel() > 0):
         _reference().relation_backward(
             out, *gradients, student, frame_mask, frame_grad, batch_grad, layout, pool, *weights
         )
@@ -172,7 +180,7 @@ def relation_backward(
     if not frame_grad.numel() and not batch_grad.numel():
         out.zero_()
         return
-    with _on(out):
+    with device_of(out):
         if pool is None:
             assert student is not None
             relation_whole.relation_backward(

@@ -34,6 +34,38 @@ def region_value(frame_grad, batch_grad, frame_row, batch_row, gx, frame_scale, 
         return value + batch_scale * tl.load(batch_grad + batch_row + gx)
 
 
+@triton.jit
+def plane_gradient(
+    frame_grad, batch_grad, frame_mask, grad_total, grad_batch, grad_frame, batch_weight, frame_weight,
+    sample, frame, channel, gy, frames, features, mask_b, mask_f, left, width, lines,
+    GRID_H: tl.constexpr, GRID_W: tl.constexpr, TILE_W: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a row of region gy, [1, TILE_W] from column ``left`` on; one number if GRID_W is 1."""
+    frame_scale = upstream(grad_total, frame_weight, grad_frame)
+    batch_scale = upstream(grad_total, batch_weight, grad_batch)
+    kept = frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f)
+    if frame_mask is not None:
+        every = tl.arange(0, BLOCK_F)
+        counted = frame_validity(frame_mask, sample, every, frames, mask_b, mask_f)
+        batch_scale = batch_scale / tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0)
+    else:
+        batch_scale = batch_scale / frames
+    b = sample.to(tl.int64)
+    first = (channel * GRID_H + gy) * GRID_W
+    frame_row = (b * frames + frame) * features + first
+    batch_row = b * features + first
+    if GRID_W > 1:
+        column = left + tl.arange(0, TILE_W)[None, :]
+        gx = tl.minimum(((column + 1) * GRID_W - 1) // width, GRID_W - 1)
+        span = (gx + 1) * width // GRID_W - gx * width // GRID_W
+        value = region_value(frame_grad, batch_grad, frame_row, batch_row, gx, frame_scale, batch_scale)
+        kept = kept & (column >= 0)
+        return tl.where(kept, value / (lines * span).to(tl.float32), 0.0)
+    else:
+        value = region_value(frame_grad, batch_grad, frame_row, batch_row, 0, frame_scale, batch_scale)
+        return tl.where(kept, value / (lines * width).to(tl.float32), 0.0)
+
+
 @triton.jit(
     do_not_specialize=["frames", "channels", "features"],
     do_not_specialize_on_alignment=[
@@ -64,33 +96,16 @@ def broadcast_kernel(
     top = gy * height // GRID_H
     bottom = (gy + 1) * height // GRID_H
     at = out + (b * o_b + f * o_f + c * o_c) * VEC
-    first_k = (channel * GRID_H + gy) * GRID_W
-
-    frame_scale = upstream(grad_total, frame_weight, grad_frame)
-    batch_scale = upstream(grad_total, batch_weight, grad_batch)
-    kept = frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f)
-    if frame_mask is not None:
-        every = tl.arange(0, BLOCK_F)
-        counted = frame_validity(frame_mask, sample, every, frames, mask_b, mask_f)
-        batch_scale = batch_scale / tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0)
-    else:
-        batch_scale = batch_scale / frames
-
     i = tl.arange(0, TILE_W)
     left = 0
     if not FLAT:
         left = split % COLUMN_TILES * TILE_W
     column = left + i
-    row = (b * frames + f) * features + first_k
-    if GRID_W > 1:
-        gx = tl.minimum(((column + 1) * GRID_W - 1) // width, GRID_W - 1)
-        span = (gx + 1) * width // GRID_W - gx * width // GRID_W
-        value = region_value(frame_grad, batch_grad, row, b * features + first_k, gx, frame_scale, batch_scale)
-        value = tl.where(kept, value / ((bottom - top) * span).to(tl.float32), 0.0)
-    else:
-        value = region_value(frame_grad, batch_grad, row, b * features + first_k, 0, frame_scale, batch_scale)
-        value = tl.where(kept, value / ((bottom - top) * width).to(tl.float32), 0.0)
-        value = tl.full([TILE_W], value, tl.float32)
+    value = tl.zeros([1, TILE_W], tl.float32) + plane_gradient(
+        frame_grad, batch_grad, frame_mask, grad_total, grad_batch, grad_frame, batch_weight, frame_weight,
+        sample, frame, channel, gy, frames, features, mask_b, mask_f, left, width, bottom - top,
+        GRID_H, GRID_W, TILE_W, BLOCK_F,
+    )  # fmt: skip
     value = value.to(out.dtype.element_ty)
 
     if FLAT:
@@ -99,13 +114,13 @@ def broadcast_kernel(
         stop = tl.minimum(size, split * run + run)
         at += top.to(tl.int64) * width // VEC * VEC
         for first in range(split * run, stop, TILE_W):
-            tl.store(at + first + i, value, mask=i // VEC < (stop - first) // VEC)
+            tl.store(at + first + i[None, :], value, mask=(i // VEC < (stop - first) // VEC)[None, :])
     else:
         lines = tl.cdiv(bottom - top, SPLITS // COLUMN_TILES)
         start = top + split // COLUMN_TILES * lines
         end = tl.minimum(bottom, start + lines)
         inside = (i // VEC < (width - left) // VEC)[None, :]
-        tile = tl.broadcast_to(value[None, :], [TILE_H, TILE_W])
+        tile = tl.broadcast_to(value, [TILE_H, TILE_W])
         for first in range(start, end, TILE_H):
             y = first + tl.arange(0, TILE_H)[:, None]
             offset = y.to(tl.int64) * o_h * VEC + column.to(tl.int64)[None, :] * o_w

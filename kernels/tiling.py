@@ -72,30 +72,36 @@ def vector_width(geometries: tuple[Geometry, ...], flat: bool, grid_h: int, item
     return vec
 
 
+def is_flat(geometry: Geometry) -> bool:
+    """Whether a plane is one contiguous run, or constant."""
+    height, width = geometry.sizes[3:]
+    line, column = geometry.strides[3:]
+    contiguous = column == (1 if width > 1 else 0) and (height == 1 or line == width)
+    return contiguous or (line == 0 and column == 0)
+
+
 def tile_planes(
     geometries: tuple[Geometry, ...],
     grid: tuple[int, int],
     itemsize: int,
     aligned: bool,
     processors: int,
-    warps: int = 4,
+    tile_bytes: int | None = None,
 ) -> Tiling:
     """Cut the (h, w) planes of equally shaped tensors.
 
     Args:
-        geometries: one a tensor, sizes equal.
+        geometries: one a tensor, sizes equal. A tensor whose planes are constant (strides 0) joins any cut.
         grid: regions (gh, gw) of a plane.
         itemsize: bytes of an element.
         aligned: every base address is a multiple of 16 bytes.
         processors: multiprocessors to fill.
-        warps: warps of a program.
+        tile_bytes: bytes of one tensor in a tile; None means TILE_BYTES.
     """
     samples, frames, channels, height, width = geometries[0].sizes
-    flat = grid[1] == 1 and all(
-        g.strides[4] == (1 if width > 1 else 0) and (height == 1 or g.strides[3] == width) for g in geometries
-    )
+    flat = grid[1] == 1 and all(is_flat(g) for g in geometries)
     vec = vector_width(geometries, flat, grid[0], itemsize, aligned)
-    tile = TILE_BYTES // itemsize * warps // 4
+    tile = (TILE_BYTES if tile_bytes is None else tile_bytes) // itemsize
     lines = cdiv(height, grid[0])
     if flat:
         column_tiles = 1

@@ -1,0 +1,130 @@
+"""From moments to norms, the loss and one factor a sample: what the last block of the DMD pass computes.
+
+Equal to the small algebra of ``codmd.ops._reference_dmd``, in float64: ∂L/∂x = upstream · factor · G(d, norm).
+"""
+
+import triton
+import triton.language as tl
+
+MOMENTS = tl.constexpr(6)
+"""|x - r|, penalty, |d|, selected, NaN and non-finite-student elements."""
+
+
+@triton.jit
+def add_segments(
+    pieces, stride, programs, frames, segments, sums,
+    BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """sums[moment, segment] float64 of one sample, from pieces[moment · stride + frame · programs + program]."""
+    for segment in range(0, segments):
+        if FIRST_ALONE:
+            first = tl.maximum(1 + (segment - 1) * BLOCK, 0)
+            last = tl.minimum(1 + segment * BLOCK, frames)
+        else:
+            first = segment * BLOCK
+            last = tl.minimum(first + BLOCK, frames)
+        for moment in tl.static_range(MOMENTS):
+            total = tl.zeros([TILE], tl.float64)
+            for start in range(first * programs, last * programs, TILE):
+                at = start + tl.arange(0, TILE)
+                value = tl.load(pieces + moment * stride + at, mask=at < last * programs, other=0.0)
+                total += value.to(tl.float64)
+            tl.store(sums + moment * segments + segment, tl.sum(total, 0))
+
+
+@triton.jit
+def guarded(norm, eps, GUARD: tl.constexpr):
+    """The norm as it divides: clamped to at least eps (a NaN stays), or plus eps."""
+    if GUARD == "clamp":
+        return tl.where(norm < eps, eps, norm)
+    elif GUARD == "add":
+        return norm + eps
+    else:
+        return norm
+
+
+@triton.jit
+def finish_loss(
+    sums, norms, factors, values, sample_weight, weight_stride, samples, frames, segments, frame_size, eps, coefficient,
+    SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, GUARD: tl.constexpr, NAN: tl.constexpr,
+    HUBER: tl.constexpr, SUM: tl.constexpr, LOSS_DIVIDED: tl.constexpr, WEIGHT_SQUARED: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Norms, factors [B] and values (loss, mean|g|), from sums [B, MOMENTS, segments] float64."""
+    s = tl.arange(0, BLOCK_S)[None, :]
+    distance = tl.zeros([BLOCK_B, BLOCK_S], tl.float64)
+    count = tl.zeros([BLOCK_B, BLOCK_S], tl.float64)
+    for start in range(0, samples, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)[:, None]
+        inside = (b < samples) & (s < segments)
+        at = sums + b * MOMENTS * segments + s
+        distance += tl.load(at, mask=inside, other=0.0)
+        count += tl.load(at + 3 * segments, mask=inside, other=0.0)
+    all_distance = tl.sum(tl.sum(distance, 1), 0)
+    all_count = tl.sum(tl.sum(count, 1), 0)
+    at_least_one = tl.maximum(all_count, 1.0)
+    if SCOPE == "batch":
+        whole = guarded(all_distance / (samples.to(tl.float64) * frames * frame_size), eps, GUARD).to(tl.float32)
+        tl.store(norms, whole)
+
+    total = tl.zeros([BLOCK_B], tl.float64)
+    size = tl.zeros([BLOCK_B], tl.float64)
+    for start in range(0, samples, BLOCK_B):
+        row = start + tl.arange(0, BLOCK_B)
+        b = row[:, None]
+        inside = (b < samples) & (s < segments)
+        at = sums + b * MOMENTS * segments + s
+        if SCOPE == "batch":
+            norm = whole.to(tl.float64) + tl.zeros([BLOCK_B, BLOCK_S], tl.float64)
+        else:
+            if FIRST_ALONE:
+                first = tl.maximum(1 + (s - 1) * BLOCK, 0)
+                last = tl.minimum(1 + s * BLOCK, frames)
+            else:
+                first = s * BLOCK
+                last = tl.minimum(first + BLOCK, frames)
+            elements = tl.maximum(last - first, 1).to(tl.float64) * frame_size
+            norm = guarded(tl.load(at, mask=inside, other=0.0) / elements, eps, GUARD).to(tl.float32)
+            if FIRST_ALONE:
+                norm = tl.where(s == 0, 1.0, norm)
+            tl.store(norms + b * segments + s, norm, mask=inside)
+            norm = norm.to(tl.float64)
+        penalty = tl.load(at + segments, mask=inside, other=0.0)
+        magnitude = tl.load(at + 2 * segments, mask=inside, other=0.0)
+        selected = tl.load(at + 3 * segments, mask=inside, other=0.0)
+        nans = tl.load(at + 4 * segments, mask=inside, other=0.0)
+        wild = tl.sum(tl.load(at + 5 * segments, mask=inside, other=0.0), 1) > 0.0
+        value = penalty / norm
+        if not LOSS_DIVIDED:
+            value = value / norm
+            magnitude = magnitude / norm
+        if NAN == "to_num":
+            value = tl.where(value == value, value, 0.0)
+            magnitude = tl.where(magnitude == magnitude, magnitude, 0.0)
+        else:
+            value = tl.where(nans > 0.0, float("nan"), value)
+        loss = tl.sum(tl.where(inside & (selected > 0.0), value, 0.0), 1)
+        size += tl.sum(tl.where(inside & (selected > 0.0), magnitude, 0.0), 1)
+        weight = tl.full([BLOCK_B], 1.0, tl.float64)
+        if sample_weight is not None:
+            weight = tl.load(sample_weight + row * weight_stride, mask=row < samples, other=0.0).to(tl.float64)
+        factor = coefficient * weight
+        if not HUBER:
+            factor = 2.0 * factor
+        loss = tl.where(wild, float("nan"), loss)
+        factor = tl.where(wild, float("nan"), factor)
+        if NAN == "zero_sample":
+            kept = loss == loss
+            loss = tl.where(kept, loss, 0.0)
+            factor = tl.where(kept, factor, 0.0)
+        if WEIGHT_SQUARED:
+            loss = loss * weight
+        loss = loss * weight
+        if not SUM:
+            loss = loss / at_least_one
+            factor = factor / at_least_one
+        factor = tl.where(tl.zeros([BLOCK_B], tl.float64) + all_count > 0.0, factor, 0.0)
+        tl.store(factors + row, factor.to(tl.float32), mask=row < samples)
+        total += tl.where(row < samples, loss, 0.0)
+    tl.store(values, (coefficient * tl.sum(total, 0)).to(tl.float32))
+    tl.store(values + 1, (tl.sum(size, 0) / at_least_one).to(tl.float32))

@@ -1,0 +1,129 @@
+"""The backward pass of the DMD and CoDMD losses: one read of the predictions, one write of the gradient.
+
+∂L/∂X = upstream · factor[b] · G(d, norm) + (c_F·frame_grad + c_B·batch_grad·valid/n_valid)/area, rounded once, where
+G = repaired d/norm, or d/sqrt(d² + c²)/norm for the pseudo-Huber penalty. The student is not read.
+"""
+
+import triton
+import triton.language as tl
+
+from .dmd_scores import difference, segment_of, selection
+from .relation_broadcast import plane_gradient, upstream
+
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def direction(d, norm, huber_c, HUBER: tl.constexpr, REPAIR: tl.constexpr):
+    """G(d, norm); with REPAIR NaN becomes 0 and ±inf the largest number."""
+    if HUBER:
+        d = d / tl.sqrt(d * d + huber_c * huber_c)
+    g = d / norm
+    if REPAIR:
+        g = tl.where(g == g, tl.minimum(tl.maximum(g, -LARGEST), LARGEST), 0.0)
+    return g
+
+
+@triton.jit(
+    do_not_specialize=["frames", "channels", "features", "segments"],
+    do_not_specialize_on_alignment=[
+        "sigma", "frame_mask", "norms", "factors", "grad_total", "grad_dmd", "grad_batch", "grad_frame",
+        "frame_grad", "batch_grad",
+    ],
+)  # fmt: skip
+def gradient_kernel(
+    out, fake, real, real_uncond, fake_uncond,  # [B, F, C, H, W], any strides; the last two or None
+    sigma,  # [B, F] or None
+    mask,  # like the latents, or None
+    frame_mask,  # [B, F] or None
+    norms, factors,
+    grad_total, grad_dmd, grad_batch, grad_frame,  # scalars or None
+    frame_grad,  # [B, F, K] or None
+    batch_grad,  # [B, K] or None
+    frames, channels, features, segments, height, width,
+    o_b, o_f, o_c, o_h, o_w, f_b, f_f, f_c, f_h, f_w, r_b, r_f, r_c, r_h, r_w,
+    u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, mask_b, mask_f,
+    real_scale, fake_scale, huber_c, batch_weight, frame_weight,
+    GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
+    FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr,
+    HUBER: tl.constexpr, REPAIR: tl.constexpr, DMD: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements."""
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    gy = pid // SPLITS % GRID_H
+    channel = pid // (SPLITS * GRID_H) % channels
+    frame = pid // (SPLITS * GRID_H * channels) % frames
+    sample = pid // (SPLITS * GRID_H * channels * frames)
+    b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
+    top = gy * height // GRID_H
+    bottom = (gy + 1) * height // GRID_H
+    skip = tl.zeros([], tl.int64)
+    if FLAT:
+        skip = top.to(tl.int64) * width // VEC * VEC
+    out_at = out + (b * o_b + f * o_f + c * o_c) * VEC + skip
+
+    i = tl.arange(0, TILE_W)[None, :]
+    left = 0
+    STEP: tl.constexpr = TILE_W if FLAT else TILE_H
+    if FLAT:
+        size = (bottom - top) * width
+        run = tl.cdiv(tl.cdiv(size, TILE_W), SPLITS) * TILE_W
+        start, stop = split * run, tl.minimum(size, split * run + run)
+    else:
+        left = split % COLUMN_TILES * TILE_W
+        lines = tl.cdiv(bottom - top, SPLITS // COLUMN_TILES)
+        start = top + split // COLUMN_TILES * lines
+        stop = tl.minimum(bottom, start + lines)
+
+    relation = tl.zeros([1, TILE_W], tl.float32)
+    if frame_grad is not None or batch_grad is not None:
+        relation += plane_gradient(
+            frame_grad, batch_grad, frame_mask, grad_total, grad_batch, grad_frame, batch_weight, frame_weight,
+            sample, frame, channel, gy, frames, features, mask_b, mask_f, left, width, bottom - top,
+            GRID_H, GRID_W, TILE_W, BLOCK_F,
+        )  # fmt: skip
+
+    if DMD:
+        fake_plane = (fake + (b * f_b + f * f_f + c * f_c) * VEC + skip, f_h, f_w)
+        real_plane = (real + (b * r_b + f * r_f + c * r_c) * VEC + skip, r_h, r_w)
+        real_uncond_plane = (None, 0, 0)
+        fake_uncond_plane = (None, 0, 0)
+        mask_plane = (None, 0, 0)
+        if real_uncond is not None:
+            real_uncond_plane = (real_uncond + (b * u_b + f * u_f + c * u_c) * VEC + skip, u_h, u_w)
+        if fake_uncond is not None:
+            fake_uncond_plane = (fake_uncond + (b * v_b + f * v_f + c * v_c) * VEC + skip, v_h, v_w)
+        if mask is not None:
+            mask_plane = (mask + (b * m_b + f * m_f + c * m_c) * VEC + skip * m_w, m_h, m_w)
+        level = None
+        if sigma is not None:
+            level = tl.load(sigma + b * sigma_b + f * sigma_f).to(tl.float32)
+        if SCOPE == "batch":
+            norm = tl.load(norms)
+        else:
+            norm = tl.load(norms + sample * segments + segment_of(frame, BLOCK, FIRST_ALONE))
+        factor = tl.load(factors + sample) * upstream(grad_total, 1.0, grad_dmd)
+
+    for first in range(start, stop, STEP):
+        if FLAT:
+            line = tl.zeros([1, 1], tl.int64)
+            column = (first + i).to(tl.int64)
+            inside = i // VEC < (stop - first) // VEC
+        else:
+            line = (first + tl.arange(0, TILE_H)[:, None]).to(tl.int64)
+            column = (left + i).to(tl.int64)
+            inside = (line < stop) & (i // VEC < (width - left) // VEC)
+        value = relation + tl.zeros([TILE_H, TILE_W], tl.float32)
+        if DMD:
+            d, _cond, _push = difference(
+                fake_plane, real_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
+                line, column, inside, VEC,
+            )  # fmt: skip
+            g = factor * direction(d, norm, huber_c, HUBER, REPAIR)
+            kept = selection(mask_plane, line, column, inside, VEC) & (
+                tl.zeros([TILE_H, TILE_W], tl.float32) + factor != 0.0
+            )
+            value += tl.where(kept, g, 0.0)
+        tl.store(out_at + line * o_h * VEC + column * o_w, value.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,221 @@
+"""The forward pass of the DMD and CoDMD losses: moments, and the relation's features, from one read of everything.
+
+A program covers one piece of one (sample, frame, channel) plane. The block that completes a sample adds its moments
+per segment of the norm and, for CoDMD, finishes its features and frame relation; the block that completes the last
+sample computes norms, loss and factors.
+"""
+
+import triton
+import triton.language as tl
+
+from .dmd_algebra import MOMENTS, add_segments, finish_loss
+from .dmd_scores import difference, guided_real, load, selection
+from .relation_algebra import relation_in_one_block
+from .relation_pool import finish_sample, ordered_sum, store_regions
+
+COUNT_BITS = tl.constexpr(10)
+"""A lane counts selected, NaN and non-finite elements in one int32; it meets fewer than 1,024 of each."""
+
+
+@triton.jit
+def flags(x, d, selected):
+    """1 if selected, plus 2^10 if d is then a NaN, plus 2^20 if x is then not finite."""
+    nan = d != d
+    wild = (x - x) != 0.0
+    count = selected.to(tl.int32)
+    return count + ((selected & nan).to(tl.int32) << COUNT_BITS) + ((selected & wild).to(tl.int32) << 2 * COUNT_BITS)
+
+
+@triton.jit
+def moments(x, r, d, selected, inside, huber_c, HUBER: tl.constexpr):
+    """|x - r| of everything inside; penalty and |d| of the selected numbers; flags."""
+    distance = tl.where(inside, tl.abs(x - r), 0.0)
+    counted = tl.where(selected & (d == d), d, 0.0)
+    penalty = counted * counted
+    if HUBER:
+        penalty = penalty / (tl.sqrt(penalty + huber_c * huber_c) + huber_c)
+    return distance, penalty, tl.abs(counted), flags(x, d, selected)
+
+
+@triton.jit(
+    do_not_specialize=["scratch_at", "moments_at", "sums_at", "samples", "frames", "channels", "features", "segments"],
+    do_not_specialize_on_alignment=[
+        "sigma", "sample_weight", "frame_mask", "values", "norms", "factors", "frame_term", "frame_grad",
+        "pooled", "workspace", "sums", "counters",
+    ],
+)  # fmt: skip
+def moments_kernel(
+    student, fake, real, real_uncond, fake_uncond, noisy,  # [B, F, C, H, W], any strides; the last three or None
+    sigma,  # [B, F] or None
+    mask,  # like the latents, or None
+    sample_weight,  # [B] or None
+    frame_mask,  # [B, F] or None
+    values,  # [2]
+    norms,  # [B], [1] or [B, segments]
+    factors,  # [B]
+    frame_term,  # [1] or None
+    frame_grad,  # [B, F, K]
+    pooled,  # [B, 3K + 1] or None
+    workspace,  # as in pool_kernel; then from moments_at on pieces [MOMENTS, B, F, programs of a frame]
+    sums,  # [B, MOMENTS, segments] float64
+    counters,  # [B + 1], zero before and after
+    scratch_at, matrices_at, moments_at, samples, frames, channels, features, segments, height, width,
+    x_b, x_f, x_c, x_h, x_w, f_b, f_f, f_c, f_h, f_w, r_b, r_f, r_c, r_h, r_w,
+    u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, n_b, n_f, n_c, n_h, n_w,
+    m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, weight_b, mask_b, mask_f,
+    real_scale, fake_scale, huber_c, eps, coefficient, temperature,
+    GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
+    FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, GUARD: tl.constexpr, NAN: tl.constexpr,
+    HUBER: tl.constexpr, SUM: tl.constexpr, LOSS_DIVIDED: tl.constexpr, WEIGHT_SQUARED: tl.constexpr,
+    RELATION: tl.constexpr, FRAMES: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements."""
+    pid = tl.program_id(0)
+    programs = channels * GRID_H * SPLITS
+    per_sample = frames * programs
+    sample = pid // per_sample
+    split = pid % SPLITS
+    gy = pid // SPLITS % GRID_H
+    channel = pid // (SPLITS * GRID_H) % channels
+    frame = pid // programs % frames
+    b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
+    top = gy * height // GRID_H
+    bottom = (gy + 1) * height // GRID_H
+    skip = tl.zeros([], tl.int64)
+    if FLAT:
+        skip = top.to(tl.int64) * width // VEC * VEC
+
+    student_plane = (student + (b * x_b + f * x_f + c * x_c) * VEC + skip, x_h, x_w)
+    fake_plane = (fake + (b * f_b + f * f_f + c * f_c) * VEC + skip, f_h, f_w)
+    real_plane = (real + (b * r_b + f * r_f + c * r_c) * VEC + skip, r_h, r_w)
+    real_uncond_plane = (None, 0, 0)
+    fake_uncond_plane = (None, 0, 0)
+    noisy_plane = (None, 0, 0)
+    mask_plane = (None, 0, 0)
+    if real_uncond is not None:
+        real_uncond_plane = (real_uncond + (b * u_b + f * u_f + c * u_c) * VEC + skip, u_h, u_w)
+    if fake_uncond is not None:
+        fake_uncond_plane = (fake_uncond + (b * v_b + f * v_f + c * v_c) * VEC + skip, v_h, v_w)
+    if noisy is not None:
+        noisy_plane = (noisy + (b * n_b + f * n_f + c * n_c) * VEC + skip, n_h, n_w)
+    if mask is not None:
+        mask_plane = (mask + (b * m_b + f * m_f + c * m_c) * VEC + skip * m_w, m_h, m_w)
+    level = None
+    if sigma is not None:
+        level = tl.load(sigma + b * sigma_b + f * sigma_f).to(tl.float32)
+
+    i = tl.arange(0, TILE_W)[None, :]
+    left = 0
+    STEP: tl.constexpr = TILE_W if FLAT else TILE_H
+    if FLAT:
+        size = (bottom - top) * width
+        run = tl.cdiv(tl.cdiv(size, TILE_W), SPLITS) * TILE_W
+        start, stop = split * run, tl.minimum(size, split * run + run)
+    else:
+        left = split % COLUMN_TILES * TILE_W
+        lines = tl.cdiv(bottom - top, SPLITS // COLUMN_TILES)
+        start = top + split // COLUMN_TILES * lines
+        stop = tl.minimum(bottom, start + lines)
+
+    sum_x = tl.zeros([TILE_H, TILE_W], tl.float32)
+    sum_r = tl.zeros([TILE_H, TILE_W], tl.float32)
+    sum_d = tl.zeros([TILE_H, TILE_W], tl.float32)
+    distance = tl.zeros([TILE_H, TILE_W], tl.float32)
+    penalty = tl.zeros([TILE_H, TILE_W], tl.float32)
+    magnitude = tl.zeros([TILE_H, TILE_W], tl.float32)
+    counts = tl.zeros([TILE_H, TILE_W], tl.int32)
+    for first in range(start, stop, STEP):
+        # A mask that is constant over VEC elements is what lets a load stay 16 bytes wide.
+        if FLAT:
+            line = tl.zeros([1, 1], tl.int64)
+            column = (first + i).to(tl.int64)
+            inside = i // VEC < (stop - first) // VEC
+        else:
+            line = (first + tl.arange(0, TILE_H)[:, None]).to(tl.int64)
+            column = (left + i).to(tl.int64)
+            inside = (line < stop) & (i // VEC < (width - left) // VEC)
+        x = load(student_plane, line, column, inside, VEC)
+        d, cond, push = difference(
+            fake_plane, real_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
+            line, column, inside, VEC,
+        )  # fmt: skip
+        r = guided_real(cond, push, real_uncond_plane, noisy_plane, level, real_scale, line, column, inside, VEC)
+        selected = selection(mask_plane, line, column, inside, VEC)
+        more = moments(x, r, d, selected, inside, huber_c, HUBER)
+        distance += more[0]
+        penalty += more[1]
+        magnitude += more[2]
+        counts += more[3]
+        if RELATION:
+            sum_x += x
+            sum_r += r
+            sum_d += d
+
+    stride = samples.to(tl.int64) * frames * programs
+    piece = workspace + moments_at + b * per_sample + f * programs + pid % programs
+    low: tl.constexpr = (1 << 10) - 1
+    tl.store(piece, tl.sum(tl.sum(distance, 1), 0))
+    tl.store(piece + stride, tl.sum(tl.sum(penalty, 1), 0))
+    tl.store(piece + 2 * stride, tl.sum(tl.sum(magnitude, 1), 0))
+    for flag in tl.static_range(3):
+        seen = (counts >> flag * COUNT_BITS) & low
+        tl.store(piece + (3 + flag) * stride, tl.sum(tl.sum(seen, 1), 0).to(tl.float32))
+
+    third = features.to(tl.int64) * frames
+    table = workspace + b * (3 * third + frames)
+    losses = workspace + samples.to(tl.int64) * (3 * third + frames)
+    averages = losses + samples
+    if pooled is not None:
+        averages = pooled
+    pieces = table
+    if SPLITS > 1:
+        pieces = workspace + scratch_at + b * SPLITS * 3 * third
+    if RELATION:
+        at = pieces + split.to(tl.int64) * 3 * third + (c * GRID_H + gy) * GRID_W * frames + f
+        if FLAT:
+            share = 1.0 / ((bottom - top) * width).to(tl.float32)
+            tl.store(at, tl.sum(tl.sum(sum_x, 1), 0) * share)
+            tl.store(at + third, tl.sum(tl.sum(sum_r, 1), 0) * share)
+            tl.store(at + 2 * third, tl.sum(tl.sum(sum_d, 1), 0) * share)
+        else:
+            store_regions(
+                at, frames, third, tl.sum(sum_x, 0), tl.sum(sum_r, 0), tl.sum(sum_d, 0), left, width, top, bottom,
+                GRID_W, TILE_W,
+            )  # fmt: skip
+
+    # Every thread's stores must precede the one thread's ticket.
+    tl.debug_barrier()
+    if tl.atomic_add(counters + sample, 1) == per_sample - 1:
+        tl.store(counters + sample, 0)
+        add_segments(
+            workspace + moments_at + b * per_sample, stride, programs, frames, segments,
+            sums + sample * MOMENTS * segments, BLOCK, FIRST_ALONE, 256,
+        )  # fmt: skip
+        if RELATION:
+            finish_sample(
+                pieces, table, averages + b * (3 * features + 1), frame_mask, sample, frames, features, mask_b, mask_f,
+                SPLITS, BLOCK_F,
+            )  # fmt: skip
+        if FRAMES:
+            tl.debug_barrier()
+            loss = relation_in_one_block(
+                table, 1, frames, frames, features, temperature,
+                workspace + matrices_at + b * (2 * frames + 2) * frames,
+                frame_grad + b * frames * features, 1.0 / samples, BLOCK_I, BLOCK_F, BLOCK_K,
+            )  # fmt: skip
+            tl.store(losses + sample, loss)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + samples, 1) == samples - 1:
+            tl.store(counters + samples, 0)
+            if frame_term is not None:
+                if FRAMES:
+                    tl.store(frame_term, ordered_sum(losses, samples, 16) / samples)
+                else:
+                    tl.store(frame_term, 0.0)
+            finish_loss(
+                sums, norms, factors, values, sample_weight, weight_b, samples, frames, segments,
+                channels.to(tl.float64) * height * width, eps, coefficient,
+                SCOPE, BLOCK, FIRST_ALONE, GUARD, NAN, HUBER, SUM, LOSS_DIVIDED, WEIGHT_SQUARED, BLOCK_S, BLOCK_B,
+            )  # fmt: skip
