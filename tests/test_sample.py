@@ -17,6 +17,8 @@ from tiny_wan import LATENT, PIXELS, PROMPTS
 from codmd import models
 from codmd.cli import main
 from codmd.distill.rollout import sample_few_step
+from codmd.distill.settings import ModelSettings
+from codmd.models.wan import WanOptions
 from codmd.sample.names import file_name, jobs_of, vbench_jobs
 from codmd.sample.samplers import FewStep, Guided, noise_of
 from codmd.sample.video import read_video, video_is_complete, write_video
@@ -216,8 +218,10 @@ def test_several_processes_make_the_files_of_one(pipeline, prompts, tmp_path, mo
     assert contents(tmp_path / "two") == whole
 
 
-def test_a_trained_student_samples_with_its_own_steps_and_size(pipeline, prompts, tmp_path):
-    write_run(tmp_path / "run", model=None)
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+def test_a_trained_student_samples_with_its_own_steps_size_and_precision(pipeline, prompts, tmp_path, compute):
+    options = WanOptions(weights="random", config="tiny", compute=compute, gradient_checkpointing=True, **LATENT)
+    write_run(tmp_path / "run", model=ModelSettings("wan", options))
     for options in ([], ["--ema"]):
         out = tmp_path / f"out{len(options)}"
         sample(tmp_path / "run", prompts, out, *options, "--latents", "--text-encoder", pipeline)
@@ -225,6 +229,7 @@ def test_a_trained_student_samples_with_its_own_steps_and_size(pipeline, prompts
         assert settings["sigmas"] == [1.0, 0.9, 0.75, 0.5]
         latents, _ = latents_of(out / "latents" / f"{PROMPTS[0]}-0.safetensors")
         assert latents.shape == (3, 16, 4, 6)
+        assert settings["compute"] == compute
     assert contents(tmp_path / "out0") != contents(tmp_path / "out1")
 
 
@@ -359,10 +364,23 @@ def test_a_folder_of_other_settings_or_other_files_is_not_mixed(pipeline, prompt
     sample(pipeline, prompts, out, *SIZE, "--sigmas", "1,0.5", "--latents", status=1)
     assert "was sampled with other settings (sigmas" in capsys.readouterr().err
     assert contents(out) == before
+    for file in (out / "latents").iterdir():
+        file.unlink()
+    sample(pipeline, prompts, out, *SIZE, "--sigmas", "1,0.5", "--latents")
+    assert json.loads((out / "sampling.json").read_text())["sigmas"] == [1.0, 0.5], "nothing was there to mix with"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("kept")
     sample(pipeline, prompts, tmp_path / "mine", *STUDENT, "--latents", status=1)
     assert "holds other files and no sampling.json" in capsys.readouterr().err
+
+
+def test_running_out_of_memory_is_a_clear_error(pipeline, prompts, tmp_path, capsys, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(FewStep, "__call__", too_large)
+    sample(pipeline, prompts, tmp_path / "out", *STUDENT, status=1)
+    assert "CUDA out of memory" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_no_partial_video(pipeline, prompts, tmp_path):

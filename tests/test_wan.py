@@ -327,6 +327,7 @@ def test_a_null_condition_of_zeros_means_the_same_at_every_length():
         ({"width": 5}, "width: got 5; expected a multiple of the patch, 2"),
         ({"compute": "float16"}, "compute: got 'float16'"),
         ({"storage": "int8"}, "storage: got 'int8'"),
+        ({"storage": "bfloat16", "compute": "float32"}, "storage: bfloat16 weights cannot compute in float32"),
         ({"attention": "fast"}, "attention: got 'fast'; expected one of .*native"),
         ({"attention": "flash"}, "attention: 'flash' cannot be used here"),
         ({"weigths": "x"}, "weigths: no option of model 'wan'; did you mean 'weights'"),

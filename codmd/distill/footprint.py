@@ -80,8 +80,9 @@ def adapter_parameters(settings: ModelSettings, lora: LoraOptions) -> int:
 def _unfilled(settings: ModelSettings) -> dict[str, Any]:
     """Options of a network that reads no file, its weights in the dtype that sharded ones are gathered in."""
     known = {field.name for field in fields(models.options_class(settings.name))}
-    changes = {"weights": "random", "storage": "bfloat16", "compile": False}
-    return {**vars(settings.options), **{name: value for name, value in changes.items() if name in known}}
+    options = vars(settings.options)
+    changes = {"weights": "random", "storage": options.get("compute"), "compile": False}
+    return {**options, **{name: value for name, value in changes.items() if name in known}}
 
 
 def blocks_of(network: VideoDenoiser) -> nn.ModuleList:

@@ -79,6 +79,8 @@ class WanOptions:
         for name in ("compute", "storage"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; expected 'float32' or 'bfloat16'")
+        if self.storage == "bfloat16" and self.compute == "float32":
+            raise ValueError("storage: bfloat16 weights cannot compute in float32; set compute or storage")
 
     def network(self) -> dict[str, Any]:
         """Arguments of `WanTransformer3DModel`, from `config` or found out from `weights`."""

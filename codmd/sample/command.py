@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         import diffusers  # noqa: F401
         import imageio  # noqa: F401
         import imageio_ffmpeg  # noqa: F401
+        import torch
         import transformers  # noqa: F401
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
@@ -94,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         return _run(args)
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise CommandError(f"{error}; complete videos stay; try --latents, or a smaller video") from error
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -164,7 +167,6 @@ def _model_options(args: argparse.Namespace, embeddings: Any) -> dict[str, Any]:
         "negative_prompt": args.negative_prompt,
         "attention": args.attention,
         "compute": args.compute,
-        "storage": args.compute or "bfloat16",
         "compile": args.compile,
     }
     options = {name: value for name, value in given.items() if value is not None}

@@ -44,7 +44,7 @@ class SampleFolder:
         return self.kind / f"{job.name}-{seed}{'.safetensors' if self.latents else '.mp4'}"
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Requires that what the folder holds, if anything, was sampled with the same settings.
+        """Requires that the videos in the folder, if there are any, were sampled with the same settings.
 
         Raises:
             ValueError: it was not; the message names the settings that differ.
@@ -55,7 +55,8 @@ class SampleFolder:
                 before = json.loads(path.read_text("utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path}: not readable; give another folder: {error}") from error
-            changed = [k for k in settings if before.get(k) != json.loads(json.dumps(settings[k]))]
+            empty = not self.kind.is_dir() or not any(self.kind.iterdir())
+            changed = [] if empty else [k for k in settings if before.get(k) != json.loads(json.dumps(settings[k]))]
             if changed:
                 was = ", ".join(f"{k} {before.get(k)!r}, now {settings[k]!r}" for k in changed)
                 raise ValueError(f"{self.root}: was sampled with other settings ({was}); give another folder")

@@ -50,7 +50,7 @@ def latent_size(frames: int | None, height: int | None, width: int | None) -> di
 
 
 def open_source(path: Path, ema: bool, options: Mapping[str, Any], device: torch.device) -> Source:
-    """Builds the model on `device`, in the storage dtype of `options`.
+    """Builds the model on `device`, its weights stored in the dtype that it computes in.
 
     Args:
         options: of `WanOptions`, over those the student was trained with.
@@ -67,13 +67,14 @@ def open_source(path: Path, ema: bool, options: Mapping[str, Any], device: torch
                 settings.options, gradient_checkpointing=False, **{k: v for k, v in options.items() if k != "config"}
             )
             with torch.device("meta"):
-                model = WanDenoiser(trained)
+                model = WanDenoiser(replace(trained, storage=trained.compute))
             model.fill(Renamed(student.weights, "transformer."), device)
             return Source(model.eval().requires_grad_(False), student.run.distill.sigmas)
     if ema:
         raise ValueError("--ema: only for a run or a checkpoint of codmd train")
+    plain = WanOptions(weights=str(path), **options)
     with torch.device("meta"):
-        model = WanDenoiser(WanOptions(weights=str(path), **options))
+        model = WanDenoiser(replace(plain, storage=plain.compute))
     model.load_weights(path, device)
     return Source(model.eval().requires_grad_(False), ())
 
