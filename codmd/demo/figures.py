@@ -68,7 +68,7 @@ class Outcomes:
 
 def headline(outcomes: Outcomes, summary: Summary, arc: ArcConfig) -> Figure:
     """Trajectories over relation errors for each arm, with the relation energy distance beside them."""
-    figure = plt.figure(figsize=(12.5, 4.7), layout="constrained")
+    figure = plt.figure(figsize=(12.5, 4.4), layout="constrained")
     grid = figure.add_gridspec(1, 2, width_ratios=(2.6, 1))
     left, right = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     axes = left.subplots(2, len(SHOWN))

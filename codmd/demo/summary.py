@@ -50,7 +50,8 @@ class Statistic:
     std: float | None
 
     def text(self) -> str:
-        return f"{self.mean:.3f}" if self.std is None else f"{self.mean:.3f} ± {self.std:.3f}"
+        mean = f"{round(self.mean, 3) + 0.0:.3f}"  # + 0.0 turns -0.000 into 0.000
+        return mean if self.std is None else f"{mean} ± {self.std:.3f}"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def difference_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     for measure, column in COLUMNS.items():
         difference = summary.differences[measure]
         error = "" if math.isnan(difference.standard_error) else f" ± {difference.standard_error:.3f}"
-        title = column.title if column.best is None else f"|{column.title} − {column.best:g}|"
+        title = column.title if column.best is None else f"distance of the {column.title} from {column.best:g}"
         relative = "" if column.best is not None else f"{summary.relative_change(measure):+.0%}"
         wins = f"{difference.lower} of {difference.pairs} seeds"
         rows.append([title, f"{difference.mean:+.3f}{error}", relative or "–", wins])
