@@ -125,6 +125,7 @@ def test_the_options_of_the_teacher_differ_where_the_configuration_says_so():
         ("data.path=x", "data.path: got 'x'; data of kind 'none' has none"),
         ("data.zoom=0", "data.zoom: got 0.0"),
         ("parallel.shard_size=0", "parallel.shard_size: got 0"),
+        ("parallel={offload_teacher: true}\nlora={rank: 2}", "parallel.offload_teacher: with lora the teacher is"),
         ("parallel.compute=float16", "parallel.compute: got 'float16'"),
         ("parallel.timeout_minutes=0", "parallel.timeout_minutes: got 0.0"),
         ("checkpoint.every=0", "checkpoint.every: got 0"),
@@ -139,7 +140,7 @@ def test_the_options_of_the_teacher_differ_where_the_configuration_says_so():
 )  # fmt: skip
 def test_an_override_that_cannot_be_meant_is_refused_by_its_full_name(override, message):
     with pytest.raises(ConfigError, match=message):
-        packaged("toy", override)
+        packaged("toy", *override.split("\n"))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,10 @@ def test_a_dry_run_describes_the_run_and_leaves_nothing(tmp_path, monkeypatch, c
         (["wan_tiny", "data.path=nowhere"], "data.path: nowhere has no safetensors shards"),
         (["wan_tiny", "data.kind=prompts", "data.path=nowhere"], "nowhere: cannot be read"),
         (["wan_tiny", "data.kind=none", "data.path=''"], "cond: got None"),
+        (
+            ["toy", "parallel.offload_teacher=true"],
+            "parallel.offload_teacher: only a network sharded over several GPUs",
+        ),
         (["nothing"], "no such file, nor a packaged configuration"),
     ],
 )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
+from workers import run_processes
 
 from codmd import cli
 from codmd.distill.checkpoint import read_student
+from codmd.distill.guard import GuardedAdamW, NonFiniteRun
 from codmd.distill.log import read_log
 from codmd.distill.parallel import processes
 from codmd.distill.settings import ParallelSettings
@@ -96,6 +100,25 @@ def test_two_processes_train_a_sharded_wan_as_one_does_with_guidance_and_adapter
         alone(*common, *options, f"out={tmp_path / name}_one")
         torchrun(2, *common, *options, f"out={tmp_path / name}_two")
         assert_same_curve(curve(tmp_path / f"{name}_two"), curve(tmp_path / f"{name}_one"))
+
+
+def disagree(rank, _world):
+    """One process's loss is NaN, its gradients are not."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = GuardedAdamW("student", {"w": weight}, 0.1, (0.9, 0.99), 0.0, None, 2, dist.group.WORLD)
+    for update in range(2):
+        weight.grad = torch.ones(2)
+        loss = torch.tensor(math.nan if rank == 1 else 1.0)
+        if update == 0:
+            assert optimizer.step(loss).skipped
+        else:
+            with pytest.raises(NonFiniteRun, match="2 updates of the student in a row"):
+                optimizer.step(loss)
+    assert torch.equal(weight, torch.ones(2))
+
+
+def test_what_is_not_finite_on_one_process_is_skipped_on_all():
+    run_processes(disagree, 2)
 
 
 def test_a_shard_size_that_does_not_divide_the_processes_is_refused(monkeypatch):

@@ -18,6 +18,7 @@ from codmd.models.base import Condition, VideoDenoiser, cat_cond, move_cond
 from .config import split_batch
 from .data import read_prompts
 from .job import open_source, preview_numbers
+from .parallel import check_shards
 from .roles import RANDOM
 from .settings import ConfigError, ModelSettings, RunConfig
 
@@ -40,9 +41,7 @@ def _described(config: RunConfig) -> str:
     size = int(os.environ.get("WORLD_SIZE", 1))
     teaching = config.mode == "teacher"
     settings = config.model.changed({"weights": config.teacher.weights}, "model") if teaching else config.model
-    shards = config.parallel.shard_size or size
-    if size % shards:
-        raise ConfigError(f"parallel.shard_size: {shards} does not divide {size} processes")
+    check_shards(config.parallel, size)
     batch = config.teacher if teaching else config.distill
     micro_batch, accumulate = split_batch(batch.batch_size, batch.micro_batch, size)
     _check_weights(settings)

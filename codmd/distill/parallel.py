@@ -70,17 +70,29 @@ class Processes:
         return ShardPolicy(compute, torch.float32, reshard_after_forward=settings.reshard, offload=offload)
 
 
+def check_shards(settings: ParallelSettings, size: int) -> int:
+    """Processes that share one copy of the weights, of `size` processes.
+
+    Raises:
+        ConfigError: the settings do not fit them.
+    """
+    shards = settings.shard_size or size
+    if size % shards:
+        raise ConfigError(f"parallel.shard_size: {shards} does not divide {size} processes; null shards over all")
+    if settings.offload_teacher and (size == 1 or not torch.cuda.is_available()):
+        raise ConfigError("parallel.offload_teacher: only a network sharded over several GPUs can be offloaded")
+    return shards
+
+
 @contextmanager
 def processes(settings: ParallelSettings) -> Iterator[Processes]:
     """Joins the processes that torchrun started; a process started by hand is alone.
 
     Raises:
-        ConfigError: `shard_size` does not divide the number of processes.
+        ConfigError: the settings do not fit the number of processes or their devices.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    shards = settings.shard_size or size
-    if size % shards:
-        raise ConfigError(f"parallel.shard_size: {shards} does not divide {size} processes")
+    shards = check_shards(settings, size)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -211,6 +211,8 @@ class RunConfig:
             raise ValueError(
                 f"mode: a teacher learns from videos, which data.kind {self.data.kind!r} has not; expected textures"
             )
+        if self.lora is not None and self.parallel.offload_teacher:
+            raise ValueError("parallel.offload_teacher: with lora the teacher is the shared base, which stays")
         self.model.changed(self.teacher_model, "teacher_model")
 
     @property
