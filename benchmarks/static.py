@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from codmd import kernels
+from codmd import conventions, kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,6 +34,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -186,6 +187,41 @@ def gathered_launches(rows: int, features: int) -> list[Launch]:
     return launches
 
 
+def codmd_launches(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    convention: str = "self_forcing",
+    flow: bool = False,
+    pool: Any = "mean",
+    relation: bool = True,
+) -> list[Launch]:
+    """The launches of ``codmd_loss`` with teacher guidance, forward and backward; ``dmd_loss`` unless ``relation``."""
+    rule = conventions.resolve(convention)
+    student, fake, real = latents(shape, dtype)
+    uncond = torch.empty_like(student)
+    noisy = torch.empty_like(student) if flow else None
+    sigma = torch.empty(shape[:2], device="meta") if flow else None
+    inputs = student, fake, real, uncond, None, noisy, sigma, None, None, "bfchw", rule, 3.5, 3.5
+    out, one = torch.empty_like(student), torch.empty((), device="meta")
+    with recording() as launches:
+        if not relation:
+            _, norms, factors = kernels.dmd_forward(*inputs, False)
+            kernels.dmd_backward(
+                out, one, fake, real, uncond, None, sigma, None, norms, factors, "bfchw", rule, 3.5, 3.5
+            )
+            return launches
+        batch = shape[0] > 1
+        _, norms, factors, frame, frame_grad, rows = kernels.codmd_forward(*inputs, False, None, pool, 0.1, 1.0, batch)
+        batch_grad = rows
+        if batch:
+            _, batch_grad = kernels.relation_batch(rows, frame, 0, shape[0], 0.1, 1.0, 1.0, 1.0)
+        kernels.codmd_backward(
+            out, one, None, None, None, fake, real, uncond, None, sigma, None, None, norms, factors, frame_grad,
+            batch_grad, "bfchw", rule, 3.5, 3.5, pool, 0.1, 1.0, 1.0,
+        )  # fmt: skip
+    return launches
+
+
 CASES: dict[str, Callable[[], list[Launch]]] = {
     "480p": lambda: relation_launches((1, 21, 16, 60, 104)),
     "480p float32, batch 8": lambda: relation_launches((8, 21, 16, 60, 104), torch.float32),
@@ -200,6 +236,13 @@ CASES: dict[str, Callable[[], list[Launch]]] = {
     "every pixel": lambda: relation_launches((1, 21, 16, 60, 104), pool=None),
     "every pixel, 161 frames, batch 2": lambda: relation_launches((2, 41, 16, 60, 104), pool=None),
     "every pixel, 120 frames": lambda: relation_launches((1, 120, 16, 60, 104), torch.float32, pool=None),
+    "codmd, 480p": lambda: codmd_launches((1, 21, 16, 60, 104)),
+    "codmd, 480p float32, flow, batch 2, 2 x 2 regions": lambda: codmd_launches(
+        (2, 21, 16, 60, 104), torch.float32, flow=True, pool=(2, 2)
+    ),
+    "codmd, 161 frames": lambda: codmd_launches((1, 41, 16, 60, 104)),
+    "dmd, 480p": lambda: codmd_launches((1, 21, 16, 60, 104), relation=False),
+    "dmd, rcm, flow": lambda: codmd_launches((2, 21, 16, 60, 104), convention="rcm", flow=True, relation=False),
     "gathered, 128 samples": lambda: gathered_launches(128, 16),
     "gathered, 32 samples, every pixel": lambda: gathered_launches(32, 99840),
 }

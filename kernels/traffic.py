@@ -106,11 +106,28 @@ def _apply(v: dict[str, Any], grid: int) -> Traffic:
     return Traffic(samples * (v["rows"] * per_row + reads), _size(v["matrices"]) + _size(v["batch_grad"]))
 
 
+def _moments(v: dict[str, Any], grid: int) -> Traffic:
+    planes = grid // (v["GRID_H"] * v["SPLITS"])
+    names = "student", "fake", "real", "real_uncond", "fake_uncond", "noisy", "mask"
+    widths = sum(v[name].element_size() for name in names if v[name] is not None)
+    scratch = 2 * (_size(v["workspace"]) + _size(v["sums"])) + _size(v["frame_grad"]) + _size(v["pooled"])
+    return Traffic(planes * plane_elements(v) * widths, scratch)
+
+
+def _gradient(v: dict[str, Any], grid: int) -> Traffic:
+    planes = grid // (v["GRID_H"] * v["SPLITS"])
+    names = ("out", "fake", "real", "real_uncond", "fake_uncond", "mask") if v["DMD"] else ("out",)
+    widths = sum(v[name].element_size() for name in names if v[name] is not None)
+    return Traffic(planes * plane_elements(v) * widths, _size(v["frame_grad"]) + _size(v["batch_grad"]))
+
+
 _KERNELS: dict[str, Callable[[dict[str, Any], int], Traffic]] = {
     "pool_kernel": _pool,
     "broadcast_kernel": _broadcast,
     "relation_rows_kernel": _rows,
     "gram_kernel": _gram,
+    "moments_kernel": _moments,
+    "gradient_kernel": _gradient,
     "apply_kernel": _apply,
 }
 
@@ -127,3 +144,12 @@ def relation_bytes(numel: int, itemsize: int, whole: bool = False) -> int:
     With ``whole`` (pool=None) the gradient M X needs the student's values once more.
     """
     return (5 if whole else 4) * numel * itemsize
+
+
+def codmd_bytes(numel: int, itemsize: int, predictions: int, flow: bool = False) -> int:
+    """Bytes the DMD or CoDMD loss must move, forward and backward, from ``predictions`` of teacher and critic.
+
+    Forward reads the student, the predictions and, for ``flow``, the noisy latents; backward reads the predictions
+    again and writes the gradient.
+    """
+    return (1 + predictions + flow + predictions + 1) * numel * itemsize

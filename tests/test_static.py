@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
 from codmd.kernels.launch import INTERPRETING  # noqa: E402
-from codmd.kernels.traffic import relation_bytes, traffic  # noqa: E402
+from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic  # noqa: E402
 
 from benchmarks import static  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
@@ -21,6 +21,8 @@ REGISTERS = {
     "relation_rows_kernel": 255,
     "gram_kernel": 255,
     "apply_kernel": 128,
+    "moments_kernel": 168,
+    "gradient_kernel": 48,
 }
 # (case, targets): every kernel on every architecture at least once; `python -m benchmarks.static` prints all.
 COMPILED = [
@@ -30,6 +32,9 @@ COMPILED = [
     ("every pixel, 161 frames, batch 2", ("sm_90",)),
     ("gathered, 128 samples", ("sm_80", "gfx942")),
     ("240 latent frames", ("sm_90", "sm_100")),
+    ("codmd, 480p", ("sm_90", "gfx942")),
+    ("codmd, 480p float32, flow, batch 2, 2 x 2 regions", ("sm_80",)),
+    ("dmd, rcm, flow", ("sm_100",)),
 ]
 WIDE_LOADS = ("480p", "480p, 4 x 4 regions", "240 latent frames")
 
@@ -45,6 +50,10 @@ def test_kernels_stay_within_registers_without_spilling(case, target):
         if case in WIDE_LOADS:
             assert report.wide_loads >= 3 or report.kernel != "pool_kernel", report
             assert report.wide_stores >= 1 or report.kernel != "broadcast_kernel", report
+        if report.kernel == "moments_kernel" and target != "gfx942":
+            assert report.wide_loads >= 4, report
+        if report.kernel == "gradient_kernel" and target != "gfx942":
+            assert (report.wide_loads, report.wide_stores) >= (3, 1), report
 
 
 def test_one_launch_forward_and_one_backward_up_to_32_frames_and_samples():
@@ -79,6 +88,17 @@ def test_whole_latents_are_read_once_by_each_pass():
     shape = SHAPES["wan-480p"]
     numel = torch.Size(shape).numel()
     assert traffic(static.relation_launches(shape, pool=None)).latents == relation_bytes(numel, 2, whole=True)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("relation", [False, True])
+def test_dmd_and_codmd_move_at_most_1_05_times_the_bytes_they_must(name, flow, relation):
+    shape = SHAPES[name]
+    moved = traffic(static.codmd_launches(shape, flow=flow, relation=relation))
+    required = codmd_bytes(torch.Size(shape).numel(), 2, predictions=3, flow=flow)
+    assert moved.latents == required
+    assert moved.moved <= 1.05 * required
 
 
 def test_scratch_stays_below_one_percent_of_a_latent():
