@@ -1,10 +1,13 @@
-"""Builds the optional C++ extension ``codmd._C``; everything else is in pyproject.toml.
+"""Builds the optional extensions ``codmd._C`` (C++) and ``codmd._C_cuda``; everything else is in pyproject.toml.
 
-Environment: ``CODMD_SKIP_EXT=1`` installs without it, ``CODMD_BUILD_JOBS`` bounds the parallel compiles.
+Environment: ``CODMD_SKIP_EXT=1`` installs without either, ``CODMD_SKIP_CUDA=1`` without the second, which is built
+where nvcc is found. ``CODMD_FORCE_CUDA=1`` fails instead of warning, ``CODMD_CUDA_ARCHS`` and ``CUDA_HOME`` are read by
+csrc/nvcc.py, ``CODMD_BUILD_JOBS`` bounds the parallel compiles.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -14,6 +17,11 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+_spec = importlib.util.spec_from_file_location("codmd_nvcc", Path(__file__).with_name("csrc") / "nvcc.py")
+nvcc = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = nvcc
+_spec.loader.exec_module(nvcc)
 
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 SOURCES = [
@@ -45,18 +53,30 @@ UNIX_FLAGS = {
 MSVC_FLAGS = {Path(source).name: ["/arch:AVX512" if "512" in source else "/arch:AVX2"] for source in X86_SOURCES}
 
 
+CUDA_MODULE = "codmd._C_cuda"
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
 class BuildKernels(build_ext):
     """Compiles the sources in parallel, each with its own flags."""
 
     def build_extension(self, ext: Extension) -> None:
+        msvc = self.compiler.compiler_type == "msvc"
+        common = ["/std:c++17", "/O2", "/EHsc"] if msvc else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+        if ext.name == CUDA_MODULE:
+            if self._compile_kernels(ext):
+                self._compile_and_link(ext, common, {})
+        elif msvc:
+            self._compile_and_link(ext, [*common, "/openmp:experimental"], MSVC_FLAGS)
+        else:
+            self._compile_and_link(ext, [*common, "-ffp-contract=off", *self._openmp(ext)], UNIX_FLAGS)
+
+    def _compile_and_link(self, ext: Extension, common: list[str], special: dict[str, list[str]]) -> None:
         import pybind11
 
-        msvc = self.compiler.compiler_type == "msvc"
-        if msvc:
-            common = ["/std:c++17", "/O2", "/EHsc", "/openmp:experimental"]
-        else:
-            common = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", *self._openmp(ext)]
-        special = MSVC_FLAGS if msvc else UNIX_FLAGS
         include_dirs = [*ext.include_dirs, pybind11.get_include()]
 
         def compile_one(source: str) -> list[str]:
@@ -65,14 +85,29 @@ class BuildKernels(build_ext):
                 [source], self.build_temp, ext.define_macros, include_dirs, extra_postargs=flags, depends=ext.depends
             )
 
-        jobs = int(os.environ.get("CODMD_BUILD_JOBS", 0)) or os.cpu_count() or 1
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(nvcc.jobs()) as pool:
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
-        sources, ext.sources, ext.extra_objects = ext.sources, [], objects
+        sources, given = ext.sources, ext.extra_objects
+        ext.sources, ext.extra_objects = [], [*given, *objects]
         try:
             super().build_extension(ext)
         finally:
-            ext.sources, ext.extra_objects = sources, []
+            ext.sources, ext.extra_objects = sources, given
+
+    def _compile_kernels(self, ext: Extension) -> bool:
+        """The CUDA objects, and how to link them with a static CUDA runtime; False, with a warning, where they fail."""
+        try:
+            toolkit = nvcc.find_toolkit()
+            archs = nvcc.architectures(toolkit)
+            ext.extra_objects = [name for name, _ in nvcc.compile_sources(toolkit, archs, self.build_temp)]
+        except nvcc.Unavailable as error:
+            if flag("CODMD_FORCE_CUDA"):
+                raise SystemExit(f"CODMD_FORCE_CUDA=1, but the CUDA extension cannot be built: {error}") from error
+            self.warn(f"installing without the CUDA extension: {error}")
+            return False
+        ext.define_macros = [("CODMD_CUDA_TARGETS", f'"{nvcc.target_names(archs)}"')]
+        ext.libraries, ext.library_dirs = toolkit.libraries, [toolkit.library_dir]
+        return True
 
     def _openmp(self, ext: Extension) -> list[str]:
         """``-fopenmp`` where the compiler has it: without, the extension runs on one thread."""
@@ -90,18 +125,24 @@ class BuildKernels(build_ext):
 
 
 def extensions() -> list[Extension]:
-    if os.environ.get("CODMD_SKIP_EXT", "0") not in ("", "0"):
+    if flag("CODMD_SKIP_EXT"):
         return []
-    return [
+    patterns = ("*.h", "*.inl", "*.cu")
+    depends = [str(path) for pattern in patterns for path in sorted(Path("csrc").rglob(pattern))]
+    found = [
         Extension(
             "codmd._C",
             sources=[*SOURCES, *(X86_SOURCES if X86 else [])],
-            depends=[str(path) for pattern in ("*.h", "*.inl") for path in sorted(Path("csrc").rglob(pattern))],
+            depends=depends,
             define_macros=[("CODMD_X86", "1")] if X86 else [],
             language="c++",
             optional=True,
         )
     ]
+    if not flag("CODMD_SKIP_CUDA"):
+        forced = flag("CODMD_FORCE_CUDA")
+        found.append(Extension(CUDA_MODULE, [nvcc.BINDING], depends=depends, language="c++", optional=not forced))
+    return found
 
 
 setup(

@@ -69,11 +69,12 @@ CODMD_HD inline T cosine(const Inner<T>& pair, const Norms<T>& i, const Norms<T>
 
 // Delta_ij = S_ij(f) - S_ij(r) = e_i . f_j/|f_j| + r_i/|r_i| . e_j with e_i = (d_i - r_i (|f_i| - |r_i|)/|r_i|)/|f_i|,
 // the change of the unit vector. Every summand is of the order of d: no digit is lost when fake nears real. Where a
-// norm is clamped, e_i = f_i/|f_i| - r_i/|r_i| itself: |f_i| - |r_i| would swamp it.
+// norm is clamped, e_i = f_i/|f_i| - r_i/|r_i| itself: |f_i| - |r_i| would swamp it. The summands of f_i . f_j are
+// paired so that they cancel exactly when f_i or f_j is zero.
 template <class T>
 CODMD_HD inline T score_difference(const Inner<T>& pair, const Norms<T>& i, const Norms<T>& j) {
   const T rf = pair.rr + pair.rd;
-  const T left = i.scores_clamped ? (rf + pair.dr + pair.dd) / i.fake - rf / i.real
+  const T left = i.scores_clamped ? ((pair.rr + pair.dr) + (pair.rd + pair.dd)) / i.fake - rf / i.real
                                   : ((pair.dr + pair.dd) - (i.change / i.real) * rf) / i.fake;
   const T right = j.scores_clamped ? rf / j.fake - pair.rr / j.real
                                    : (pair.rd - (j.change / j.real) * pair.rr) / j.fake;

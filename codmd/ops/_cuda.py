@@ -35,7 +35,10 @@ def _load_error() -> str | None:
         return f"the CUDA extension is not available ({_import_error}); {rebuild}"
     found = getattr(_C, "abi_version", None)
     if found != ABI_VERSION:
-        return f"the CUDA extension codmd._C_cuda is stale (interface {found}, this version needs {ABI_VERSION}): run `pip install` again"
+        return (
+            f"the CUDA extension codmd._C_cuda is stale (interface {found}, this version needs {ABI_VERSION}): "
+            "run `pip install` again"
+        )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     problems = [_device_problem(index) for index in range(torch.cuda.device_count())]

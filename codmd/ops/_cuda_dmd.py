@@ -184,9 +184,7 @@ def _rule(convention: Convention) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _outputs(
-    student: Tensor, samples: int, frames: int, convention: Convention
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(student: Tensor, samples: int, frames: int, convention: Convention) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and mean|g|, norms, factors."""
     shapes = {"sample": (samples,), "batch": (1,), "block": (samples, len(convention.segments(frames)) - 1)}
     norms = torch.empty(shapes[convention.norm_scope], dtype=torch.float32, device=student.device)

@@ -38,7 +38,7 @@ class DeviceGuard {
 
  private:
   static void check(cudaError_t error) {
-    if (error != cudaSuccess) fail("device selection", error);
+    if (error != cudaSuccess) fail("selecting the device", error);
   }
   int before_ = 0, device_ = 0;
 };

@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads, Body::kBlocksPerMultiprocessor) run(
   body(block);
 }
 
-[[noreturn]] inline void fail(const char* name, cudaError_t error) {
-  throw std::runtime_error("codmd: kernel " + std::string(name) + ": " + cudaGetErrorString(error) + " (" +
+[[noreturn]] inline void fail(const std::string& what, cudaError_t error) {
+  throw std::runtime_error("codmd: " + what + ": " + cudaGetErrorString(error) + " (" +
                            cudaGetErrorName(error) + ")");
 }
 
@@ -62,7 +62,7 @@ void launch(const Body& body, int64_t blocks, int64_t shared_floats, Stream stre
   const cudaError_t error =
       cudaLaunchKernel(reinterpret_cast<const void*>(&run<Body>), dim3(unsigned(blocks)), dim3(kThreads), arguments,
                        shared, reinterpret_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) fail(Body::kName, error);
+  if (error != cudaSuccess) fail("kernel " + std::string(Body::kName), error);
 }
 
 #else

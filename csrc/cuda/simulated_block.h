@@ -14,6 +14,10 @@
 #include <random>
 #include <vector>
 
+#if !defined(__clang__) && !defined(__GNUC__)
+#error "the simulation is built by the tests, with GCC or Clang"
+#endif
+
 #define CODMD_DEVICE inline
 #define CODMD_UNROLL
 #define CODMD_ROLLED

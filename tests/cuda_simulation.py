@@ -1,0 +1,47 @@
+"""Builds the CUDA kernels' bodies for the host: the same sources, threads simulated one after another."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+CSRC = Path(__file__).parents[1] / "csrc"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def build(folder: Path, sources: Sequence[Path], target: Path, flags: Sequence[str], link: Sequence[str]) -> None:
+    """Compile ``sources`` as C++ with ``flags`` in parallel and link them into ``target``."""
+
+    def compile_one(source: Path) -> str:
+        output = str(folder / f"{source.name}.o")
+        subprocess.run([COMPILER, "-std=c++17", *flags, "-x", "c++", "-c", str(source), "-o", output], check=True)
+        return output
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    subprocess.run([COMPILER, *link, *objects, "-o", str(target)], check=True)
+
+
+def build_module(folder: Path) -> ModuleType:
+    """The binding with simulated kernels, under the name ``codmd_cuda_simulated``."""
+    import pybind11
+
+    name = "codmd_cuda_simulated"
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden", "-DCODMD_SIMULATED", f"-DCODMD_CUDA_MODULE={name}", *includes]
+    build(folder, [*KERNELS, CSRC / "bind_cuda.cpp"], target, flags, ["-shared"])
+    spec = importlib.util.spec_from_file_location(name, target)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

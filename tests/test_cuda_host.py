@@ -1,0 +1,272 @@
+"""The CUDA backend without a GPU: its kernels' bodies on simulated threads, behind the same Python boundary.
+
+Accuracy, masks, strides and gradients are those of the real kernels, whose sources these are; so is a dependence on the
+order of threads within a phase or of blocks, which shuffling would show.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import replace
+
+import cuda_simulation
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, frame_mask, latents, loss_and_gradient, relative_error, same_dtype, truth
+from dmd_cases import run as dmd_run
+from dmd_cases import same_dtype as dmd_same_dtype
+from dmd_cases import scores
+from dmd_cases import truth as dmd_truth
+
+from codmd import backends, conventions, ops
+from codmd.conventions import NAMED
+from codmd.ops import _cuda, _cuda_dmd, _dmd_backend, _reference_dmd, relation_loss
+
+pytestmark = pytest.mark.skipif(not cuda_simulation.COMPILER, reason="no C++ compiler")
+
+UPSTREAM = (0.7, 0.3, -0.2)
+# One sample, one frame, one pixel; odd planes; more frames, then more samples, than one block relates.
+SHAPES = [
+    (2, 5, 4, 7, 13), (1, 21, 16, 5, 41), (3, 2, 3, 1, 1), (1, 1, 4, 5, 5), (2, 3, 5, 33, 2), (2, 70, 2, 3, 4),
+    (70, 2, 2, 3, 5),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    return cuda_simulation.build_module(tmp_path_factory.mktemp("simulated"))
+
+
+@pytest.fixture(autouse=True)
+def simulated(module, monkeypatch):
+    """Every operator on float32, bfloat16 and float16 runs on the simulated extension."""
+    reference = backends.select
+    monkeypatch.setattr(_cuda, "_C", module)
+    monkeypatch.setattr(_cuda, "_tickets", {})
+    wide = torch.float64
+    monkeypatch.setattr(backends, "select", lambda name, t: reference("reference", t) if t.dtype is wide else _cuda)
+    monkeypatch.setattr(_dmd_backend, "select", lambda name, t: _reference_dmd if t.dtype is wide else _cuda_dmd)
+    module.shuffle(0)
+    yield module
+    for tickets in _cuda._tickets.values():
+        assert not tickets.any(), "tickets are zero after every call"
+
+
+def terms_of(*args, **kwargs):
+    return relation_loss(*args, return_terms=True, **kwargs)
+
+
+def assert_as_accurate_as_pytorch(student, real, fake, temperature=0.1, **kwargs):
+    """Error against float64 at most twice that of PyTorch in the same dtype, plus two roundings of S/temperature."""
+    kwargs |= {"temperature": temperature}
+    floor = 1e-6 + 1.2e-7 / temperature
+    expected = truth(student, real, fake, upstream=UPSTREAM, **kwargs)
+    usual = same_dtype(student, real, fake, upstream=UPSTREAM, **kwargs)
+    found = loss_and_gradient(terms_of, student, real, fake, upstream=UPSTREAM, **kwargs)
+    for name, value, other, exact in zip(("terms", "gradient"), found, usual, expected, strict=True):
+        allowed = (2 * relative_error(other, exact) + floor) * exact.norm() + floor**2
+        error = (value.double() - exact).norm()
+        assert error <= allowed, f"{name}: {error:.1e} > {allowed:.1e} for {tuple(student.shape)} {kwargs}"
+
+
+@pytest.mark.parametrize("pool", ["mean", (2, 1), (3, 2), None])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relation_values_and_gradients_match_float64(dtype, layout, pool):
+    for seed, shape in enumerate(SHAPES):
+        if isinstance(pool, tuple) and (pool[0] > shape[3] or pool[1] > shape[4]):
+            continue
+        student, real, fake = latents(shape, dtype, layout, seed=seed)
+        mask = frame_mask(*shape[:2], seed=seed) if seed % 2 or shape[1] < 2 else None
+        assert_as_accurate_as_pytorch(student, real, fake, layout=layout, pool=pool, frame_mask=mask)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 10.0])
+@pytest.mark.parametrize("perturbation", [1e-4, 1e-2, 1.0])
+def test_relation_holds_over_temperatures_and_perturbations(perturbation, temperature):
+    for pool in ("mean", (2, 3), None):
+        inputs = latents((2, 9, 5, 8, 12), perturbation=perturbation)
+        assert_as_accurate_as_pytorch(*inputs, temperature, pool=pool)
+
+
+VIEWS = {
+    "rows cut out of wider ones": lambda v: torch.nn.functional.pad(v, (3, 2))[..., 3:-2],
+    "every second pixel": lambda v: v.repeat_interleave(2, dim=-1)[..., ::2],
+    "channels last": lambda v: v.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
+    "an offset into storage": lambda v: torch.cat([v.new_zeros(3), v.flatten()])[3:].view(v.shape),
+}
+
+
+@pytest.mark.parametrize("pool", ["mean", (2, 3), None])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_any_strides_give_the_contiguous_result(view, pool):
+    student, real, fake = (v.detach() for v in latents((2, 4, 3, 6, 37), torch.bfloat16))
+    expected = loss_and_gradient(terms_of, student, real, fake, pool=pool)
+    for strided in ((view(student), real, fake), (student, real, view(fake)), tuple(map(view, (student, real, fake)))):
+        terms, gradient = loss_and_gradient(terms_of, *strided, pool=pool)
+        assert relative_error(terms, expected[0]) < 2e-6
+        assert relative_error(gradient, expected[1]) < 2**-8
+
+
+@pytest.mark.parametrize("pool", ["mean", (2, 3), None])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_leak_from_valid_frames_alone(value, pool):
+    student, real, fake = (v.detach().clone() for v in latents((3, 5, 4, 6, 7)))
+    mask = frame_mask(3, 5)
+    expected = loss_and_gradient(terms_of, student, real, fake, pool=pool, frame_mask=mask)
+    for v in (student, real, fake):
+        v[~mask] = value
+    found = loss_and_gradient(terms_of, student, real, fake, pool=pool, frame_mask=mask)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for tensor in (student, real, fake):
+        kept = tensor[0, 0, 2, 3, 4].clone()
+        tensor[0, 0, 2, 3, 4] = value
+        terms = terms_of(student, real, fake, pool=pool, frame_mask=mask)
+        assert not torch.stack(terms).isfinite().any()
+        tensor[0, 0, 2, 3, 4] = kept
+
+
+@pytest.mark.parametrize("pool", ["mean", (2, 3), None])
+def test_zero_vectors_follow_the_reference(pool):
+    for which in range(3):
+        inputs = [v.detach().clone() for v in latents((3, 4, 2, 6, 6))]
+        inputs[which][0, 1] = 0
+        inputs[which][1] = 0
+        found, expected = loss_and_gradient(terms_of, *inputs, pool=pool), truth(*inputs, pool=pool)
+        assert relative_error(found[0], expected[0]) < 5e-6
+        assert relative_error(found[1], expected[1]) < 5e-6
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3, 6, 7), (70, 2, 3, 4, 4)], ids=str)
+def test_gathered_rows_give_the_relation_of_one_process(shape):
+    student, real, fake = latents(shape)
+    whole = _cuda.relation_forward(student.detach(), real, fake, None, "bfchw", "mean", 0.1, 0.6, 1.3)
+    frame, _, rows = _cuda.relation_frames(student.detach(), real, fake, None, "bfchw", "mean", 0.1, 1.3)
+    for first in (0, 2):
+        terms, gradient = _cuda.relation_batch(rows, frame, first, 2, 0.1, 0.6, 1.3, 2.0)
+        torch.testing.assert_close(terms, whole[0], rtol=2e-6, atol=0)
+        torch.testing.assert_close(gradient, 2 * whole[2][first : first + 2], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_fusable_convention_matches_float64(name):
+    for dtype in DTYPES:
+        student, arguments = scores(dtype=dtype, layout=NAMED[name].layout)
+        options = {"convention": name, "guidance": 4.5, "fake_guidance": 1.5}
+        assert_dmd_as_accurate_as_pytorch(student, arguments, options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"penalty": "huber", "norm_divides": "loss", "nan": "keep", "huber_c": 0.05},
+        {"norm_scope": "block", "norm_block": 2, "independent_first_frame": True, "guard": "add", "eps": 0.1},
+        {"norm_scope": "batch", "guard": "clamp", "eps": 10.0},
+        {"reduction": "sum", "coefficient": 0.25},
+        {"nan": "zero_sample", "guard": "add", "eps": 1e-6},
+    ],
+    ids=str,
+)
+def test_customised_conventions_with_masks_weights_and_velocities_match_float64(change):
+    student, arguments = scores((2, 7, 3, 5, 9), torch.bfloat16, flow=True)
+    mask = torch.rand(student.shape, generator=torch.Generator().manual_seed(3)) > 0.4
+    options = {
+        "convention": replace(conventions.self_forcing, **change), "mask": mask, "prediction": "flow",
+        "sample_weight": torch.tensor([0.3, 2.5]),
+    }  # fmt: skip
+    assert_dmd_as_accurate_as_pytorch(student, arguments, options)
+
+
+def assert_dmd_as_accurate_as_pytorch(student, arguments, options):
+    found = dmd_run(ops.dmd_loss, student, arguments, 1.7, **options)
+    usual = dmd_same_dtype(student, arguments, 1.7, **options)
+    expected = dmd_truth(student, arguments, 1.7, **options)
+    for value, other, exact in zip(found, usual, expected, strict=True):
+        assert relative_error(value, exact) <= 2 * relative_error(other, exact) + 5e-7
+
+
+@pytest.mark.parametrize("pool", ["mean", (2, 3)])
+@pytest.mark.parametrize("shape", [(3, 6, 4, 5, 9), (2, 70, 2, 4, 5)], ids=str)
+def test_both_terms_in_one_pass_equal_the_two_operators(shape, pool):
+    student, arguments = scores(shape)
+    arguments = {name: arguments[name] for name in ("fake", "real")}
+    mask = frame_mask(*shape[:2])
+
+    def gradient_of(function):
+        leaf = student.clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    both = gradient_of(
+        lambda x: ops.codmd_loss(x, relation_weight=0.3, temperature=0.2, pool=pool, frame_mask=mask, **arguments)
+    )
+    apart = gradient_of(
+        lambda x: (
+            ops.dmd_loss(x, **arguments)
+            + 0.3 * relation_loss(x, arguments["real"], arguments["fake"], 0.2, pool=pool, frame_mask=mask)
+        )
+    )
+    assert relative_error(both[0], apart[0]) < 2e-6
+    assert relative_error(both[1], apart[1]) < 5e-6
+
+
+@pytest.mark.parametrize("pool", ["mean", (3, 2), None])
+def test_any_order_of_threads_and_blocks_gives_the_same_bits(simulated, pool):
+    student, real, fake = latents((3, 26, 4, 9, 16), torch.bfloat16)
+    mask = frame_mask(3, 26)
+    student_dmd, arguments = scores((3, 5, 4, 9, 16), torch.bfloat16)
+
+    def everything():
+        found = [*loss_and_gradient(terms_of, student, real, fake, upstream=UPSTREAM, pool=pool, frame_mask=mask)]
+        if pool is not None:
+            leaf = student_dmd.clone().requires_grad_()
+            loss = ops.codmd_loss(leaf, pool=pool, convention="rcm", layout="bfchw", **arguments)
+            loss.backward()
+            found += [loss.detach(), leaf.grad]
+        return found
+
+    expected = everything()
+    for seed in (1, 2, 3):
+        simulated.shuffle(seed)
+        assert all(torch.equal(a, b) for a, b in zip(everything(), expected, strict=True))
+
+
+def test_arguments_that_make_no_sense_are_refused(simulated):
+    run, latent, strides = (0, 4, 0, 0, 0), (16, (60, 20, 5, 5, 1)), (1, 3, 4, 1, 5)
+
+    def forward(sizes=strides, dtype=0, grid=(1, 1), latents=(latent,) * 3):
+        return simulated.relation_forward(run, latents, sizes, False, dtype, None, grid, 0.1, 1.0, 1.0, 0, 0, 0)
+
+    assert forward() > 0
+    for bad, message in (
+        ({"dtype": 3}, "dtype code 3"),
+        ({"sizes": (1, 3, 4, 1)}, "5 axes"),
+        ({"sizes": (1, 3, 0, 1, 5)}, "at least 1"),
+        ({"sizes": (1, 1, 1, 1 << 20, 1 << 20)}, "2\\^31"),
+        ({"grid": (2, 1)}, "grid"),
+        ({"grid": (0, 3)}, "grid"),
+        ({"latents": ((16, (1, 1)),) * 3}, "5 axes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forward(**bad)
+    with pytest.raises(ValueError, match="rows outside"):
+        simulated.relation_batch(run, 16, 4, 3, 3, 2, 16, 0.1, 1.0, 1.0, 1.0, 16, 16)
+
+
+@pytest.mark.slow
+def test_kernels_run_clean_under_address_and_undefined_sanitizers(tmp_path):
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() { return 0; }\n")
+    command = [cuda_simulation.COMPILER, *sanitize, str(probe), "-o", str(tmp_path / "probe")]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no C++ compiler with -fsanitize=address,undefined")
+    sources = [*cuda_simulation.KERNELS, cuda_simulation.CSRC / "tests" / "cuda_driver.cpp"]
+    driver = tmp_path / "driver"
+    cuda_simulation.build(tmp_path, sources, driver, ["-O1", "-g", *sanitize], sanitize)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([str(driver)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "0 failed checks" in done.stdout
