@@ -217,9 +217,23 @@ def sharded_precision(rank, world, folder):
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
+def sharded_frozen_storage(rank, world, folder):
+    """A frozen network stored in bfloat16, as the packaged configurations store the teacher, keeps its predictions."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    whole, split = (tiny(folder, storage="bfloat16") for _ in range(2))
+    for model in (whole, split):
+        model.requires_grad_(False)
+    assert {p.dtype for p in split.parameters()} == {torch.bfloat16, torch.float32}
+    split.shard_blocks(init_device_mesh("cpu", (world,)))
+    with torch.no_grad():
+        torch.testing.assert_close(split(*inputs()), whole(*inputs()), rtol=0, atol=2e-2)
+
+
 def sharded(rank, world, folder):
     sharded_step(rank, world, folder)
     sharded_precision(rank, world, folder)
+    sharded_frozen_storage(rank, world, folder)
 
 
 def test_sharding_keeps_the_gradient_of_one_process_and_the_float32_parts(pipeline):
