@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Without an NVIDIA driver the CUDA extension could not run: the environment is made without it.
+export CODMD_SKIP_CUDA ?= $(if $(shell command -v nvidia-smi),0,1)
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test lint bench clean

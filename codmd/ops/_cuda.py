@@ -41,14 +41,14 @@ def _load_error() -> str | None:
         )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    problems = [_device_problem(index) for index in range(torch.cuda.device_count())]
-    return None if "" in problems else "; ".join(problems)
+    return _device_problem(torch.cuda.current_device())
 
 
-def _device_problem(index: int) -> str:
+def _device_problem(index: int) -> str | None:
+    """Of the current device alone: asking another would start a context on it."""
     problem = _C.device_problem(index)
     if not problem:
-        return ""
+        return None
     major, minor = torch.cuda.get_device_capability(index)
     return (
         f"the CUDA extension, built for {_C.targets}, cannot run on cuda:{index} (sm_{major}{minor}): {problem}. "
@@ -206,6 +206,7 @@ def _processors(index: int) -> int:
 
 
 _tickets: dict[tuple[torch.device, int], Tensor] = {}
+_outgrown: list[Tensor] = []
 
 
 def _counters(device: torch.device, stream: int, count: int) -> Tensor:
@@ -218,6 +219,9 @@ def _counters(device: torch.device, stream: int, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)
     tickets = _tickets.get((device, stream))
     if tickets is None or len(tickets) < count:
+        if tickets is not None:
+            # Kernels under way still hold it.
+            _outgrown.append(tickets)
         tickets = _tickets[device, stream] = _lasting_zeros(device, max(count, 1024))
     return tickets
 
