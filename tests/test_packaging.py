@@ -63,7 +63,15 @@ def test_every_python_file_of_the_package_is_in_the_wheel(wheel):
 def test_a_failing_compiler_warns_and_leaves_a_working_build(tmp_path):
     folder = source_copy(tmp_path)
     built = run(
-        sys.executable, "setup.py", "build", "--build-lib", "lib", cwd=folder, CC="false", CXX="false", CODMD_SKIP_CUDA="1"
+        sys.executable,
+        "setup.py",
+        "build",
+        "--build-lib",
+        "lib",
+        cwd=folder,
+        CC="false",
+        CXX="false",
+        CODMD_SKIP_CUDA="1",
     )
     assert built.returncode == 0, built.stderr
     assert "codmd._C" in built.stdout + built.stderr
