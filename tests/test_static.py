@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
@@ -10,7 +12,7 @@ torch = pytest.importorskip("torch")
 from codmd.kernels.launch import INTERPRETING  # noqa: E402
 from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic  # noqa: E402
 
-from benchmarks import static  # noqa: E402
+from benchmarks import roofline, static  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
@@ -99,6 +101,12 @@ def test_dmd_and_codmd_move_at_most_1_05_times_the_bytes_they_must(name, flow, r
     required = codmd_bytes(torch.Size(shape).numel(), 2, predictions=3, flow=flow)
     assert moved.latents == required
     assert moved.moved <= 1.05 * required
+
+
+def test_the_performance_page_is_the_one_its_command_writes():
+    root = Path(__file__).parent.parent
+    written = (root / "docs/performance.md").read_text()
+    assert written == roofline.page(roofline.load(root / roofline.RESULTS))
 
 
 def test_scratch_stays_below_one_percent_of_a_latent():

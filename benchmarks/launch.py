@@ -1,0 +1,114 @@
+"""Host time of an operator call in microseconds: ``python -m benchmarks.launch [--rounds N] [--json FILE]``.
+
+At these sizes the kernels take microseconds, so what Python and the launcher take before a kernel starts decides the
+eager speed. On a GPU the real calls are timed (tiny latents, so that the queue never fills). Without one the launch
+itself is replaced by a stand-in that does nothing, and CPU memory is allocated instead of the GPU's: the numbers are
+then those of the operator boundary alone, without Triton's C launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPE = (1, 4, 4, 8, 8)
+BUDGET_US = 25.0
+
+
+def _stand_in() -> None:
+    """Let the kernels take CPU tensors, and launch nothing."""
+    from codmd.kernels.launch import Launcher
+
+    def start(self: Any, arguments: tuple[Any, ...]) -> Callable[..., None]:
+        return lambda *arguments, stream: None
+
+    Launcher.start = start  # type: ignore[method-assign]
+
+
+def microseconds(call: Callable[[], object], rounds: int, calls: int = 200) -> float:
+    """Least over ``rounds`` of the mean time of ``calls`` calls: whatever else runs can only add to it."""
+    for _ in range(calls):
+        call()
+    times = []
+    for _ in range(rounds):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    return min(times)
+
+
+def measurements(rounds: int) -> dict[str, float]:
+    """Microseconds a call, by name."""
+    from codmd import conventions, kernels, ops
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student, real, fake, uncond = (torch.randn(SHAPE, device=device, dtype=torch.bfloat16) for _ in range(4))
+    leaf = student.clone().requires_grad_()
+    out, one = torch.empty_like(student), torch.ones((), device=device)
+    _, frame_grad, batch_grad = kernels.relation_forward(student, real, fake, None, "bfchw", "mean", 0.1, 1.0, 1.0)
+    rule = conventions.self_forcing
+    scores = (fake, real, uncond, None)
+    _, norms, factors = kernels.dmd_forward(student, *scores, None, None, None, None, "bfchw", rule, 3.5, 3.5, False)
+    relation = ops.relation_loss(leaf, real, fake, backend="triton")
+    dmd = ops.dmd_loss(leaf, fake, real, uncond, backend="triton")
+    total = ops.codmd_loss(leaf, fake, real, uncond, backend="triton")
+
+    def backward(loss: Any) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(loss, leaf, retain_graph=True)
+
+    calls: dict[str, Callable[[], object]] = {
+        "kernels.relation_forward": lambda: kernels.relation_forward(
+            student, real, fake, None, "bfchw", "mean", 0.1, 1.0, 1.0
+        ),
+        "kernels.relation_backward": lambda: kernels.relation_backward(
+            out, one, None, None, None, None, frame_grad, batch_grad, "bfchw", "mean", 1.0, 1.0
+        ),
+        "kernels.dmd_forward": lambda: kernels.dmd_forward(
+            student, *scores, None, None, None, None, "bfchw", rule, 3.5, 3.5, False
+        ),
+        "kernels.dmd_backward": lambda: kernels.dmd_backward(
+            out, one, *scores, None, None, norms, factors, "bfchw", rule, 3.5, 3.5
+        ),
+        "relation_loss, forward": lambda: ops.relation_loss(leaf, real, fake, backend="triton"),
+        "relation_loss, backward": backward(relation),
+        "dmd_loss, forward": lambda: ops.dmd_loss(leaf, fake, real, uncond, backend="triton"),
+        "dmd_loss, backward": backward(dmd),
+        "codmd_loss, forward": lambda: ops.codmd_loss(leaf, fake, real, uncond, backend="triton"),
+        "codmd_loss, backward": backward(total),
+        "torch.empty": lambda: torch.empty(3, device=device),
+        "student * 2 (one PyTorch operator)": lambda: student * 2,
+    }
+    return {name: microseconds(call, rounds) for name, call in calls.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    real = torch.cuda.is_available()
+    if not real:
+        os.environ["TRITON_INTERPRET"] = "1"
+        torch.set_num_threads(1)
+        _stand_in()
+    found = measurements(options.rounds)
+    print(f"{'GPU, real launches' if real else 'CPU, stand-in for the launch'}; least of {options.rounds} rounds")
+    for name, value in found.items():
+        over = "" if value <= BUDGET_US else f"  over {BUDGET_US:.0f}"
+        print(f"{name:<40} {value:8.1f} us{over}")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"stand_in": not real, "us": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

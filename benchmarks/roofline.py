@@ -1,0 +1,143 @@
+"""docs/performance.md: launches, bytes and memory floors of every operator, beside what was measured.
+
+    python -m benchmarks.roofline [--results docs/results/gpu.json] [--out docs/performance.md]
+
+Everything but the measured columns follows from sizes and from the launches that the operators make on meta tensors.
+Measured columns are filled from a results file of ``benchmarks.gpu_suite`` and are empty without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from codmd.kernels.launch import Launch
+from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic
+
+from benchmarks import static
+from benchmarks.shapes import SHAPES
+
+EVERY_SHAPE = SHAPES | {"wan-720p-161-frames-b8": (8, 41, 16, 90, 160)}
+CEILINGS = {"H100": 3.35e12, "H200": 4.3e12}
+"""Bytes a second: the H100's data sheet, and a device-to-device copy measured on an H200."""
+
+RESULTS = Path("docs/results/gpu.json")
+
+BACKWARD = ("broadcast_kernel", "apply_kernel", "gradient_kernel")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator at one shape, bfloat16, forward and backward."""
+
+    op: str
+    shape: str
+    required: int
+    moved: int
+    forward: int
+    backward: int
+
+    def floor_us(self, device: str) -> float:
+        return self.required / CEILINGS[device] * 1e6
+
+
+def row(op: str, shape: str, required: int, launches: list[Launch]) -> Row:
+    backward = sum(launch.name in BACKWARD for launch in launches[-1:])
+    return Row(op, shape, required, traffic(launches).moved, len(launches) - backward, backward)
+
+
+def rows() -> list[Row]:
+    """Every operator at every shape."""
+    found = []
+    for name, shape in EVERY_SHAPE.items():
+        numel = torch.Size(shape).numel()
+        found.append(row("relation_loss", name, relation_bytes(numel, 2), static.relation_launches(shape)))
+        if max(shape[:2]) <= 128:
+            whole = static.relation_launches(shape, pool=None)
+            found.append(row("relation_loss, pool=None", name, relation_bytes(numel, 2, whole=True), whole))
+        for op, relation in (("dmd_loss", False), ("codmd_loss", True)):
+            launches = static.codmd_launches(shape, relation=relation)
+            found.append(row(op, name, codmd_bytes(numel, 2, predictions=3), launches))
+    return found
+
+
+def table(found: list[Row], results: dict[str, Any] | None) -> str:
+    """The page's table; measured columns empty without ``results``."""
+    measured = {(case["op"], case["shape"]): case for case in results["timings"]} if results else {}
+    lines = [
+        "| operator | shape | launches | MB required | moved / required | floor H100 us | floor H200 us "
+        "| measured us | eager us | compiled us | percent of copy |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found:
+        case = measured.get((r.op, r.shape), {})
+
+        def cell(key: str, scale: float = 1.0, case: dict[str, Any] = case) -> str:
+            value = case.get(key)
+            return "" if value is None else f"{value * scale:.1f}"
+
+        lines.append(
+            f"| {r.op} | {r.shape} | {r.forward} + {r.backward} | {r.required / 1e6:.1f} "
+            f"| {r.moved / r.required:.3f} | {r.floor_us('H100'):.1f} | {r.floor_us('H200'):.1f} "
+            f"| {cell('triton_ms', 1e3)} | {cell('eager_ms', 1e3)} | {cell('compiled_ms', 1e3)} "
+            f"| {cell('percent_of_copy')} |"
+        )
+    return "\n".join(lines)
+
+
+PAGE = """# Performance of the GPU kernels
+
+Written by `python -m benchmarks.roofline`; do not edit. {measured}
+
+The losses are bound by memory: what they must do is read every latent that enters once and write the gradient. The
+floor is that many bytes over the device's bandwidth, {h100} TB/s (H100, data sheet) and {h200} TB/s (H200, a measured
+copy). All rows are bfloat16, forward and backward, with the teacher's unconditional prediction for `dmd_loss` and
+`codmd_loss`. `moved / required` counts the elements that the programs of the launched grid cover and all scratch memory
+once written and once read; `tests/test_static.py` asserts at most 1.05 for everything but `pool=None`. The 14B model
+has the latents of the 1.3B model, so its rows are the same.
+
+{table}
+
+* Up to 32 frames and 32 samples, the relation is one launch forward: the last block of each sample computes its frame
+  relation, the last sample's the batch relation. Beyond, a second launch spreads the rows of the relation over blocks.
+* `codmd_loss` computes the batch relation in a launch of its own, as it does when a process group gathers.
+* `pool=None` streams the latents once for the Gram matrices and once for the gradient. Its batch term keeps the time
+  averages in float32, which costs the extra bytes of the table (for images as much as the latents themselves), and
+  takes two launches more.
+* What the compiler makes of every kernel (registers, spills, vector accesses): `python -m benchmarks.static`.
+* Host time a call: `python -m benchmarks.launch`.
+* Measuring: `python -m benchmarks.gpu_suite` on a GPU writes the results file that fills the empty columns. A row whose
+  accuracy gate fails shows no speed.
+"""
+
+
+def page(results: dict[str, Any] | None) -> str:
+    where = f"Measured on {results['device']}, {results['date']}." if results else "No GPU was measured yet."
+    return PAGE.format(
+        measured=where,
+        h100=CEILINGS["H100"] / 1e12,
+        h200=CEILINGS["H200"] / 1e12,
+        table=table(rows(), results),
+    )
+
+
+def load(results: Path) -> dict[str, Any] | None:
+    """The results file of ``benchmarks.gpu_suite``, if there is one."""
+    return json.loads(results.read_text()) if results.exists() else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="absent: measured columns stay empty")
+    parser.add_argument("--out", type=Path, default=Path("docs/performance.md"))
+    options = parser.parse_args()
+    options.out.write_text(page(load(options.results)))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
