@@ -31,7 +31,8 @@ PixelRows pixels_of(const LongRows& rows) {
 // Enough blocks to fill the device, none with fewer than eight chunks of pixels.
 int64_t gram_splits(const Run& run, const Shape& shape) {
   const int64_t features = shape.channels * shape.height * shape.width, chunks = (features + kChunk - 1) / kChunk;
-  const int64_t blocks = shape.batch * panel_pairs(shape.frames), wanted = (kWaves * run.processors + blocks - 1) / blocks;
+  const int64_t blocks = shape.batch * panel_pairs(shape.frames);
+  const int64_t wanted = (kWaves * run.processors + blocks - 1) / blocks;
   const int64_t splits = wanted < chunks / 8 ? wanted : chunks / 8;
   return splits < 1 ? 1 : splits;
 }
@@ -60,10 +61,12 @@ TermPart long_relation(const Run& run, Arena& arena, const LongRows& rows, float
     launch(pass, pairs * splits, GramPass<T>::kSharedFloats, run.stream);
   });
   const int64_t blocks = relations * DivergencePass::blocks_per_relation(n);
-  launch(DivergencePass{n, grams, rows.validity, rows.unit_norms, temperature, similarity, excess, divergence, counts}, blocks, 0,
-         run.stream);
-  launch(MatrixPass{n, grams, rows.validity, rows.unit_norms, temperature, scale, similarity, excess, counts, matrix}, blocks, 0,
-         run.stream);
+  const DivergencePass diverge{n,          grams,  rows.validity, rows.unit_norms, temperature,
+                               similarity, excess, divergence,    counts};
+  launch(diverge, blocks, 0, run.stream);
+  const MatrixPass gradient{n,     grams,      rows.validity, rows.unit_norms, temperature,
+                            scale, similarity, excess,        counts,          matrix};
+  launch(gradient, blocks, 0, run.stream);
   return {divergence, counts, relations, n};
 }
 
@@ -106,9 +109,11 @@ void long_forward(const Run& run, Arena& arena, const LongRows& rows, const Rela
   TermPart frames{}, batch{};
   if (frame_grad) {
     float* matrix = pooled_features ? nullptr : frame_grad;
-    const LongRows units =
-        pooled_features ? unit_rows(run, arena, static_cast<const float*>(rows.student.data), samples, shape.frames, features)
-                        : rows;
+    LongRows units = rows;
+    if (pooled_features) {
+      const float* table = static_cast<const float*>(rows.student.data);
+      units = unit_rows(run, arena, table, samples, shape.frames, features);
+    }
     frames = long_relation(run, arena, units, temperature, 1.0f / float(samples), matrix);
     const Tensor out{frame_grad, {shape.frames * features, features, 0, 0, 1}};
     if (pooled_features)

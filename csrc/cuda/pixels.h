@@ -18,11 +18,11 @@ struct Validity {
 };
 
 // Rows (b, frame) of `features` pixels in the order (c, y, x). With `wide`, a chunk of kVector pixels that starts at
-// a multiple of kVector lies on a 16-byte boundary of every tensor and does not leave its run.
+// a multiple of kVector lies on a 16-byte boundary of every tensor and does not leave its run of neighbours, a plane
+// or one row of it.
 struct PixelRows {
   Shape shape;
   bool wide;
-  int64_t run;  // pixels between jumps: a plane, or one row of it
 
   CODMD_HD int64_t features() const { return shape.channels * shape.height * shape.width; }
 
@@ -68,16 +68,17 @@ CODMD_UNROLL
 // 16-byte chunks hold whole runs: planes without gaps where they can be, rows otherwise.
 inline PixelRows pixel_rows(const Shape& shape, int64_t bytes, std::initializer_list<Tensor> tensors) {
   const int64_t vector = 16 / bytes, sizes[4] = {shape.batch, shape.frames, shape.channels, shape.height};
-  bool flat = true, wide = true;
+  bool flat = true;
   for (const Tensor& tensor : tensors) flat = flat && tensor.flat(shape);
   const int64_t run = flat ? shape.height * shape.width : shape.width;
-  wide = run % vector == 0;
+  bool wide = run % vector == 0;
   for (const Tensor& tensor : tensors) {
     if (!tensor.data) continue;
     wide = wide && reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && (tensor.stride[4] == 1 || shape.width == 1);
-    for (int axis = 0; axis < (flat ? 3 : 4); ++axis) wide = wide && (sizes[axis] == 1 || tensor.stride[axis] % vector == 0);
+    for (int axis = 0; axis < (flat ? 3 : 4); ++axis)
+      wide = wide && (sizes[axis] == 1 || tensor.stride[axis] % vector == 0);
   }
-  return {shape, wide, run};
+  return {shape, wide};
 }
 
 }  // namespace codmd::cuda

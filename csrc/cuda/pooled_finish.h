@@ -41,7 +41,8 @@ struct FeatureProducts {
   }
 };
 
-// Turns r and d of a row into r/|r| and the change e of that unit vector; returns the student's norm, negative where it is clamped.
+// Turns r and d of a row into r/|r| and the change e of that unit vector; returns the student's norm, negative where
+// it is clamped.
 CODMD_DEVICE float make_unit(float* row, int features) {
   Inner<float> own{};
   float squared = 0.0f;
@@ -62,7 +63,8 @@ CODMD_DEVICE float make_unit(float* row, int features) {
   return norm.clamped ? -norm.student : norm.student;
 }
 
-// The mean divergence of a table [n, 3K + 1] in shared memory, whose r and d become those of FeatureProducts; `grad` receives scale times the gradient of rows
+// The mean divergence of a table [n, 3K + 1] in shared memory, whose r and d become those of FeatureProducts; `grad`
+// receives scale times the gradient of rows
 // first_row .. first_row + rows - 1. `scratch` has fused_floats less the table. All threads return the loss.
 CODMD_DEVICE float fused_relation(Block& block, float* table, int features, int64_t n, int64_t first_row,
                                   int64_t rows, float temperature, float scale, float* grad, float* scratch) {

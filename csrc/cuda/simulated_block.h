@@ -63,7 +63,8 @@ class Block {
 
   template <class T, int N>
   void warp_sum(PerThread<Values<T, N>>& values) {
-    for (int n = 0; n < N; ++n) butterfly<T>([&](int t) -> T& { return values[t].at[n]; }, [](T a, T b) { return a + b; });
+    const auto add = [](T a, T b) { return a + b; };
+    for (int n = 0; n < N; ++n) butterfly<T>([&](int t) -> T& { return values[t].at[n]; }, add);
   }
 
   void warp_max(PerThread<float>& values) {
