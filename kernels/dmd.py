@@ -6,6 +6,7 @@ Backward: one launch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from .dmd_algebra import MOMENTS
 from .dmd_gradient import gradient_kernel
-from .dmd_moments import moments_kernel
+from .dmd_moments import COUNT_BITS, moments_kernel
 from .launch import Launcher, counters, current_stream, multiprocessors
 from .relation_pooled import ONE_TILE, RowsPlan, block_of, grid_of
-from .tiling import Geometry, Tiling, next_power_of_2, tile_planes
+from .tiling import Geometry, Tiling, cdiv, next_power_of_2, tile_planes
 
 TILE_BYTES = 2048
 """Bytes of one tensor in a tile of 4 warps: one 16-byte vector a thread, of up to six tensors."""
@@ -24,26 +25,42 @@ TILE_BYTES = 2048
 WHOLE = 1 << 20
 """Frames of a segment where the norm's scope is a sample or the batch."""
 
+SUMS_TILE = 128
+"""Samples times segments whose sums the last block takes at once."""
+
 NONE = (0, 0, 0, 0, 0)
 
-
-def _geometries(tensors: tuple[Tensor | None, ...], layout: str) -> tuple[Geometry | None, ...]:
-    return tuple(None if t is None else Geometry.of(t.shape, t.stride(), layout) for t in tensors)
+MOST_COUNTED = (1 << int(COUNT_BITS.value)) - 1
+"""Elements of each kind that a lane can count."""
 
 
 def _cut(
-    tensors: tuple[Tensor | None, ...], layout: str, grid: tuple[int, int]
+    latents: tuple[Tensor | None, ...], mask: Tensor | None, layout: str, grid: tuple[int, int]
 ) -> tuple[Tiling, tuple[int, ...], tuple[int, int, int, int, int]]:
-    """The tiling, every tensor's five strides (0 where absent), and the canonical sizes."""
-    first = next(t for t in tensors if t is not None)
-    geometries = _geometries(tensors, layout)
-    present = tuple(g for g in geometries if g is not None)
-    aligned = all(t.data_ptr() % 16 == 0 for t in tensors if t is not None)
-    processors = multiprocessors(first.device)
-    tile = tile_planes(present, grid, first.element_size(), aligned, processors, TILE_BYTES)
-    strides = iter(tile.strides)
-    found = sum((NONE if g is None else next(strides) for g in geometries), ())
-    return tile, found, present[0].sizes
+    """The tiling, every tensor's five strides (0 where absent; the mask's last and unscaled), the canonical sizes."""
+    present = tuple(t for t in latents if t is not None)
+    geometries = tuple(Geometry.of(t.shape, t.stride(), layout) for t in present)
+    companions = () if mask is None else (Geometry.of(mask.shape, mask.stride(), layout),)
+    aligned = all(t.data_ptr() % 16 == 0 for t in present)
+    processors = multiprocessors(present[0].device)
+    tile = tile_planes(geometries, grid, present[0].element_size(), aligned, processors, TILE_BYTES, companions)
+    sizes = geometries[0].sizes
+    width = sizes[4]
+
+    def strides(scaled: tuple[int, ...], geometry: Geometry) -> tuple[int, ...]:
+        # Elements of a flat plane one column wide lie a line apart.
+        return (*scaled[:3], 0, geometry.strides[3]) if tile.flat and width == 1 else scaled
+
+    scaled = iter(strides(s, g) for s, g in zip(tile.strides, geometries, strict=True))
+    found = sum((NONE if t is None else next(scaled) for t in latents), ())
+    return tile, found + (strides(companions[0].strides, companions[0]) if companions else NONE), sizes
+
+
+def _countable(tile: Tiling, lines: int, width: int) -> Tiling:
+    """More splits of planes so large that a lane would meet more elements than it can count."""
+    tiles = cdiv(lines * width, tile.tile_w) if tile.flat else cdiv(lines, tile.tile_h)
+    splits = max(tile.splits // tile.column_tiles, cdiv(tiles, MOST_COUNTED))
+    return replace(tile, splits=splits * tile.column_tiles)
 
 
 def _key(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
@@ -65,7 +82,8 @@ class MomentsPlan:
 
     def __init__(
         self,
-        tensors: tuple[Tensor | None, ...],
+        latents: tuple[Tensor | None, ...],
+        mask: Tensor | None,
         layout: str,
         convention: Any,
         pool: str | tuple[int, int] | None,
@@ -73,7 +91,8 @@ class MomentsPlan:
         gather: bool,
     ) -> None:
         grid = (1, 1) if pool is None else grid_of(pool)
-        tile, strides, (samples, frames, channels, height, width) = _cut(tensors, layout, grid)
+        tile, strides, (samples, frames, channels, height, width) = _cut(latents, mask, layout, grid)
+        tile = _countable(tile, cdiv(height, grid[0]), width)
         relation = pool is not None
         features = channels * grid[0] * grid[1] if relation else 0
         segments = len(convention.segments(frames)) - 1
@@ -114,7 +133,8 @@ class MomentsPlan:
                 convention.reduction == "sum", convention.norm_divides == "loss",
                 convention.weight_on == "direction", relation, self.has_frames and not parallel,
                 16, block_of(frames) if self.has_frames and not parallel else next_power_of_2(frames), 16,
-                next_power_of_2(segments), max(1, min(next_power_of_2(samples), 128 // next_power_of_2(segments))),
+                next_power_of_2(segments),
+                max(1, min(next_power_of_2(samples), SUMS_TILE // next_power_of_2(segments))),
             ),
             warps=4,
             registers=168,
@@ -126,14 +146,15 @@ class GradientPlan:
 
     def __init__(
         self,
-        tensors: tuple[Tensor | None, ...],
+        latents: tuple[Tensor | None, ...],
+        mask: Tensor | None,
         layout: str,
         convention: Any,
         pool: str | tuple[int, int] | None,
         dmd: bool,
     ) -> None:
         grid = (1, 1) if pool is None else grid_of(pool)
-        tile, self.strides, (samples, frames, channels, height, width) = _cut(tensors, layout, grid)
+        tile, self.strides, (samples, frames, channels, height, width) = _cut(latents, mask, layout, grid)
         features = channels * grid[0] * grid[1]
         self.sizes = frames, channels, features, len(convention.segments(frames)) - 1, height, width
         huber = convention.penalty == "huber"
@@ -176,7 +197,7 @@ def _forward(
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = MomentsPlan(tensors, layout, convention, pool, frame_weight, gather)
+        plan = _plans[key] = MomentsPlan(latents, mask, layout, convention, pool, frame_weight, gather)
     device = student.device
     stream = current_stream(device)
 
@@ -238,7 +259,7 @@ def _backward(
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = GradientPlan(tensors, layout, convention, pool, dmd)
+        plan = _plans[key] = GradientPlan((out, *scores), mask, layout, convention, pool, dmd)
     plan.launch(
         current_stream(out.device), out, *scores, sigma, mask, frame_mask, norms, factors,
         grad_total, grad_dmd, grad_batch, grad_frame, frame_grad, batch_grad, *plan.sizes, *plan.strides,

@@ -49,7 +49,7 @@ def gradient_kernel(
     SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr,
     HUBER: tl.constexpr, REPAIR: tl.constexpr, DMD: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements."""
+    """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements, but for the mask's."""
     pid = tl.program_id(0)
     split = pid % SPLITS
     gy = pid // SPLITS % GRID_H
@@ -96,7 +96,7 @@ def gradient_kernel(
         if fake_uncond is not None:
             fake_uncond_plane = (fake_uncond + (b * v_b + f * v_f + c * v_c) * VEC + skip, v_h, v_w)
         if mask is not None:
-            mask_plane = (mask + (b * m_b + f * m_f + c * m_c) * VEC + skip * m_w, m_h, m_w)
+            mask_plane = (mask + b * m_b + f * m_f + c * m_c + skip * m_w, m_h, m_w)
         level = None
         if sigma is not None:
             level = tl.load(sigma + b * sigma_b + f * sigma_f).to(tl.float32)
@@ -122,7 +122,7 @@ def gradient_kernel(
                 line, column, inside, VEC,
             )  # fmt: skip
             g = factor * direction(d, norm, huber_c, HUBER, REPAIR)
-            kept = selection(mask_plane, line, column, inside, VEC) & (
+            kept = selection(mask_plane, line, column, inside) & (
                 tl.zeros([TILE_H, TILE_W], tl.float32) + factor != 0.0
             )
             value += tl.where(kept, g, 0.0)

@@ -71,7 +71,7 @@ def moments_kernel(
     RELATION: tl.constexpr, FRAMES: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements."""
+    """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements, but for the mask's."""
     pid = tl.program_id(0)
     programs = channels * GRID_H * SPLITS
     per_sample = frames * programs
@@ -101,7 +101,7 @@ def moments_kernel(
     if noisy is not None:
         noisy_plane = (noisy + (b * n_b + f * n_f + c * n_c) * VEC + skip, n_h, n_w)
     if mask is not None:
-        mask_plane = (mask + (b * m_b + f * m_f + c * m_c) * VEC + skip * m_w, m_h, m_w)
+        mask_plane = (mask + b * m_b + f * m_f + c * m_c + skip * m_w, m_h, m_w)
     level = None
     if sigma is not None:
         level = tl.load(sigma + b * sigma_b + f * sigma_f).to(tl.float32)
@@ -142,7 +142,7 @@ def moments_kernel(
             line, column, inside, VEC,
         )  # fmt: skip
         r = guided_real(cond, push, real_uncond_plane, noisy_plane, level, real_scale, line, column, inside, VEC)
-        selected = selection(mask_plane, line, column, inside, VEC)
+        selected = selection(mask_plane, line, column, inside)
         more = moments(x, r, d, selected, inside, huber_c, HUBER)
         distance += more[0]
         penalty += more[1]

@@ -51,12 +51,12 @@ def guided_real(c, push, real_uncond, noisy, sigma, real_scale, line, column, in
 
 
 @triton.jit
-def selection(mask, line, column, inside, VEC: tl.constexpr):
-    """Selected elements: those inside, and set in the mask if there is one."""
+def selection(mask, line, column, inside):
+    """Selected elements: those inside, and set in the mask if there is one; its strides are in elements."""
     if mask[0] is None:
         return inside
     else:
-        at = mask[0] + line * mask[1] * VEC + column * mask[2]
+        at = mask[0] + line * mask[1] + column * mask[2]
         return inside & (tl.load(at, mask=inside, other=0) != 0)
 
 

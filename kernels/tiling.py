@@ -72,12 +72,16 @@ def vector_width(geometries: tuple[Geometry, ...], flat: bool, grid_h: int, item
     return vec
 
 
-def is_flat(geometry: Geometry) -> bool:
-    """Whether a plane is one contiguous run, or constant."""
+def is_contiguous(geometry: Geometry) -> bool:
+    """Whether a plane is one contiguous run."""
     height, width = geometry.sizes[3:]
     line, column = geometry.strides[3:]
-    contiguous = column == (1 if width > 1 else 0) and (height == 1 or line == width)
-    return contiguous or (line == 0 and column == 0)
+    return column == (1 if width > 1 else 0) and (height == 1 or line == width)
+
+
+def is_constant(geometry: Geometry) -> bool:
+    """Whether a plane is one value."""
+    return geometry.strides[3:] == (0, 0)
 
 
 def tile_planes(
@@ -87,19 +91,26 @@ def tile_planes(
     aligned: bool,
     processors: int,
     tile_bytes: int | None = None,
+    companions: tuple[Geometry, ...] = (),
 ) -> Tiling:
     """Cut the (h, w) planes of equally shaped tensors.
 
     Args:
-        geometries: one a tensor, sizes equal. A tensor whose planes are constant (strides 0) joins any cut.
+        geometries: one a tensor, sizes equal.
         grid: regions (gh, gw) of a plane.
         itemsize: bytes of an element.
         aligned: every base address is a multiple of 16 bytes.
         processors: multiprocessors to fill.
         tile_bytes: bytes of one tensor in a tile; None means TILE_BYTES.
+        companions: tensors read element by element, such as masks: they do not narrow the vectors, and a constant
+            plane joins any cut.
     """
     samples, frames, channels, height, width = geometries[0].sizes
-    flat = grid[1] == 1 and all(is_flat(g) for g in geometries)
+    flat = (
+        grid[1] == 1
+        and all(is_contiguous(g) for g in geometries)
+        and all(is_contiguous(g) or is_constant(g) for g in companions)
+    )
     vec = vector_width(geometries, flat, grid[0], itemsize, aligned)
     tile = (TILE_BYTES if tile_bytes is None else tile_bytes) // itemsize
     lines = cdiv(height, grid[0])

@@ -151,11 +151,14 @@ else:
             flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
             flat[1:] = tensor.detach().flatten()
             return flat[1:].view_as(tensor)
+        if kind == "constant planes":
+            return tensor.detach()[..., :1, :1].expand_as(tensor)
         return tensor.detach()[:, :, :, :1].expand_as(tensor)
 
-    @pytest.mark.parametrize("pool", ["mean", (3, 2), None])
+    @pytest.mark.parametrize("pool", ["mean", (2, 1), (3, 2), None])
     @pytest.mark.parametrize(
-        "kind", ["every second column", "columns first", "channels last", "misaligned", "expanded"]
+        "kind",
+        ["every second column", "columns first", "channels last", "misaligned", "expanded", "constant planes"],
     )
     def test_strides_are_honoured(kind, pool):
         student, real, fake = latents((1, 3, 2, 4, 6))
@@ -163,11 +166,14 @@ else:
 
     @pytest.mark.parametrize("pool", ["mean", (2, 2), None])
     def test_offsets_beyond_31_bits_are_reached(pool):
-        """Two samples 2³¹ elements apart: 4 GB of address space a tensor, of which a few pages exist."""
-        shape, far = (2, 2, 2, 2, 4), (1 << 31) + 64
+        """Three samples 2³⁰ elements apart: 4 GB of address space a tensor, of which a few pages exist.
+
+        The stride fits 32 bits and its product with the sample's index does not.
+        """
+        shape, far = (3, 2, 2, 2, 4), (1 << 30) + 64
 
         def apart(tensor):
-            room = torch.from_numpy(np.zeros(far + 48, dtype=np.float16))
+            room = torch.from_numpy(np.zeros(2 * far + 48, dtype=np.float16))
             view = room.as_strided(shape, (far, 16, 8, 4, 1))
             view.copy_(tensor.detach())
             return view

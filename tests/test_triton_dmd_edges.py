@@ -1,0 +1,298 @@
+"""Edges of the Triton DMD and CoDMD passes: long loops, splits, strides, large offsets, zero norms, broken values.
+
+Run by Triton's CPU interpreter in a process of its own, as ``test_triton_dmd.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cases import relative_error
+from dmd_cases import run, same_dtype, scores, truth
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton")
+
+if not INTERPRETED:
+
+    def test_the_edges_hold_under_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+else:
+    from codmd.kernels import dmd, launch, tiling
+    from test_codmd_loss import by_reference, fused, terms_and_gradient
+    from test_codmd_loss import truth as codmd_truth
+    from test_dmd import mask_of
+
+    from codmd import conventions, kernels, ops
+    from codmd.conventions import NAMED
+    from codmd.ops import _reference_dmd
+
+    SHAPE = (2, 4, 1, 3, 5)
+    UPSTREAM = (0.5, -2.0, 0.7, 3.0)
+    SPECIAL = {
+        "huber": {"penalty": "huber", "norm_divides": "loss", "nan": "keep", "huber_c": 0.05},
+        "one long block": {"norm_scope": "block", "norm_block": 100},
+        "clamped batch": {"norm_scope": "batch", "guard": "clamp", "eps": 10.0},
+        "sum": {"reduction": "sum", "coefficient": 0.25},
+        "dropped blocks": {"nan": "zero_sample", "guard": "add", "eps": 1e-6, "norm_scope": "block", "norm_block": 3},
+    }
+
+    @pytest.fixture
+    def small_tiles(monkeypatch):
+        """Tiles of a few elements, so that small planes are looped over, split and have tails."""
+        monkeypatch.setattr(dmd, "TILE_BYTES", 64)
+        monkeypatch.setattr(tiling, "WAVES", 1)
+        monkeypatch.setattr(dmd, "_plans", {})
+
+    def assert_dmd(student, arguments, upstream=1.0, **options):
+        """Value and gradient within twice the same-dtype PyTorch error, plus one rounding of the output."""
+        found = run(ops.dmd_loss, student, arguments, upstream, backend="triton", **options)
+        usual = same_dtype(student, arguments, upstream, **options)
+        exact = truth(student, arguments, upstream, **options)
+        for value, plain, true in zip(found, usual, exact, strict=True):
+            assert relative_error(value, true) <= 2 * relative_error(plain, true) + 5e-7
+        return found
+
+    def assert_codmd(student, upstream=UPSTREAM, **options):
+        """The four terms and the gradient of their weighted sum, by the same rule."""
+        options = {"guidance": 4.5, "fake_guidance": 1.2, **options}
+        found = terms_and_gradient(fused, student, upstream, backend="triton", **options)
+        usual = terms_and_gradient(by_reference, student, upstream, **options)
+        exact = codmd_truth(student, **options)(upstream)
+        for value, plain, true in zip(found[0], usual[0], exact[0], strict=True):
+            assert relative_error(value, true) <= 2 * relative_error(plain, true) + 2e-5
+        assert relative_error(found[1], exact[1]) <= 2 * relative_error(usual[1], exact[1]) + 5e-6
+        return found
+
+    @pytest.mark.parametrize("change", SPECIAL.values(), ids=list(SPECIAL))
+    def test_customised_conventions_with_mask_and_weights(change):
+        convention = replace(conventions.self_forcing, **change)
+        student, arguments = scores(SHAPE)
+        options = {"sample_weight": torch.tensor([0.3, 2.5]), "mask": mask_of("elements", student)}
+        assert_dmd(student, arguments, upstream=-3.0, convention=convention, **options)
+
+    @pytest.mark.parametrize("kind", ["elements", "one", "all"])
+    @pytest.mark.parametrize(("name", "layout"), [("longlive", "bcfhw"), ("fastvideo", "bchw"), ("tdm", "bfchw")])
+    def test_the_gradient_is_zero_exactly_where_the_mask_is(name, layout, kind):
+        student, arguments = scores(SHAPE, torch.float16, layout)
+        mask = mask_of(kind, student)
+        _, gradient = assert_dmd(student, arguments, convention=name, layout=layout, mask=mask)
+        assert torch.equal(gradient != 0, mask)
+
+    @pytest.mark.parametrize("absent", ["real_uncond", "fake_uncond"])
+    @pytest.mark.parametrize("layout", ["bcfhw", "bchw"])
+    def test_one_guidance_without_the_other(layout, absent):
+        student, arguments = scores(SHAPE, torch.float16, layout, flow=True)
+        arguments.pop(absent)
+        assert_codmd(student, layout=layout, prediction="flow", **arguments)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 2, 2, 1, 41), (1, 3, 2, 3, 104), (2, 3, 2, 17, 1)], ids=str)
+    def test_lines_columns_and_single_elements(shape):
+        student, arguments = scores(shape, torch.float16)
+        assert_codmd(student, mask=mask_of("elements", student), **arguments)
+        column = torch.arange(shape[4]) % 2 == 0
+        assert_dmd(student, arguments, mask=column)
+
+    @pytest.mark.parametrize("norm_scope", ["block", "batch"])
+    def test_more_samples_than_one_tile(monkeypatch, norm_scope):
+        monkeypatch.setattr(dmd, "SUMS_TILE", 4)
+        monkeypatch.setattr(dmd, "_plans", {})
+        student, arguments = scores((5, 2, 1, 1, 2))
+        convention = replace(conventions.self_forcing, norm_scope=norm_scope)
+        assert_dmd(student, arguments, convention=convention, sample_weight=torch.linspace(0.1, 2.0, 5))
+
+    @pytest.mark.parametrize("pool", ["mean", (3, 2), (2, 1)])
+    @pytest.mark.parametrize("width", [33, 40])
+    def test_planes_beyond_one_tile_are_looped_over_and_split(small_tiles, width, pool):
+        student, arguments = scores((1, 2, 1, 7, width), torch.float16)
+        assert_codmd(student, pool=pool, mask=mask_of("elements", student), **arguments)
+        assert all(plan.launch.grid[0] > 6 for plan in dmd._plans.values())
+
+    @pytest.mark.parametrize("pool", ["mean", (1, 2)], ids=["flat", "columns"])
+    def test_a_lane_never_meets_more_elements_than_it_counts(small_tiles, monkeypatch, pool):
+        """Planes are looped over unsplit but for that limit, with every counter of one lane driven to the top."""
+        monkeypatch.setattr(tiling, "MOST_SPLITS", 1)
+        student, arguments = scores((1, 1, 1, 1030, 16))
+        rule = "bfchw", replace(conventions.self_forcing, nan="keep"), 3.5, 0.5
+        arguments["fake"][..., 0] = torch.nan
+        student[..., 0] = torch.inf
+        latents = student, arguments["fake"], arguments["real"]
+        with launch.recording(run=True) as recorded:
+            kernels.codmd_forward(*latents, *[None] * 6, *rule, True, None, pool, 0.1, 1.0, False)
+        (pass_,) = recorded
+        assert pass_.launcher.grid[0] == 2
+        selected, nans, wild = pass_.values["sums"][0, 3:, 0].tolist()
+        assert (selected, nans, wild) == (1030 * 16, 1030, 1030)
+
+    @pytest.mark.parametrize("kind", ["columns last", "every second column", "misaligned", "constant"])
+    @pytest.mark.parametrize("pool", ["mean", (2, 1)])
+    def test_strides_of_latents_and_mask_are_honoured(kind, pool):
+        student, arguments = scores((2, 3, 2, 4, 16), torch.float16, flow=True)
+        tensors = {"student": student, **arguments}
+        mask = mask_of("elements", student)
+        for name in ("student", "real", "noisy"):
+            value = tensors[name]
+            if kind == "columns last":
+                tensors[name] = value.transpose(1, 4).contiguous().transpose(1, 4)
+            elif kind == "every second column":
+                tensors[name] = value.repeat_interleave(2, -1)[..., ::2]
+            elif kind == "misaligned":
+                flat = torch.empty(value.numel() + 1, dtype=value.dtype)
+                flat[1:] = value.flatten()
+                tensors[name] = flat[1:].view_as(value)
+        if kind == "constant":
+            tensors["real_uncond"] = tensors["real_uncond"][..., :1, :1].expand_as(student)
+            mask = torch.tensor([[True, False, True], [False, True, True]]).reshape(2, 3, 1, 1, 1)
+        if kind == "every second column":
+            mask = torch.stack([mask, ~mask], -1).flatten(-2)[..., ::2]
+        assert_codmd(tensors.pop("student"), prediction="flow", pool=pool, mask=mask, **tensors)
+
+    @pytest.mark.parametrize("shape", [(2, 1, 1, 1), (1, 2, 16), (16,), (2, 1, 2, 16)], ids=str)
+    def test_a_mask_never_narrows_the_vectors_of_the_latents(shape):
+        student, arguments = scores((1, 2, 1, 2, 16), torch.float16)
+        room = torch.rand(torch.Size(shape).numel() + 1, generator=torch.Generator().manual_seed(3)) > 0.5
+        with launch.recording(run=True) as recorded:
+            assert_dmd(student, arguments, mask=room[1:].reshape(shape))
+        assert [launched.values["VEC"] for launched in recorded] == [8, 8]
+
+    @pytest.mark.parametrize("pool", ["mean", (2, 2)])
+    def test_offsets_beyond_31_bits_are_reached(pool):
+        """Two samples 2³¹ elements apart: 4 GB of address space a tensor, of which a few pages exist."""
+        shape, far = (2, 2, 2, 2, 4), (1 << 31) + 64
+
+        def apart(tensor):
+            kind = np.bool_ if tensor.dtype == torch.bool else np.float16
+            view = torch.from_numpy(np.zeros(far + 48, dtype=kind)).as_strided(shape, (far, 16, 8, 4, 1))
+            return view.copy_(tensor)
+
+        student, arguments = scores(shape, torch.float16)
+        near, mask = [student, *arguments.values()], mask_of("elements", student)
+        rule = "bfchw", conventions.longlive, 3.5, 0.5
+        results = []
+        for latents, selected, out in (
+            (near, mask, torch.empty_like(student)),
+            ([apart(tensor) for tensor in near], apart(mask), apart(torch.zeros_like(student))),
+        ):
+            found = kernels.codmd_forward(*latents, None, None, selected, None, *rule, True, None, pool, 0.1, 1.0, True)
+            kernels.codmd_backward(
+                out, torch.ones(()), None, None, None, *latents[1:], None, selected, None, found[1], found[2],
+                found[4], torch.empty(0), *rule, pool, 0.1, 1.0, 1.0,
+            )  # fmt: skip
+            results.append([*found, out])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert results[0][-1].any()
+
+    @pytest.mark.parametrize("perturbation", [1e-2, 1e-4])
+    def test_a_critic_that_tracks_the_teacher_keeps_its_digits(perturbation):
+        student, arguments = scores((1, 3, 2, 4, 8), perturbation=perturbation)
+        arguments = {name: arguments[name] for name in ("fake", "real")}
+        found = run(ops.dmd_loss, student, arguments, backend="triton")
+        for value, exact in zip(found, truth(student, arguments), strict=True):
+            assert relative_error(value, exact) < 1e-6
+
+    @pytest.mark.parametrize("name", ["self_forcing", "longlive", "fastvideo"])
+    def test_a_zero_norm_gives_what_nan_to_num_makes_of_infinity(name):
+        student, arguments = scores(SHAPE)
+        zero = {"fake": arguments["fake"].clone(), "real": student.clone()}
+        zero["fake"][..., 0] = student[..., 0]
+        options = {"backend": "triton", "convention": name}
+        value, gradient = run(ops.dmd_loss, student, zero, **options)
+        assert value == torch.inf
+        assert not gradient[..., 0].any()
+        assert gradient[..., 1:].abs().min() > 1e34
+        same, nothing = run(ops.dmd_loss, student, {"fake": student, "real": student}, **options)
+        assert same == 0
+        assert not nothing.any()
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("where", ["student", "fake", "real", "real_uncond"])
+    @pytest.mark.parametrize("name", ["self_forcing", "longlive", "fastvideo", "rcm", "fastgen"])
+    def test_a_broken_value_does_what_the_reference_does(name, where, bad):
+        student, arguments = scores(SHAPE, layout=NAMED[name].layout)
+        (student if where == "student" else arguments[where])[0, 0, 0, 2, 3] = bad
+        rule = NAMED[name].layout, NAMED[name], 3.5, 0.5
+        results = []
+        for module in (kernels, _reference_dmd):
+            found = module.dmd_forward(student, *arguments.values(), None, None, None, None, *rule, True)
+            out = torch.empty_like(student)
+            module.dmd_backward(out, torch.tensor(0.7), *arguments.values(), None, None, *found[1:], *rule)
+            results.append((*found, out))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
+
+    def test_what_the_mask_leaves_out_never_leaks():
+        student, arguments = scores(SHAPE)
+        mask = torch.ones(2, 4, 1, 1, 1, dtype=torch.bool)
+        mask[:, -1] = False
+        arguments["fake"][:, -1] = torch.nan
+        value, gradient = run(ops.dmd_loss, student, arguments, backend="triton", mask=mask)
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+        assert not gradient[:, -1].any()
+
+    @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 3, 1, 3, 4), (3, 1, 1, 3, 4)], ids=str)
+    def test_terms_that_do_not_exist_are_zero(shape, weights):
+        student, arguments = scores(shape)
+        options = {"batch_weight": weights[0], "frame_weight": weights[1], **arguments}
+        terms, _ = assert_codmd(student, (1.0, 0.0, 0.0, 0.0), **options)
+        assert (terms[2] != 0) == (weights[0] > 0 and shape[0] > 1)
+        assert (terms[3] != 0) == (weights[1] > 0 and shape[1] > 1)
+
+    @pytest.mark.parametrize("given", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1)], ids=str)
+    @pytest.mark.parametrize("pool", ["mean", (2, 3)], ids=str)
+    def test_every_upstream_gradient_reaches_its_term(given, pool):
+        student, arguments = scores((2, 4, 2, 3, 5))
+        upstream = [torch.tensor(g) if wanted else None for g, wanted in zip(UPSTREAM, given, strict=True)]
+        mask, valid = mask_of("elements", student), torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]], dtype=torch.bool)
+        rule = "bfchw", conventions.longlive, 3.5, 0.5
+        forward = student, *arguments.values(), None, None, mask, None, *rule, True, valid, pool, 0.1, 1.0, True
+        found = kernels.codmd_forward(*forward)
+        for value, expected in zip(found, _reference_dmd.codmd_forward(*forward), strict=True):
+            torch.testing.assert_close(value, expected, rtol=3e-5, atol=1e-7)
+        _, batch_grad = kernels.relation_batch(found[5], found[3], 0, 2, 0.1, 1.0, 1.0, 1.0)
+        outs = []
+        for module in (kernels, _reference_dmd):
+            outs.append(torch.empty_like(student))
+            module.codmd_backward(
+                outs[-1], *upstream, *arguments.values(), None, mask, valid, found[1], found[2], found[4], batch_grad,
+                *rule, pool, 0.3, 0.6, 1.3,
+            )  # fmt: skip
+        torch.testing.assert_close(*outs, rtol=2e-5, atol=1e-9)
+        assert outs[0].any()
+
+    def test_a_term_without_upstream_gradient_does_not_spread_its_nan():
+        student, arguments = scores(SHAPE)
+        arguments["fake"][0, 2, 0, 1, 1] = torch.nan
+        terms, gradient = terms_and_gradient(fused, student, (0.0, 1.0, 0.0, 0.0), backend="triton", **arguments)
+        assert not terms[3].isfinite()
+        assert gradient.isfinite().all()
+
+    @pytest.mark.parametrize("name", ["self_forcing", "fastvideo", "tdm"])
+    def test_terms_report_magnitude_and_norm(name):
+        student, arguments = scores(SHAPE, layout=NAMED[name].layout)
+        found, expected = (
+            ops.dmd_loss(student, **arguments, convention=name, backend=backend, return_terms=True)
+            for backend in ("triton", "reference")
+        )
+        torch.testing.assert_close(found.magnitude, expected.magnitude, rtol=2e-6, atol=0)
+        torch.testing.assert_close(found.norm, expected.norm, rtol=2e-6, atol=0)
+
+    @pytest.mark.parametrize(("frames", "launches"), [(3, 2), (35, 3)])
+    def test_at_most_two_launches_forward_and_one_backward_leave_the_counters_zero(frames, launches):
+        student, arguments = scores((1, frames, 1, 1, 3), flow=True)
+        with launch.recording(run=True) as recorded:
+            run(ops.codmd_loss, student, arguments, prediction="flow", backend="triton")
+        names = ["moments_kernel", *["relation_rows_kernel"] * (launches - 2), "gradient_kernel"]
+        assert [launched.name for launched in recorded] == names
+        assert all(not buffer.any() for buffer in launch._counters.values())
