@@ -20,7 +20,7 @@ from .relation_pooled import ONE_TILE, RowsPlan, block_of, grid_of
 from .tiling import Geometry, Tiling, cdiv, next_power_of_2, tile_planes
 
 TILE_BYTES = 2048
-"""Bytes of one tensor in a tile of 4 warps: one 16-byte vector a thread, of up to six tensors."""
+"""Bytes of one tensor in a tile of 4 warps, or 2 wavefronts: one 16-byte vector a thread, of up to six tensors."""
 
 WHOLE = 1 << 20
 """Frames of a segment where the norm's scope is a sample or the batch."""
@@ -137,6 +137,7 @@ class MomentsPlan:
                 max(1, min(next_power_of_2(samples), SUMS_TILE // next_power_of_2(segments))),
             ),
             warps=4,
+            wavefronts=2,
             registers=168,
         )  # fmt: skip
 
@@ -167,6 +168,7 @@ class GradientPlan:
                 next_power_of_2(frames),
             ),
             warps=4,
+            wavefronts=2,
         )  # fmt: skip
 
 

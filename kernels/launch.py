@@ -35,23 +35,32 @@ class Launcher:
         constants: values of its constexpr parameters.
         warps: warps a program.
         registers: most registers a thread may take, on NVIDIA GPUs; None leaves the choice to the assembler.
+        wavefronts: warps a program on AMD GPUs, whose warps have 64 lanes; None means ``warps``.
     """
 
-    __slots__ = ("_run", "constants", "grid", "kernel", "registers", "warps")
+    __slots__ = ("_run", "constants", "grid", "kernel", "registers", "warps", "wavefronts")
 
     def __init__(
-        self, kernel: Any, grid: int, constants: tuple[Any, ...], warps: int, registers: int | None = None
+        self,
+        kernel: Any,
+        grid: int,
+        constants: tuple[Any, ...],
+        warps: int,
+        registers: int | None = None,
+        wavefronts: int | None = None,
     ) -> None:
         self.kernel = kernel
         self.grid = (grid, 1, 1)
         self.constants = constants
         self.warps = warps
         self.registers = registers
+        self.wavefronts = warps if wavefronts is None else wavefronts
         self._run: Callable[..., None] | None = None
 
     def options(self, backend: str) -> dict[str, Any]:
         """Options of ``triton.compile`` for ``"cuda"`` or ``"hip"``."""
-        options = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
+        warps = self.wavefronts if backend == "hip" else self.warps
+        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
         if self.registers is not None and backend == "cuda":
             options["maxnreg"] = self.registers
         return options
