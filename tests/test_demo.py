@@ -308,10 +308,12 @@ def test_the_command_writes_a_self_contained_report_whose_numbers_are_the_runs(t
     printed = capsys.readouterr().out
     assert str(out / "report.html") in printed
     assert "CoDMD, 2 steps" in printed
+    assert "too short to judge the term" in printed
 
     names = {"demo", "relations", "trajectories", "measures", "speeds", "curves"}
     assert {path.name for path in out.iterdir()} == {f"{n}.png" for n in names} | {"report.html", "results.json"}
     page = (out / "report.html").read_text("utf-8")
+    assert "too short to judge the term" in page
     parser = Resources()
     parser.feed(page)
     assert parser.tags.count("img") == len(names)

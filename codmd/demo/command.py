@@ -17,7 +17,9 @@ QUICK_TEACHER_STEPS = 1800
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `codmd demo`."""
     parser.add_argument("--out", type=Path, default=Path("codmd-demo"), help="folder for the report (codmd-demo)")
-    parser.add_argument("--quick", action="store_true", help="one seed, short training: under a minute, noisier")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, short training, under a minute: a check, not a result"
+    )
     parser.add_argument("--seed", type=integer_in(0, 2**31), default=1, help="first seed (1)")
     parser.add_argument(
         "--seeds", type=integer_in(1, 100), help=f"number of seeds ({FULL['seeds']}; {QUICK['seeds']} with --quick)"
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         teacher=teacher,
         threads=args.threads,
         use_cache=not args.no_cache,
+        quick=args.quick,
     )
     try:
         check_output(args.out, "demo")
@@ -95,5 +98,8 @@ def run(args: argparse.Namespace) -> int:
             write_report(folder, study)
     except (OutputError, JobFailed, OSError) as error:
         raise CommandError(str(error)) from error
-    print(f"\n{console_summary(study.summary)}\nReport: {args.out / 'report.html'}")
+    print(f"\n{console_summary(study.summary)}")
+    if args.quick:
+        print("A --quick run shows that everything works; it is too short to judge the term by.")
+    print(f"Report: {args.out / 'report.html'}")
     return 0

@@ -85,6 +85,7 @@ def render(folder: Path, summary: Summary, settings: dict[str, Any]) -> str:
 <h1>Distilling a {summary.evaluations["teacher"]}-step teacher into {few} step{"s" if few > 1 else ""}</h1>
 <p class="verdict">{html.escape(verdict(summary))}</p>
 {_figure(folder, "demo")}
+{"<p class='note'>A --quick run: too short to judge the term by.</p>" if settings["quick"] else ""}
 <h2>What was measured</h2>
 {page.table(*table(summary), _row_class)}
 <p class="note">Mean ± standard deviation over seeds {", ".join(map(str, summary.seeds))}. Lower is better, except the

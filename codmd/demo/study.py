@@ -39,6 +39,8 @@ class Options:
     """The teacher to train when no better one is cached."""
     threads: int
     use_cache: bool
+    quick: bool
+    """Whether the sizes are those of a check rather than of a result; the report says so."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def run_study(options: Options) -> Study:
         "codmd": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "quick": options.quick,
         "seeds": list(options.seeds),
         "student updates": options.updates,
         "evaluation samples": options.samples,
