@@ -157,8 +157,8 @@ def _composed(inputs: Inputs, relation: _Relation, group: dist.ProcessGroup | No
 
 def _forward(
     inputs: tuple[Any, ...], relation: _Relation, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(terms [4] = total, dmd, batch, frame; norms; factors; frame gradient; batch gradient)."""
+) -> tuple[CodmdTerms, Tensor, Tensor, Tensor, Tensor]:
+    """(terms, norms, factors, frame gradient, batch gradient); on a GPU the terms cost one small launch, or two."""
     student = inputs[0]
     group = distributed.resolve(relation.group_name) if relation.group_name and relation.batch_weight else None
     ranks = 1 if group is None else group.size()
@@ -173,18 +173,25 @@ def _forward(
         related,
     )
     if not related:
-        batch, batch_grad = torch.zeros_like(frame[0]), frame.new_empty(0)
-        weighted = relation.frame_weight * frame[0]
+        batch, batch_grad = frame.new_zeros(()), frame.new_empty(0)
+        weighted, scale = frame[0], relation.frame_weight
     else:
         gathered = rows if group is None or ranks == 1 else distributed.gather_rows(rows, relation.group_name)
         first = 0 if group is None else group.rank() * len(rows)
-        scale = distributed.gradient_scale(relation.batch_grad, ranks)
         terms, batch_grad = backends.select(backend, student).relation_batch(
-            gathered, frame, first, len(rows), relation.temperature, relation.batch_weight, relation.frame_weight, scale
+            gathered,
+            frame,
+            first,
+            len(rows),
+            relation.temperature,
+            relation.batch_weight,
+            relation.frame_weight,
+            distributed.gradient_scale(relation.batch_grad, ranks),
         )
         weighted, batch, _ = terms.unbind()
-    total = values[0] + relation.relation_weight * weighted
-    return torch.stack([total, values[0], batch, frame[0]]), norms, factors, frame_grad, batch_grad
+        scale = 1.0
+    total = torch.add(values[0], weighted, alpha=relation.relation_weight * scale)
+    return CodmdTerms(total, values[0], batch, frame[0]), norms, factors, frame_grad, batch_grad
 
 
 def _backward(
@@ -204,14 +211,14 @@ def _backward(
 class _Codmd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, inputs: Inputs, relation: _Relation, backend: str) -> tuple[Tensor, ...]:
-        stacked, norms, factors, frame_grad, batch_grad = _forward(inputs.fused, relation, backend)
+        terms, norms, factors, frame_grad, batch_grad = _forward(inputs.fused, relation, backend)
         ctx.save_for_backward(
             *inputs[1:5], inputs.sigma, inputs.mask, relation.frame_mask, norms, factors, frame_grad, batch_grad
         )
         ctx.student = student.shape, dense_strides(student.shape, student.stride()), student.dtype
         ctx.options = inputs.fused[9:], (relation.grid, *relation[3:6]), backend
         ctx.set_materialize_grads(False)
-        return stacked.unbind()
+        return tuple(terms)
 
     @staticmethod
     @once_differentiable
@@ -232,7 +239,9 @@ _RELATION = (
 
 def _traced_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, relation, backend = arguments[:13], _Relation(*arguments[13:21]), arguments[21]
-    return _forward((*inputs[:10], conventions.decode(inputs[10]), *inputs[11:]), relation, backend)
+    terms, *rest = _forward((*inputs[:10], conventions.decode(inputs[10]), *inputs[11:]), relation, backend)
+    norms, factors, frame_grad, batch_grad = rest
+    return torch.stack(list(terms)), norms, factors, frame_grad, batch_grad
 
 
 _codmd_loss = torch.library.custom_op(
