@@ -1,4 +1,4 @@
-"""The bytes that ``codmd.kernels.traffic`` derives are those the kernels touch, counted load by load and store by store.
+"""The bytes that ``codmd.kernels.traffic`` derives are those the kernels touch, counted one by one.
 
 Triton's CPU interpreter runs the kernels, and a proxy of its memory counts the active lanes that fall into each tensor.
 """
