@@ -13,7 +13,7 @@ rows of the relation.
 
 from __future__ import annotations
 
-import functools
+import weakref
 from typing import Literal
 
 import torch
@@ -28,15 +28,23 @@ def gradient_scale(batch_grad: str, world_size: int) -> float:
     return float(world_size) if batch_grad == "global" else 1.0
 
 
-@functools.lru_cache(maxsize=64)
-def _host_group(group_name: str) -> dist.ProcessGroup:
-    """A gloo group with the members of ``group``: sizes are compared on the host, no device is synchronised."""
-    group = resolve(group_name)
+_companions: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+
+
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group with the members of ``group``: sizes are compared on the host, no device is synchronised.
+
+    Held weakly: a process group that outlives ``destroy_process_group`` would end its threads in an interpreter
+    that is shutting down, which aborts the process.
+    """
     if "gloo" in dist.get_backend(group):
         return group
-    ranks = dist.get_process_group_ranks(group)
-    companion = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-    assert isinstance(companion, dist.ProcessGroup)
+    companion = _companions.get(group)
+    if companion is None:
+        ranks = dist.get_process_group_ranks(group)
+        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        companion = _companions[group] = made
     return companion
 
 
@@ -45,9 +53,9 @@ def resolve(group_name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
 
 
-def check_equal_rows(rows: int, columns: int, group_name: str) -> None:
+def check_equal_rows(rows: int, columns: int, group: dist.ProcessGroup) -> None:
     """Raise the same ``ValueError`` on every rank unless all ranks bring ``[rows, columns]``."""
-    host = _host_group(group_name)
+    host = _host_group(group)
     shapes = torch.empty(host.size(), 2, dtype=torch.int64)
     dist.all_gather_into_tensor(shapes, torch.tensor([[rows, columns]]), group=host)
     found = shapes.tolist()
@@ -66,7 +74,7 @@ def gather_rows(rows: Tensor, group_name: str) -> Tensor:
         ValueError: on every rank, when the ranks' shapes differ.
     """
     group = resolve(group_name)
-    check_equal_rows(rows.shape[0], rows.shape[1], group_name)
+    check_equal_rows(rows.shape[0], rows.shape[1], group)
     gathered = rows.new_empty(group.size() * rows.shape[0], rows.shape[1])
     dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
     return gathered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from datetime import timedelta
@@ -22,6 +23,7 @@ def _entry(rank: int, world: int, store: str, function, arguments) -> None:
         function(rank, world, *arguments)
         dist.barrier()
     finally:
+        gc.collect()  # networks hold their groups in reference cycles; a group must not outlive the interpreter
         dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from contextlib import nullcontext
@@ -34,7 +35,18 @@ def run(config: RunConfig) -> bool:
         ConfigError: the configuration cannot be used. CheckpointError: a checkpoint cannot be written or read.
         NonFiniteRun: too many updates in a row were not finite.
     """
-    with processes(config.parallel) as team, only_run(config.folder, team), stop_requests() as stop:
+    with processes(config.parallel) as team:
+        try:
+            return _train(config, team)
+        finally:
+            # Sharded networks keep their process groups in reference cycles, and a group that lives on into the
+            # interpreter's end aborts the process there.
+            gc.collect()
+
+
+def _train(config: RunConfig, team: Processes) -> bool:
+    """:func:`run` among the processes of `team`, in a scope that ends before their group does."""
+    with only_run(config.folder, team), stop_requests() as stop:
         job = assemble(config, team)
         trainer = job.trainer
         notes: list[str] = []
