@@ -173,19 +173,21 @@ def test_the_written_bytes_are_those_of_safetensors_own_reader(tmp_path):
 
 
 class Payload:
+    def __init__(self, mark):
+        self.mark = mark
+
     def __reduce__(self):
         import os
 
-        return os.system, ("touch /tmp/codmd-test-payload-ran",)
+        return os.system, (f"touch {self.mark}",)
 
 
 def test_a_pickle_that_carries_code_is_refused_and_not_run(tmp_path):
-    from pathlib import Path
-
-    torch.save({"generator": original_state(), "extra": Payload()}, tmp_path / "evil.pt")
+    mark = tmp_path / "payload-ran"
+    torch.save({"generator": original_state(), "extra": Payload(mark)}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil.pt: refused, because it carries code: loading it would call .*system"):
         read(tmp_path / "evil.pt")
-    assert not Path("/tmp/codmd-test-payload-ran").exists()
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
