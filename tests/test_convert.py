@@ -113,7 +113,7 @@ def refused(capsys, tmp_path, *arguments):
 
 def test_bad_sources_are_refused_and_leave_nothing(tmp_path, capsys):
     out = tmp_path / "out"
-    torch.save({"generator": Payload()}, tmp_path / "evil.pt")
+    torch.save({"generator": Payload(tmp_path / "payload-ran")}, tmp_path / "evil.pt")
     assert "evil.pt: refused, because it carries code" in refused(
         capsys, tmp_path, "--codmd", tmp_path / "evil.pt", out
     )
