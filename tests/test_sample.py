@@ -1,6 +1,7 @@
 """`codmd sample`: real video files that depend on (prompt, seed) alone, made once, read back."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,14 @@ def test_videos_are_16_fps_of_the_asked_size_with_a_sheet_of_all_seeds(pipeline,
     assert sheet.size == (34 + 8 * 160, 18 + 2 * 107)
     row = np.asarray(sheet)[18 + 53]
     assert row[34:].std() > 0, "frames, not a blank page"
+
+
+def test_progress_counts_every_evaluation_and_tells_the_time_left(pipeline, prompts, tmp_path, capsys):
+    sample(pipeline, prompts, tmp_path / "out", *STUDENT, "--seeds", 2)
+    first, *_, last = capsys.readouterr().err.strip().split("\r")
+    evaluations = len(PROMPTS[:2]) * 2 * len(SIGMAS)
+    assert re.search(rf"sampling: +0%.* 0/{evaluations} \[00:00<\?, \?step/s\]", first)
+    assert re.search(rf"sampling: 100%.* {evaluations}/{evaluations} \[\d+:\d+<00:00, .*{PROMPTS[1][:30]}\]", last)
 
 
 def test_the_video_is_the_decoded_sample_of_prompt_and_seed(pipeline, prompts, tmp_path):
