@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from codmd.reference.relation import Pool
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def remembered(function: Function) -> Function:
+    """``function`` of hashable arguments, worked out once for each; compiled code traces the function itself."""
+    lookup = functools.lru_cache(maxsize=512, typed=True)(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        try:
+            return lookup(*arguments)
+        except TypeError:  # an argument that cannot be a key: the function says what is wrong with it
+            return function(*arguments)
+
+    return call  # type: ignore[return-value]
 
 
 def group_name_of(group: dist.ProcessGroup | None) -> str:
@@ -35,6 +55,12 @@ def pool_of(grid: list[int] | None) -> Pool:
     if grid is None:
         return None
     return "mean" if grid == [1, 1] else (grid[0], grid[1])
+
+
+@remembered
+def gradient_strides(shape: Any, strides: Any) -> tuple[int, ...]:
+    """:func:`dense_strides` of an eager call."""
+    return dense_strides(shape, strides)
 
 
 def dense_strides(shape: Any, strides: Any) -> tuple[int, ...]:

@@ -10,10 +10,35 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("bfchw", "bcfhw")
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_latents(student: Tensor, **others: Tensor | None) -> None:
     """``student`` is a 5-D floating tensor; the others match it and require no gradient."""
+    if not _plainly_match(student, others):
+        _explain_latents(student, others)
+
+
+def _plainly_match(student: Any, others: dict[str, Any]) -> bool:
+    """Whether nothing can be wrong: the few attributes that tell so, since this precedes every kernel."""
+    if type(student) not in PLAIN:
+        return False
+    shape, dtype, device = student.shape, student.dtype, student.device
+    if len(shape) != 5 or 0 in shape or dtype not in DTYPES:
+        return False
+    for other in others.values():
+        if other is not None and (
+            type(other) is not Tensor
+            or other.shape != shape
+            or other.dtype is not dtype
+            or other.requires_grad
+            or other.device != device
+        ):
+            return False
+    return True
+
+
+def _explain_latents(student: Any, others: dict[str, Any]) -> None:
     if not isinstance(student, Tensor):
         raise TypeError(f"student must be a torch.Tensor, got {type(student).__name__}")
     if student.dtype not in DTYPES:
@@ -53,7 +78,7 @@ def check_layout(layout: str) -> None:
 
 def check_positive(name: str, value: Any) -> float:
     """A finite number > 0, as float."""
-    number = _number(name, value)
+    number = check_number(name, value)
     if not number > 0:
         raise ValueError(f"{name} must be greater than 0, got {value}")
     return number
@@ -61,13 +86,14 @@ def check_positive(name: str, value: Any) -> float:
 
 def check_weight(name: str, value: Any) -> float:
     """A finite number >= 0, as float."""
-    number = _number(name, value)
+    number = check_number(name, value)
     if number < 0:
         raise ValueError(f"{name} must be 0 or greater, got {value}")
     return number
 
 
-def _number(name: str, value: Any) -> float:
+def check_number(name: str, value: Any) -> float:
+    """A finite Python number, as float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:

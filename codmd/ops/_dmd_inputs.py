@@ -10,6 +10,7 @@ from torch import Tensor
 from codmd import backends, conventions, reference
 from codmd.conventions import Convention
 from codmd.ops import _checks
+from codmd.ops._boundary import remembered
 
 LAYOUTS = ("bfchw", "bcfhw", "bchw")
 PREDICTIONS = ("x0", "flow")
@@ -61,41 +62,53 @@ def check(
     backend: str,
 ) -> Inputs:
     """Raise ``TypeError`` or ``ValueError`` naming the argument, or return the canonical form."""
-    convention = conventions.resolve(convention)
-    layout = convention.layout if layout is None else layout
-    _checks.check_one_of("layout", layout, LAYOUTS)
+    rule, layout, scales = _options(convention, layout, guidance, fake_guidance, prediction, backend)
     _check_axes(student, layout)
-    images = layout == "bchw"
-    others = {"fake": fake, "real": real, "real_uncond": real_uncond, "fake_uncond": fake_uncond, "noisy": noisy}
-    for name in ("fake", "real"):
-        if others[name] is None:
+    for name, tensor in (("fake", fake), ("real", real)):
+        if tensor is None:
             raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
-    if images and isinstance(student, Tensor):
-        others = {name: v.unsqueeze(1) if isinstance(v, Tensor) and v.ndim == 4 else v for name, v in others.items()}
-        student, layout = student.unsqueeze(1), "bfchw"
-    _checks.check_latents(student, **others)
-    _checks.check_one_of("prediction", prediction, PREDICTIONS)
-    frames = student.shape[1] if layout == "bfchw" else student.shape[2]
-    guidance = _checks._number("guidance", guidance)
-    fake_guidance = guidance if fake_guidance is None else _checks._number("fake_guidance", fake_guidance)
-    backends.check_name(backend)
+    images = layout == "bchw"
+    if images:
+        given: tuple[Any, ...] = (student, fake, real, real_uncond, fake_uncond, noisy)
+        student, fake, real, real_uncond, fake_uncond, noisy = (
+            v.unsqueeze(1) if isinstance(v, Tensor) and v.ndim == 4 else v for v in given
+        )
+        layout = "bfchw"
+    _checks.check_latents(student, fake=fake, real=real, real_uncond=real_uncond, fake_uncond=fake_uncond, noisy=noisy)
     return Inputs(
         student,
-        others["fake"],  # type: ignore[arg-type]
-        others["real"],  # type: ignore[arg-type]
-        others["real_uncond"],
-        others["fake_uncond"],
-        others["noisy"],
-        _sigma(prediction, noisy, sigma, student, frames, convention),
-        _mask(mask, student, images),
-        _sample_weight(sample_weight, student, convention),
+        fake,
+        real,
+        real_uncond,
+        fake_uncond,
+        noisy,
+        _sigma(prediction, noisy, sigma, student, layout, rule),
+        None if mask is None else _mask(mask, student, images),
+        None if sample_weight is None else _sample_weight(sample_weight, student, rule),
         layout,
-        convention,
-        convention.cond_scale(guidance),
-        convention.cond_scale(fake_guidance),
-        guidance,
-        fake_guidance,
+        rule,
+        *scales,
     )
+
+
+@remembered
+def _options(
+    convention: str | Convention,
+    layout: str | None,
+    guidance: float,
+    fake_guidance: float | None,
+    prediction: str,
+    backend: str,
+) -> tuple[Convention, str, tuple[float, float, float, float]]:
+    """The convention, the layout, and the scales of :class:`Inputs`; raises where an option is not as described."""
+    rule = conventions.resolve(convention)
+    layout = rule.layout if layout is None else layout
+    _checks.check_one_of("layout", layout, LAYOUTS)
+    _checks.check_one_of("prediction", prediction, PREDICTIONS)
+    real = _checks.check_number("guidance", guidance)
+    fake = real if fake_guidance is None else _checks.check_number("fake_guidance", fake_guidance)
+    backends.check_name(backend)
+    return rule, layout, (rule.cond_scale(real), rule.cond_scale(fake), real, fake)
 
 
 def _check_axes(student: Any, layout: str) -> None:
@@ -114,7 +127,7 @@ def _sigma(
     noisy: Tensor | None,
     sigma: Tensor | None,
     student: Tensor,
-    frames: int,
+    layout: str,
     convention: Convention,
 ) -> Tensor | None:
     if prediction == "x0":
@@ -126,7 +139,7 @@ def _sigma(
         if not isinstance(value, Tensor):
             raise TypeError(f'{name} must be a torch.Tensor with prediction="flow", got {type(value).__name__}')
     assert sigma is not None
-    samples = len(student)
+    samples, frames = len(student), student.shape[1 if layout == "bfchw" else 2]
     if sigma.shape not in ((samples,), (samples, frames)):
         raise ValueError(
             f"sigma must have shape (batch,) = ({samples},) or (batch, frames) = ({samples}, {frames}), "
@@ -137,9 +150,7 @@ def _sigma(
     return (sigma[:, None] if sigma.ndim == 1 else sigma).expand(samples, frames)
 
 
-def _mask(mask: Any, student: Tensor, images: bool) -> Tensor | None:
-    if mask is None:
-        return None
+def _mask(mask: Any, student: Tensor, images: bool) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a boolean torch.Tensor, got {type(mask).__name__}")
     if mask.dtype is not torch.bool:
@@ -154,9 +165,7 @@ def _mask(mask: Any, student: Tensor, images: bool) -> Tensor | None:
     return mask.expand(student.shape)
 
 
-def _sample_weight(weight: Any, student: Tensor, convention: Convention) -> Tensor | None:
-    if weight is None:
-        return None
+def _sample_weight(weight: Any, student: Tensor, convention: Convention) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"sample_weight must be a torch.Tensor, got {type(weight).__name__}")
     if weight.shape != (len(student),):

@@ -18,7 +18,7 @@ from codmd.conventions import Convention
 from codmd.ops import _checks, _dmd_backend, _dmd_inputs, _stepwise
 from codmd.ops._boundary import dense_strides, group_name_of, is_traced, pool_of
 from codmd.ops._dmd_inputs import Inputs
-from codmd.ops.dmd import LATENTS, OPTIONS, SAVED, STUDENT, empty_moments, fused
+from codmd.ops.dmd import LATENTS, OPTIONS, SAVED, STUDENT, empty_moments, loss_of
 from codmd.ops.relation import relation_loss
 from codmd.reference.relation import Pool
 
@@ -129,10 +129,7 @@ def codmd_loss(
 
 
 def _composed(inputs: Inputs, relation: _Relation, group: dist.ProcessGroup | None, backend: str) -> CodmdTerms:
-    if inputs.convention.fusable:
-        dmd, _, _ = fused(inputs, False, backend)
-    else:
-        (dmd,) = _stepwise.loss_and_terms(inputs, backend, False)
+    dmd = loss_of(inputs, backend)
     if not relation.relation_weight:
         return CodmdTerms(dmd, dmd, dmd.new_zeros(()), dmd.new_zeros(()))
     found = relation_loss(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from codmd import conventions, reference
 from codmd.conventions import Convention
 from codmd.ops import _dmd_backend, _dmd_inputs, _stepwise
-from codmd.ops._boundary import dense_strides, is_traced
+from codmd.ops._boundary import dense_strides, gradient_strides, is_traced
 from codmd.ops._dmd_inputs import Inputs
 
 
@@ -92,26 +92,39 @@ def dmd_loss(
         student, fake, real, real_uncond, fake_uncond, guidance, fake_guidance, convention, mask, sample_weight,
         layout, prediction, noisy, sigma, backend,
     )  # fmt: skip
-    if not inputs.convention.fusable:
-        terms: tuple[Tensor, ...] = _stepwise.loss_and_terms(inputs, backend, return_terms)
-    else:
-        terms = fused(inputs, return_terms, backend)
     if not return_terms:
-        return terms[0]
-    loss, magnitude, norm = terms
+        return loss_of(inputs, backend)
+    if inputs.convention.fusable:
+        loss, magnitude, norm = _fused_terms(inputs, backend)
+    else:
+        loss, magnitude, norm = _stepwise.loss_and_terms(inputs, backend, True)
     guided = _stepwise.guided(_stepwise.teacher_prediction, inputs)
     return DmdTerms(loss, magnitude, norm, guided.squeeze(1) if student.ndim == 4 else guided)
 
 
-def fused(inputs: Inputs, magnitude: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, mean|g| if ``magnitude``, norms) of a fusable convention in one pass; only the loss has a gradient."""
+def loss_of(inputs: Inputs, backend: str) -> Tensor:
+    """The loss alone: in one pass, or step by step where the convention asks for it."""
+    if not inputs.convention.fusable:
+        return _stepwise.loss_and_terms(inputs, backend, False)[0]
     if is_traced(inputs.student):
-        values, norm, _ = torch.ops.codmd.dmd_loss(
-            *inputs[:10], inputs.convention.encoded, *inputs.fused[11:], magnitude, backend
-        )
+        return _traced(inputs, False, backend)[0][0]
+    return _Loss.apply(inputs.student, inputs, backend)
+
+
+def _fused_terms(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, mean|g|, norms) in one pass; only the loss has a gradient."""
+    if is_traced(inputs.student):
+        values, norm = _traced(inputs, True, backend)
         loss, size = values.unbind()
         return loss, size.detach(), norm.detach()
-    return _Dmd.apply(*inputs, magnitude, backend)
+    return _Terms.apply(inputs.student, inputs, backend)
+
+
+def _traced(inputs: Inputs, magnitude: bool, backend: str) -> tuple[Tensor, Tensor]:
+    values, norm, _ = torch.ops.codmd.dmd_loss(
+        *inputs[:10], inputs.convention.encoded, *inputs.fused[11:], magnitude, backend
+    )
+    return values, norm
 
 
 def _forward(
@@ -138,15 +151,42 @@ def _forward(
     )  # fmt: skip
 
 
-class _Dmd(torch.autograd.Function):
+def _eager_forward(ctx: Any, inputs: Inputs, magnitude: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """(values [2] = loss and mean|g|, norms); what the backward pass needs goes to ``ctx``."""
+    student = inputs.student
+    run = _dmd_backend.select(backend, student)
+    values, norms, factors = run.dmd_forward(*inputs.fused, magnitude)
+    ctx.save_for_backward(*inputs[1:5], inputs.sigma, inputs.mask, norms, factors)
+    shape = student.shape
+    ctx.student = run, shape, gradient_strides(shape, student.stride()), student.dtype
+    ctx.options = inputs.fused[9:]
+    return values, norms
+
+
+def _eager_backward(ctx: Any, grad: Tensor) -> Tensor:
+    run, shape, strides, dtype = ctx.student
+    out = torch.empty_strided(shape, strides, dtype=dtype, device=grad.device)
+    run.dmd_backward(out, grad, *ctx.saved_tensors, *ctx.options)
+    return out
+
+
+class _Loss(torch.autograd.Function):
+    """The loss alone: one output costs the eager call less than three."""
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, (magnitude, backend) = Inputs(*arguments[:15]), arguments[15:]
-        values, norms, factors = _dmd_backend.select(backend, inputs.student).dmd_forward(*inputs.fused, magnitude)
-        ctx.save_for_backward(*inputs[1:5], inputs.sigma, inputs.mask, norms, factors)
-        student = inputs.student
-        ctx.student = student.shape, dense_strides(student.shape, student.stride()), student.dtype
-        ctx.options, ctx.backend = inputs.fused[9:], backend
+    def forward(ctx: Any, student: Tensor, inputs: Inputs, backend: str) -> Tensor:
+        return _eager_forward(ctx, inputs, False, backend)[0][0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _eager_backward(ctx, grad), None, None
+
+
+class _Terms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        values, norms = _eager_forward(ctx, inputs, True, backend)
         loss, size = values.unbind()
         ctx.mark_non_differentiable(size, norms)
         return loss, size, norms
@@ -154,10 +194,7 @@ class _Dmd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        shape, strides, dtype = ctx.student
-        out = torch.empty_strided(shape, strides, dtype=dtype, device=grad.device)
-        _dmd_backend.select(ctx.backend, out).dmd_backward(out, grad, *ctx.saved_tensors, *ctx.options)
-        return out, *[None] * 16
+        return _eager_backward(ctx, grad), None, None
 
 
 LATENTS = (

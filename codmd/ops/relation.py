@@ -17,7 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from codmd import backends, distributed, reference
 from codmd.ops import _checks
-from codmd.ops._boundary import dense_strides, group_name_of, is_traced, pool_of
+from codmd.ops._boundary import (
+    dense_strides,
+    gradient_strides,
+    group_name_of,
+    is_traced,
+    pool_of,
+    remembered,
+)
 from codmd.reference.relation import Pool
 
 
@@ -79,26 +86,37 @@ def relation_loss(
 
     Source: CoDMD, arXiv 2606.21982; gradients and the sound form in ``docs/mathematics.md``.
     """
-    _checks.check_layout(layout)
+    temperature, batch_weight, frame_weight = _options(
+        temperature, batch_weight, frame_weight, layout, batch_grad, backend
+    )
     _checks.check_latents(student, real=real, fake=fake)
-    temperature = _checks.check_positive("temperature", temperature)
-    batch_weight = _checks.check_weight("batch_weight", batch_weight)
-    frame_weight = _checks.check_weight("frame_weight", frame_weight)
     grid = _checks.check_pool(pool, layout, student.shape)
     _checks.check_frame_mask(frame_mask, student, layout)
+    scores = student, real, fake, frame_mask
+    options = temperature, batch_weight, frame_weight, layout, grid, group_name_of(group), batch_grad
+    if is_traced(student):
+        terms, _, _ = torch.ops.codmd.relation_loss(*scores, *options, backend)
+        total, batch, frame = terms.unbind()
+    elif return_terms:
+        total, batch, frame = _Terms.apply(student, scores, options, backend)
+    else:
+        return _Total.apply(student, scores, options, backend)
+    return RelationTerms(total, batch, frame) if return_terms else total
+
+
+@remembered
+def _options(
+    temperature: float, batch_weight: float, frame_weight: float, layout: str, batch_grad: str, backend: str
+) -> tuple[float, float, float]:
+    """The checked numbers as float; raises where an option is not as described."""
+    _checks.check_layout(layout)
     _checks.check_one_of("batch_grad", batch_grad, ("global", "local"))
     backends.check_name(backend)
-    group_name = group_name_of(group)
-    arguments = (
-        student, real, fake, frame_mask, temperature, batch_weight, frame_weight,
-        layout, grid, group_name, batch_grad, backend,
-    )  # fmt: skip
-    if is_traced(student):
-        terms, _, _ = torch.ops.codmd.relation_loss(*arguments)
-        total, batch, frame = terms.unbind()
-    else:
-        total, batch, frame = _Relation.apply(*arguments)
-    return RelationTerms(total, batch, frame) if return_terms else total
+    return (
+        _checks.check_positive("temperature", temperature),
+        _checks.check_weight("batch_weight", batch_weight),
+        _checks.check_weight("frame_weight", frame_weight),
+    )
 
 
 def relation_matrix(latents: Tensor, axis: str = "frame", pool: Pool = "mean", layout: str = "bfchw") -> Tensor:
@@ -179,27 +197,49 @@ def _run_forward(
     return terms, frame_grad, rows_grad
 
 
-class _Relation(torch.autograd.Function):
+def _eager_forward(ctx: Any, scores: tuple[Any, ...], options: tuple[Any, ...], backend: str) -> Tensor:
+    """The terms [3]; what the backward pass needs goes to ``ctx``."""
+    student, frame_mask, grid = scores[0], scores[3], options[4]
+    run = backends.select(backend, student)
+    terms, frame_grad, batch_grad = _run_forward(run, *scores, *options)
+    ctx.save_for_backward(frame_grad, batch_grad, frame_mask, student if grid is None else None)
+    shape = student.shape
+    ctx.student = run, shape, gradient_strides(shape, student.stride()), student.dtype
+    ctx.options = options[3], pool_of(grid), options[1], options[2]
+    ctx.set_materialize_grads(False)
+    return terms
+
+
+def _eager_backward(ctx: Any, total: Tensor | None, batch: Tensor | None, frame: Tensor | None) -> Tensor:
+    frame_grad, batch_grad, frame_mask, student = ctx.saved_tensors
+    run, shape, strides, dtype = ctx.student
+    out = torch.empty_strided(shape, strides, dtype=dtype, device=frame_grad.device)
+    run.relation_backward(out, total, batch, frame, student, frame_mask, frame_grad, batch_grad, *ctx.options)
+    return out
+
+
+class _Total(torch.autograd.Function):
+    """The total alone: one output costs the eager call less than three."""
+
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *options, backend = rest
-        run = backends.select(backend, student)
-        terms, frame_grad, batch_grad = _run_forward(run, student, *options)
-        _, _, frame_mask, _, batch_weight, frame_weight, layout, grid, _, _ = options
-        ctx.save_for_backward(frame_grad, batch_grad, frame_mask, student if grid is None else None)
-        ctx.run, ctx.student = run, (student.shape, student.stride(), student.dtype)
-        ctx.options = layout, pool_of(grid), batch_weight, frame_weight
-        ctx.set_materialize_grads(False)
-        return terms.unbind()  # type: ignore[return-value]
+    def forward(ctx: Any, student: Tensor, scores: Any, options: Any, backend: str) -> Tensor:
+        return _eager_forward(ctx, scores, options, backend)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None if total is None else _eager_backward(ctx, total, None, None)), None, None, None
+
+
+class _Terms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, scores: Any, options: Any, backend: str) -> tuple[Tensor, ...]:
+        return _eager_forward(ctx, scores, options, backend).unbind()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        frame_grad, batch_grad, frame_mask, student = ctx.saved_tensors
-        shape, strides, dtype = ctx.student
-        out = torch.empty_strided(shape, dense_strides(shape, strides), dtype=dtype, device=frame_grad.device)
-        ctx.run.relation_backward(out, *gradients, student, frame_mask, frame_grad, batch_grad, *ctx.options)
-        return out, *[None] * 11
+        return _eager_backward(ctx, *gradients), None, None, None
 
 
 _OPTIONS = (
