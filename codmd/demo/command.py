@@ -9,7 +9,7 @@ from pathlib import Path
 from codmd.cli import CommandError, above, at_least, integer_in
 
 HELP = "distil a toy video teacher with DMD and with CoDMD on the CPU, and write a report"
-FULL = {"seeds": 3, "updates": 1200, "samples": 2000}
+FULL = {"seeds": 3, "updates": 1000, "samples": 2000}
 QUICK = {"seeds": 1, "updates": 300, "samples": 1000}
 QUICK_TEACHER_STEPS = 1800
 
