@@ -31,6 +31,17 @@ def remembered(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
+def once_differentiable(function: Function) -> Function:
+    """PyTorch's decorator for a ``backward``, at no cost where no graph of the gradient is asked for."""
+    guarded = torch.autograd.function.once_differentiable(function)
+
+    @functools.wraps(function)
+    def backward(*arguments: Any) -> Any:
+        return guarded(*arguments) if torch.is_grad_enabled() else function(*arguments)
+
+    return backward  # type: ignore[return-value]
+
+
 def group_name_of(group: dist.ProcessGroup | None) -> str:
     """The name that stands for a group in a schema; empty for none."""
     if group is None:

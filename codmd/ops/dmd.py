@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from codmd import conventions, reference
 from codmd.conventions import Convention
 from codmd.ops import _dmd_backend, _dmd_inputs, _stepwise
-from codmd.ops._boundary import dense_strides, gradient_strides, is_traced
+from codmd.ops._boundary import dense_strides, gradient_strides, is_traced, once_differentiable
 from codmd.ops._dmd_inputs import Inputs
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from codmd import backends, distributed, reference
 from codmd.ops import _checks
@@ -22,6 +21,7 @@ from codmd.ops._boundary import (
     gradient_strides,
     group_name_of,
     is_traced,
+    once_differentiable,
     pool_of,
     remembered,
 )
