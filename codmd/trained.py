@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codmd.distill.checkpoint import META, CheckpointError, read_meta, read_student, resolve
+from codmd.distill.checkpoint import read_student, resolve
+from codmd.distill.integrity import META, CheckpointError, read_meta
 from codmd.distill.parallel import Processes
 from codmd.distill.settings import RunConfig
 from codmd.distill.typed import ConfigError, structured

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from codmd.distill import checkpoint as checkpoints
-from codmd.distill.checkpoint import CheckpointError, CheckpointStore, load, read_meta, read_student, resolve
+from codmd.distill.checkpoint import CheckpointStore, load, read_student, resolve
+from codmd.distill.integrity import CheckpointError, read_meta
 from codmd.distill.parallel import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"), None, None)
@@ -157,7 +158,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_previous_checkpoint_alone(s
             patch.setattr("torch.distributed.checkpoint.filesystem.torch.save", disk_full)
             patch.setattr("torch.distributed.checkpoint.filesystem._write_item", disk_full)
         else:
-            patch.setattr(checkpoints, {"check": "_size_and_sum", "finish": "_flush_folder"}[moment], disk_full)
+            patch.setattr(checkpoints, {"check": "sums", "finish": "_flush_folder"}[moment], disk_full)
         if moment == "finish":
             patch.setattr(checkpoints.os, "rename", disk_full)
         with pytest.raises(CheckpointError, match=r"No space left on device; .* step_00000001, is untouched"):

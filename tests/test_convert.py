@@ -18,7 +18,8 @@ from codmd import models
 from codmd.cli import main
 from codmd.distill.checkpoint import CheckpointStore
 from codmd.distill.parallel import Processes
-from codmd.distill.settings import ModelSettings, RunConfig
+from codmd.distill.sections import ModelSettings
+from codmd.distill.settings import RunConfig
 from codmd.models.lora import LoraOptions, LoraRoles
 from codmd.models.wan import WanOptions
 

@@ -18,7 +18,7 @@ from codmd.distill.checkpoint import read_student
 from codmd.distill.guard import GuardedAdamW, NonFiniteRun
 from codmd.distill.log import read_log
 from codmd.distill.parallel import processes
-from codmd.distill.settings import ParallelSettings
+from codmd.distill.sections import ParallelSettings
 from codmd.distill.typed import ConfigError
 
 LOSSES = ("loss", "dmd", "relation_batch", "relation_frame", "critic", "student_grad_norm", "critic_grad_norm")

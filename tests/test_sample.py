@@ -18,7 +18,7 @@ from tiny_wan import LATENT, PIXELS, PROMPTS
 from codmd import models
 from codmd.cli import main
 from codmd.distill.rollout import sample_few_step
-from codmd.distill.settings import ModelSettings
+from codmd.distill.sections import ModelSettings
 from codmd.models.wan import WanOptions
 from codmd.sample.names import file_name, jobs_of, vbench_jobs
 from codmd.sample.samplers import FewStep, Guided, noise_of

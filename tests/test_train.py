@@ -19,7 +19,7 @@ from codmd.distill.guard import GuardedAdamW, NonFiniteRun
 from codmd.distill.noise import noise_like
 from codmd.distill.objective import Scores, distillation_loss, predict_scores
 from codmd.distill.rollout import sample_few_step, trajectory
-from codmd.distill.settings import TeacherSettings
+from codmd.distill.sections import TeacherSettings
 from codmd.distill.signs import early_signs
 from codmd.distill.teacher import FlowMatching
 from codmd.distill.trainer import Distiller

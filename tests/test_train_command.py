@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from codmd import cli
-from codmd.distill.checkpoint import read_meta, read_student
+from codmd.distill.checkpoint import read_student
+from codmd.distill.integrity import read_meta
 from codmd.distill.log import RunLog, read_log
 from codmd.distill.outside import only_run
 from codmd.distill.parallel import Processes

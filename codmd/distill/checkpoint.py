@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from .integrity import META, CheckpointError, problems, sums
 from .parallel import Processes
 
-META = "meta.json"
 PREFIX = "step_"
 PARTIAL = ".partial"
-CHUNK = 1 << 24
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the message says what is still there."""
 
 
 class CheckpointStore:
@@ -70,11 +64,11 @@ class CheckpointStore:
     def newest(self) -> Path | None:
         """The newest checkpoint that is complete and undamaged, the same on every process; None when there is none."""
         for path in self.processes.share(self.paths()):
-            problems = [problem for part in self.processes.gather(self._problems(path)) for problem in part]
-            if not problems:
+            found = self._problems(path)
+            if not found:
                 return path
             if self.processes.first:
-                self.warn(f"checkpoint {path} is damaged and will be skipped: {problems[0]}")
+                self.warn(f"checkpoint {path} is damaged and will be skipped: {found[0]}")
         return None
 
     def paths(self) -> list[Path]:
@@ -84,9 +78,13 @@ class CheckpointStore:
 
     def verify(self, path: Path) -> None:
         """Raises `CheckpointError` on every process unless `path` is a complete and undamaged checkpoint."""
-        problems = [problem for part in self.processes.gather(self._problems(path)) for problem in part]
-        if problems:
-            raise CheckpointError(f"checkpoint {path} cannot be used: {problems[0]}")
+        if found := self._problems(path):
+            raise CheckpointError(f"checkpoint {path} cannot be used: {found[0]}")
+
+    def _problems(self, path: Path) -> list[str]:
+        """What the processes, each reading its share of the files, find wrong with a checkpoint; alike on all."""
+        share = slice(self.processes.rank, None, self.processes.size)
+        return [problem for part in self.processes.gather(problems(path, share)) for problem in part]
 
     def _prepare(self, partial: Path) -> None:
         """Clears what killed runs left; only the first process of a run that owns the folder comes here."""
@@ -98,7 +96,7 @@ class CheckpointStore:
     def _own_sums(self, partial: Path) -> dict[str, list[int]]:
         """Size and sum of the files that this process wrote (the first one: also the index), read back."""
         mine = sorted(partial.glob(f"__{self.processes.rank}_*")) + ([partial / ".metadata"] * self.processes.first)
-        return {file.name: _size_and_sum(file) for file in mine}
+        return sums(mine)
 
     def _finish(
         self, partial: Path, path: Path, files: Mapping[str, list[int]], step: int, record: Mapping[str, Any]
@@ -137,24 +135,6 @@ class CheckpointStore:
             )
         return [result for result, _ in outcomes]
 
-    def _problems(self, path: Path) -> list[str]:
-        """What is wrong with this process's share of a checkpoint's files."""
-        try:
-            files = read_meta(path)["files"]
-        except CheckpointError as error:
-            return [str(error)]
-        problems = []
-        for name, (size, total) in sorted(files.items())[self.processes.rank :: self.processes.size]:
-            try:
-                found = _size_and_sum(path / name)
-            except OSError as error:
-                problems.append(f"{name}: {error.strerror}")
-                continue
-            if found != [size, total]:
-                what = f"{found[0]} bytes, not {size}" if found[0] != size else "its content has changed"
-                problems.append(f"{name}: {what}")
-        return problems
-
 
 def load(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
     """Fills `tensors` in place; sharding and number of processes may differ from those that saved.
@@ -172,23 +152,6 @@ def load(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -> Non
                 f"checkpoint {path}: {name} has shape {tuple(entry.size)}; the model here has {tuple(tensor.shape)}"
             )
     _quietly(dcp.load, processes)(dict(tensors), checkpoint_id=path)
-
-
-def read_meta(path: Path) -> dict[str, Any]:
-    """`meta.json` of a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing, truncated, or not what `save` writes.
-    """
-    try:
-        meta = json.loads((path / META).read_text("utf-8"))
-        if not isinstance(meta["files"], dict) or not isinstance(meta["step"], int):
-            raise TypeError("files, step")
-    except OSError as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: {META}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: {META} is damaged") from error
-    return meta
 
 
 def read_student(path: str | os.PathLike[str], ema: bool = False) -> dict[str, Tensor]:
@@ -236,21 +199,15 @@ def resolve(path: Path, processes: Processes) -> Path:
 
 def _quietly(function: Callable[..., Any], processes: Processes) -> Callable[..., Any]:
     """`dcp.save` or `dcp.load` for the processes at hand, without its warning that there is only one."""
+    if processes.group is not None:
+        return function
 
-    def call(*arguments: Any, **options: Any) -> Any:
-        with warnings.catch_warnings():
+    def alone(*arguments: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():  # which forgets what was shown once: among many it would repeat all warnings
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            return function(*arguments, **options, no_dist=processes.group is None)
+            return function(*arguments, **options, no_dist=True)
 
-    return call
-
-
-def _size_and_sum(file: Path) -> list[int]:
-    size = total = 0
-    with open(file, "rb") as stream:
-        while chunk := stream.read(CHUNK):
-            size, total = size + len(chunk), zlib.crc32(chunk, total)
-    return [size, total]
+    return alone
 
 
 def _flush_folder(folder: Path) -> None:

@@ -20,7 +20,9 @@ from .data import read_prompts
 from .job import open_source, preview_numbers
 from .parallel import check_shards
 from .roles import RANDOM
-from .settings import ConfigError, ModelSettings, RunConfig
+from .sections import ModelSettings
+from .settings import RunConfig
+from .typed import ConfigError
 
 
 def dry_run(config: RunConfig) -> str:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from codmd.models.base import ShardPolicy
 
-from .settings import ParallelSettings
+from .sections import ParallelSettings
 from .typed import ConfigError
 
 

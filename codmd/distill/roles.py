@@ -13,7 +13,8 @@ from codmd.models.base import VideoDenoiser
 from codmd.models.lora import LoraRoles
 
 from .parallel import Processes
-from .settings import ModelSettings, RunConfig
+from .sections import ModelSettings
+from .settings import RunConfig
 
 RANDOM = "random"
 

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from codmd import __version__
 
-from .checkpoint import CheckpointError, CheckpointStore, load, read_meta, read_student, resolve
+from .checkpoint import CheckpointStore, load, read_student, resolve
+from .integrity import read_meta
 from .job import Job, Trainer, assemble
 from .log import RunLog
 from .outside import only_run, stop_requests
 from .parallel import Processes, processes
 from .preview import to_pixels, write_preview
-from .settings import ConfigError, RunConfig, differences
+from .settings import RunConfig, differences
+from .typed import ConfigError
 
 PACKAGES = ("torch", "diffusers", "triton", "peft")
 
@@ -203,6 +205,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-__all__ = ["CheckpointError", "run"]

@@ -17,7 +17,7 @@ from .ema import WeightAverage
 from .guard import GuardedAdamW, Step
 from .noise import NoiseStream, noise_like, uniform
 from .schedule import shift_sigma
-from .settings import TeacherSettings
+from .sections import TeacherSettings
 from .weights import trainable_weights
 
 

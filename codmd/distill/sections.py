@@ -1,0 +1,166 @@
+"""The sections around the recipe in a run's configuration: each a dataclass that checks its own values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from codmd import models
+
+from .config import check_count, check_decays, check_number
+from .typed import ConfigError, nearest, structured
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """An adapter of `codmd.models.REGISTRY` and its options, in the type that the adapter declares."""
+
+    name: str
+    options: Any
+
+    @classmethod
+    def from_mapping(cls, values: object, where: str) -> ModelSettings:
+        """The section `model:`: a name, and beside it the options of that adapter."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+            raise ConfigError(f"{where}.name: not given; expected one of {', '.join(models.REGISTRY)}")
+        name = values["name"]
+        if name not in models.REGISTRY:
+            raise ConfigError(f"{where}.name: got {name!r}; {nearest(name, models.REGISTRY)}")
+        options = {key: value for key, value in values.items() if key != "name"}
+        return cls(name, structured(models.options_class(name), options, where))
+
+    def changed(self, changes: Mapping[str, Any], where: str) -> ModelSettings:
+        """The same adapter with some options changed."""
+        return self.from_mapping({"name": self.name, **dataclasses.asdict(self.options), **changes}, where)
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Training of a teacher by flow matching (`mode: teacher`).
+
+    Attributes:
+        updates: optimizer steps.
+        weights: what the teacher starts from, an option of the model; "random" for a fresh one.
+        batch_size, micro_batch: as in the recipe.
+        shift: flow-matching shift of the training levels.
+        lr: highest learning rate, after a linear warm-up, before a cosine decay to 0.
+        warmup: updates of the warm-up.
+        betas, weight_decay, grad_clip, ema_decay, max_nonfinite: as in the recipe.
+        drop_condition: share of samples that train without their condition, for guidance.
+    """
+
+    updates: int = 10_000
+    weights: str = "random"
+    batch_size: int = 64
+    micro_batch: int | None = None
+    shift: float = 3.0
+    lr: float = 1e-3
+    warmup: int = 200
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    grad_clip: float | None = 1.0
+    ema_decay: float | None = None
+    max_nonfinite: int = 10
+    drop_condition: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch_size", "micro_batch", "max_nonfinite"):
+            check_count(name, getattr(self, name), 1)
+        check_count("warmup", self.warmup, 0)
+        for name in ("shift", "lr", "grad_clip"):
+            check_number(name, getattr(self, name), positive=True)
+        check_number("weight_decay", self.weight_decay, positive=False)
+        check_decays("betas", self.betas)
+        if self.ema_decay is not None:
+            check_decays("ema_decay", (self.ema_decay,))
+        if not 0 <= self.drop_condition <= 1:
+            raise ValueError(f"drop_condition: got {self.drop_condition}; expected a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the student is conditioned on, and for a teacher what it learns.
+
+    Attributes:
+        kind: "none" (an unconditional model), "prompts" (a text file, encoded as they come), "embeddings" (the
+            folder that `codmd encode` wrote) or "textures" (pans and zooms over photographs).
+        path: of the file or folder.
+        zoom: of "textures": pixels of a photograph per pixel of a video.
+    """
+
+    kind: Literal["none", "prompts", "embeddings", "textures"] = "none"
+    path: str = ""
+    zoom: float = 4.0
+
+    def __post_init__(self) -> None:
+        needs = self.kind in ("prompts", "embeddings")
+        if needs != bool(self.path):
+            raise ValueError(
+                f"path: got {self.path!r}; data of kind {self.kind!r} {'needs' if needs else 'has'} "
+                f"{'one' if needs else 'none'}"
+            )
+        check_number("zoom", self.zoom, positive=True)
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How networks are spread over the processes that torchrun started.
+
+    Attributes:
+        shard_size: processes that share one copy of the weights (FSDP2); None for all of them. Fewer than all make
+            a hybrid mesh: sharded within groups of that size, replicated between them.
+        compute: dtype of the gathered weights of a sharded network; gradients are reduced in float32.
+        reshard: free gathered weights between forward and backward; false is faster and takes the memory.
+        offload_teacher: keep the teacher's shards in host memory.
+        timeout_minutes: after which a process that waits for the others gives up.
+    """
+
+    shard_size: int | None = None
+    compute: Literal["bfloat16", "float32"] = "bfloat16"
+    reshard: bool = True
+    offload_teacher: bool = False
+    timeout_minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_count("shard_size", self.shard_size, 1)
+        check_number("timeout_minutes", self.timeout_minutes, positive=True)
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When checkpoints are written: `every` so many updates and at the end; the newest `keep_last` stay."""
+
+    every: int = 100
+    keep_last: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep_last"):
+            check_count(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What a run writes about itself.
+
+    Attributes:
+        every: updates between lines of the log and points in TensorBoard.
+        preview_every: updates between previews; 0 writes none.
+        preview_prompts: for conditional models; empty takes the first of the data.
+        preview_samples: videos of a preview where no prompts count them.
+        fps: of preview videos.
+        tensorboard: write TensorBoard events beside the JSON lines.
+    """
+
+    every: int = 10
+    preview_every: int = 0
+    preview_prompts: tuple[str, ...] = ()
+    preview_samples: int = 4
+    fps: int = 8
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every", "preview_samples", "fps"):
+            check_count(name, getattr(self, name), 1)
+        check_count("preview_every", self.preview_every, 0)
