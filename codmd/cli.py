@@ -46,13 +46,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+class IntermixedParser(argparse.ArgumentParser):
+    """The parser of a subcommand: positional arguments may stand before, between and behind its options."""
+
+    _in_pass = False
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As `ArgumentParser`'s, intermixed; a parent parser calls no other method of its subcommands."""
+        if self._in_pass:  # up to Python 3.11 intermixed parsing is two calls of this method
+            return super().parse_known_args(args, namespace)
+        self._in_pass = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._in_pass = False
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all registered subcommands."""
     from codmd import __version__
 
     parser = argparse.ArgumentParser(prog="codmd", description="Few-step video distillation with a relation term.")
     parser.add_argument("--version", action="version", version=f"codmd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=IntermixedParser)
     for name, module_name in COMMANDS.items():
         module = importlib.import_module(module_name)
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from codmd.cli import CommandError
 
@@ -15,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", help="a YAML file, or the name of a packaged one: toy, wan_1.3b, ..."
     )
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes, such as distill.batch_size=8")
+    parser.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="changes, such as seed=3, anywhere on the line"
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     instead.add_argument("--plan", action="store_true", help="print memory and communication on 1 to 128 GPUs")
@@ -28,15 +31,17 @@ def run(args: argparse.Namespace) -> int:
         CommandError: the configuration cannot be used, or the run could not go on; the message says what to do.
     """
     try:
-        from codmd.distill.checkpoint import CheckpointError
         from codmd.distill.dry_run import dry_run
         from codmd.distill.guard import NonFiniteRun
+        from codmd.distill.integrity import CheckpointError
         from codmd.distill.run import run as run_training
-        from codmd.distill.settings import ConfigError, read_config
+        from codmd.distill.settings import read_config
+        from codmd.distill.typed import ConfigError
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
     try:
-        config = read_config(args.config, args.overrides, complete=not args.plan)
+        source, overrides = config_first([args.config, *args.overrides])
+        config = read_config(source, overrides, complete=not args.plan)
         if args.plan:
             from codmd.distill.plan import describe
 
@@ -48,3 +53,10 @@ def run(args: argparse.Namespace) -> int:
         return 0 if run_training(config) else STOPPED
     except (ConfigError, CheckpointError, NonFiniteRun) as error:
         raise CommandError(str(error)) from error
+
+
+def config_first(words: list[str]) -> tuple[str, list[str]]:
+    """CONFIG and the overrides: CONFIG is the first word that is no `key=value`, or else the first of all."""
+    config = next((word for word in words if "=" not in word or Path(word).is_file()), words[0])
+    place = words.index(config)
+    return config, words[:place] + words[place + 1 :]
