@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from codmd.distill import footprint as footprints
 from codmd.distill.config import DistillConfig
-from codmd.distill.footprint import LiveBytes, adapter_parameters, flash_attention, footprint
-from codmd.distill.plan import Forwards, Layout, describe, layouts, plan
+from codmd.distill.footprint import LiveBytes, flash_attention, footprint
+from codmd.distill.forwards import Forwards
+from codmd.distill.job import assemble
+from codmd.distill.parallel import Processes
+from codmd.distill.plan import Layout, Sizes, describe, layouts, plan
 from codmd.distill.scaling_page import PLACEHOLDERS, TITLE, page
-from codmd.distill.settings import ModelSettings, RunConfig, read_config
+from codmd.distill.sections import DataSettings, ModelSettings
+from codmd.distill.settings import RunConfig, read_config
 from codmd.models import build, options_class
-from codmd.models.lora import LoraOptions
+from codmd.models.lora import LoraOptions, LoraRoles, RoleView
 from codmd.models.wan_config import read_config as wan_config
 
 SIZE = {"frames": 5, "height": 8, "width": 8}
@@ -25,6 +31,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def weights_only(monkeypatch):
+    """Plans without activations, whose measurement takes seconds."""
+    monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0))
 
 
 def wan(tmp_path, layers, **options):
@@ -49,24 +61,28 @@ def test_a_cycle_costs_the_published_number_of_forwards():
     assert Forwards.of(window, accumulate=4).student == Forwards.of(recipe).student + 1
 
 
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=4)], ids=["whole", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_on_fake_tensors_are_those_of_real_ones(tmp_path, checkpointing):
+def test_activations_on_fake_tensors_are_those_of_real_ones(tmp_path, checkpointing, lora):
     settings = wan(tmp_path, 6, gradient_checkpointing=checkpointing)
-    predicted = footprint(settings, 2, 4)
+    predicted = footprint(settings, 2, 4, lora)
     with LiveBytes() as live, flash_attention():
         model = build("wan", **{**vars(settings.options), "storage": "bfloat16"})
-        for parameter in model.parameters():
+        roles = None if lora is None else LoraRoles(model, lora)
+        student, critic, teacher = (roles.student, roles.critic, roles.teacher) if roles else (model, model, model)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         inputs = [(torch.zeros(b, *model.latent_shape), torch.zeros(b), torch.zeros(b, 512, 32)) for b in (2, 4)]
         start = live.restart()
-        output = model(*inputs[0])
+        output = student(*inputs[0])
         kept = live.now - start
         output.square().mean().backward()
         training = live.peak - start
         del output
         start = live.restart()
         with torch.no_grad():
-            model(*inputs[1])
+            critic(*inputs[0])
+            teacher(*inputs[1])
         inference = live.peak - start
     assert predicted.kept == pytest.approx(kept, rel=0.02)
     assert predicted.training == pytest.approx(training, rel=0.02)
@@ -93,50 +109,131 @@ def test_live_bytes_forget_what_is_freed():
         assert live.peak == 4000
 
 
+def held(config, monkeypatch):
+    """Bytes of one real cycle: (trained weights, moments, gradients and average; frozen weights)."""
+    trainer = assemble(config, Processes(0, 1, torch.device("cpu"), None, None)).trainer
+    gradients = {}
+    for name, optimizer in trainer.optimizers.items():
+
+        def step(loss, optimizer=optimizer, name=name, made=optimizer.step):
+            every = {id(w): w for role in (trainer.teacher, trainer.student, trainer.critic) for w in whole(role)}
+            gradients[name] = size_of(w.grad for w in every.values() if w.grad is not None)
+            return made(loss)
+
+        monkeypatch.setattr(optimizer, "step", step)
+    trainer.cycle()
+    weights = size_of([*trainer.student_weights.values(), *trainer.critic_weights.values()])
+    states = [value for optimizer in trainer.optimizers.values() for value in optimizer.state().items()]
+    moments = size_of(value for name, value in states if not name.endswith(".step"))
+    average = size_of(trainer.average.average.values())
+    trained = {id(weight) for role in (trainer.student, trainer.critic) for weight in role.trainable_parameters()}
+    frozen = size_of(weight for weight in whole(trainer.teacher) if id(weight) not in trained)
+    assert gradients["student"] == gradients["critic"]
+    return weights + moments + gradients["student"] + average, frozen
+
+
+def whole(role):
+    """All parameters of a network, the shared ones of a role included."""
+    return list((role.roles.base if isinstance(role, RoleView) else role).parameters())
+
+
+def size_of(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=3)], ids=["whole", "lora"])
+@pytest.mark.usefixtures("weights_only")
+def test_the_plan_is_what_a_run_holds_to_the_byte(tmp_path, monkeypatch, lora, storage):
+    model = wan(tmp_path, 2, null_embedding="zeros")
+    config = run_config(model, teacher_model={"storage": storage}, lora=lora, data=embeddings(tmp_path))
+    config = replace(config, distill=replace(config.distill, batch_size=1, critic_updates=1))
+    predicted = plan(config, Layout("one", 1, 1, lora=lora is not None), Sizes.of(config, 1))
+    assert (predicted.trained, predicted.frozen) == held(config, monkeypatch)
+
+
+def embeddings(tmp_path):
+    save_file({"embedding": torch.zeros(1, 1, 32)}, tmp_path / "0.safetensors", metadata={"prompts": '["a cat"]'})
+    return DataSettings("embeddings", str(tmp_path))
+
+
+@pytest.mark.usefixtures("weights_only")
 def test_weights_of_an_update_add_up(tmp_path):
     config = run_config(wan(tmp_path, 2), teacher_model={"storage": "bfloat16"})
-    size = footprint(config.model, 1, 2)
-    one = plan(config, Layout("full", 1, 1), size)
-    assert size.parameters == sum(p.numel() for p in build("wan", **vars(config.model.options)).parameters())
-    assert one.trained == size.parameters * (4 + 4 + 8 + 4 + 8 + 4), "two networks with moments, a gradient, an average"
-    assert one.frozen == size.parameters * 2
+    sizes = Sizes.of(config, 1)
+    one, parameters = plan(config, Layout("full", 1, 1), sizes), sizes.whole.parameters
+    assert parameters == sum(p.numel() for p in build("wan", **vars(config.model.options)).parameters())
+    assert one.trained == parameters * (4 + 4 + 8 + 4 + 8 + 4), "two networks with moments, a gradient, an average"
+    assert 2 * parameters < one.frozen < 4 * parameters, "norms and the time embedding stay in float32"
+    assert one.gathered == 2 * parameters, "autocast's copies"
     assert one.received == one.host == 0
     assert one.micro_batches == 32
     no_average = replace(config, distill=replace(config.distill, ema_decay=None))
-    assert plan(no_average, Layout("full", 1, 1), size).trained == size.parameters * 28
+    assert plan(no_average, Layout("full", 1, 1), sizes).trained == parameters * 28
 
 
+@pytest.mark.usefixtures("weights_only")
+def test_adapters_leave_the_base_frozen_in_its_storage(tmp_path):
+    options, one = {"gradient_checkpointing": True}, Layout("LoRA", 1, 1, lora=True)
+    config = run_config(wan(tmp_path, 4, **options), lora=LoraOptions(rank=4))
+    stored = replace(config, teacher_model={"storage": "bfloat16"})
+    wide, narrow = (plan(c, one, Sizes.of(c, 1)) for c in (config, stored))
+    sizes = Sizes.of(config, 1)
+    base = sizes.whole.parameters
+    assert wide.frozen == 4 * base
+    assert narrow.frozen < 2.5 * base
+    assert wide.trained == narrow.trained == sizes.adapted.trained * 32
+    assert sizes.adapted.parameters == base + 2 * sizes.adapted.trained
+    assert wide.gathered == 2 * sizes.adapted.largest_block, "the bfloat16 copies of one recomputed block"
+    assert narrow.gathered == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_layers_keep_fewer_activations(tmp_path, checkpointing):
+    settings = wan(tmp_path, 4, gradient_checkpointing=checkpointing)
+    whole, adapted = footprint(settings, 1, 1), footprint(settings, 1, 1, LoraOptions(rank=4))
+    assert adapted.kept < 0.95 * whole.kept
+    assert adapted.training < whole.training
+
+
+@pytest.mark.usefixtures("weights_only")
 def test_layouts_shard_replicate_and_offload(tmp_path):
-    config = run_config(wan(tmp_path, 2))
-    size = footprint(config.model, 1, 2)
-    full8, full32 = (plan(config, Layout("full", n, n), size) for n in (8, 32))
-    hybrid = plan(config, Layout("hybrid", 32, 8), size)
-    offloaded = plan(config, Layout("offloaded", 32, 32, offload_teacher=True), size)
+    config = run_config(wan(tmp_path, 2), lora=LoraOptions(rank=4))
+    sizes = Sizes.of(config, 1)
+    full8, full32 = (plan(config, Layout("full", n, n), sizes) for n in (8, 32))
+    hybrid = plan(config, Layout("hybrid", 32, 8), sizes)
+    offloaded = plan(config, Layout("offloaded", 32, 32, offload_teacher=True), sizes)
     assert full32.trained == full8.trained / 4
     assert (hybrid.trained, hybrid.frozen) == (full8.trained, full8.frozen)
     assert (offloaded.frozen, offloaded.host) == (0, full32.frozen)
     assert offloaded.total == full32.total - full32.frozen
-    lora = LoraOptions(rank=4)
-    adapted = plan(config, Layout("lora", 32, 32, lora=lora), size, adapter_parameters(config.model, lora))
+    adapted = plan(config, Layout("lora", 32, 32, lora=True), sizes)
     assert adapted.trained < 0.5 * full32.trained
     assert adapted.received < full32.received
-    assert {layout.name for layout in layouts(config, (1,))} == {"full", "LoRA 64"}
+    assert adapted.frozen == full32.frozen
+    assert {layout.name for layout in layouts(config, (1,))} == {"full", "LoRA 4"}
     assert [layout.shards for layout in layouts(config, (128,))] == [128, 8, 128, 128]
 
 
+@pytest.mark.usefixtures("weights_only")
 def test_communication_is_gathers_in_bfloat16_and_reductions_in_float32(tmp_path):
     config = run_config(wan(tmp_path, 2))
-    size = footprint(config.model, 1, 2)
-    received = plan(config, Layout("full", 32, 32), size).received
+    sizes = Sizes.of(config, 1)
+    weights = sizes.whole.parameters
+    received = plan(config, Layout("full", 32, 32), sizes).received
     gathers = (1.5 + 4 * 2.5) + 1 + 1 + 2 * (1 + 5)
-    assert received == pytest.approx(31 / 32 * size.parameters * (2 * gathers + 4 * (1 + 5)))
+    assert received == pytest.approx(31 / 32 * weights * (2 * gathers + 4 * (1 + 5)))
     kept = replace(config, parallel=replace(config.parallel, reshard=False))
-    assert plan(kept, Layout("full", 32, 32), size).received == pytest.approx(
-        31 / 32 * size.parameters * (2 * (gathers - 6) + 4 * 6)
+    assert plan(kept, Layout("full", 32, 32), sizes).received == pytest.approx(
+        31 / 32 * weights * (2 * (gathers - 6) + 4 * 6)
     )
-    hybrid = plan(config, Layout("hybrid", 32, 8), size).received
+    hybrid = plan(config, Layout("hybrid", 32, 8), sizes).received
     across = 2 * 3 / 4 / 8 * 4 * 6
-    assert hybrid == pytest.approx(size.parameters * (7 / 8 * (2 * gathers + 4 * 6) + across))
+    assert hybrid == pytest.approx(weights * (7 / 8 * (2 * gathers + 4 * 6) + across))
+    adapted = sizes.adapted
+    assert plan(config, Layout("lora", 32, 32, lora=True), sizes).received == pytest.approx(
+        31 / 32 * (adapted.parameters * 2 * gathers + adapted.trained * 4 * 6)
+    )
 
 
 def test_the_table_has_a_row_for_every_layout(tmp_path):

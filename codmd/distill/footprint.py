@@ -8,7 +8,7 @@ and one number a row, as flash kernels do.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from codmd import models
 from codmd.models.base import VideoDenoiser
-from codmd.models.lora import LoraOptions, LoraRoles
+from codmd.models.lora import ADAPTERS, LoraOptions, LoraRoles
 
-from .settings import ModelSettings
+from .sections import ModelSettings
 
 DEPTHS = (2, 4)
 TOKENS = 512
@@ -32,12 +32,14 @@ TOKENS = 512
 
 @dataclass(frozen=True)
 class Footprint:
-    """One network, in numbers of parameters and bytes.
+    """One network, or one base with the adapters of student and critic, in numbers of parameters and bytes.
 
     Attributes:
-        parameters: of the whole network.
+        parameters: of all of it, both adapters included.
         largest_block: parameters of its largest repeated block.
         outside: parameters outside the blocks.
+        trained: parameters that one update changes: the network's, or one adapter's.
+        trained_block: how many of them the largest block has.
         training: bytes alive at the worst moment of a forward and backward pass of one micro-batch, beside weights
             and their gradients.
         kept: bytes that the forward pass leaves for the backward pass.
@@ -47,34 +49,51 @@ class Footprint:
     parameters: int
     largest_block: int
     outside: int
+    trained: int
+    trained_block: int
     training: int
     kept: int
     inference: int
 
 
-def footprint(settings: ModelSettings, batch: int, inference_batch: int) -> Footprint:
+def footprint(settings: ModelSettings, batch: int, inference_batch: int, lora: LoraOptions | None = None) -> Footprint:
     """Measures one network.
 
     Args:
-        batch: samples of a forward pass with gradient.
-        inference_batch: samples of a forward pass without.
+        batch: samples of a forward pass with gradient, and of the critic's without.
+        inference_batch: samples of the teacher's forward pass.
+        lora: freeze the network and train adapters over it.
     """
     options = _unfilled(settings)
     with torch.device("meta"):
         network = models.build(settings.name, **options)
-        sizes = [sum(p.numel() for p in block.parameters()) for block in blocks_of(network)]
-        whole = sum(p.numel() for p in network.parameters())
-    depths = [min(depth, len(sizes)) for depth in DEPTHS]
-    peaks = [_peaks(settings.name, options, depth, batch, inference_batch) for depth in depths]
-    training, kept, inference = (_extend(values, depths, len(sizes)) for values in zip(*peaks, strict=True))
-    return Footprint(whole, max(sizes), whole - sum(sizes), training, kept, inference)
+        roles = 1
+        if lora is not None:
+            LoraRoles(network, lora)
+            roles = len(ADAPTERS)
+        blocks = [(_count(block.parameters()), _trained(block) // roles) for block in blocks_of(network)]
+        whole, trained = _count(network.parameters()), _trained(network) // roles
+    depths = [min(depth, len(blocks)) for depth in DEPTHS]
+    peaks = [_peaks(settings.name, options, depth, batch, inference_batch, lora) for depth in depths]
+    training, kept, inference = (_extend(values, depths, len(blocks)) for values in zip(*peaks, strict=True))
+    largest, trained_block = (max(counts) for counts in zip(*blocks, strict=True))
+    outside = whole - sum(count for count, _ in blocks)
+    return Footprint(whole, largest, outside, trained, trained_block, training, kept, inference)
 
 
-def adapter_parameters(settings: ModelSettings, lora: LoraOptions) -> int:
-    """Parameters of one low-rank adapter over that network."""
+def stored_bytes(settings: ModelSettings) -> int:
+    """Bytes of a network's weights in the dtypes that its options keep them in."""
     with torch.device("meta"):
-        roles = LoraRoles(models.build(settings.name, **_unfilled(settings)), lora)
-    return sum(p.numel() for p in roles.student.parameters())
+        network = models.build(settings.name, **{**vars(settings.options), "weights": "random"})
+    return sum(weight.numel() * weight.element_size() for weight in network.parameters())
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _trained(module: nn.Module) -> int:
+    return _count(parameter for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _unfilled(settings: ModelSettings) -> dict[str, Any]:
@@ -97,26 +116,30 @@ def _extend(values: tuple[int, ...], depths: list[int], depth: int) -> int:
     return round(shallow + slope * (depth - first))
 
 
-def _peaks(name: str, options: dict[str, Any], depth: int, batch: int, inference_batch: int) -> tuple[int, int, int]:
+def _peaks(
+    name: str, options: dict[str, Any], depth: int, batch: int, inference_batch: int, lora: LoraOptions | None
+) -> tuple[int, int, int]:
     """(training, kept, inference) bytes of a network cut to `depth` blocks."""
-    with FakeTensorMode(), LiveBytes() as live, flash_attention():
+    with torch.device("meta"):
         network: VideoDenoiser = models.build(name, **options)
-        blocks = blocks_of(network)
-        del blocks[depth:]
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        arguments = _inputs(network, batch)
+        del blocks_of(network)[depth:]
+        student = critic = teacher = network
+        if lora is not None:
+            roles = LoraRoles(network, lora)
+            student, critic, teacher = roles.student, roles.critic, roles.teacher
+    with FakeTensorMode(), LiveBytes() as live, flash_attention():
+        _leave_meta(network)
+        micro_batch, guided = _inputs(network, batch), _inputs(network, inference_batch)
         start = live.restart()
-        output = network(*arguments)
+        output = student(*micro_batch)
         kept = live.now - start
         output.float().square().mean().backward()
         training = live.peak - start
         del output
-        arguments = _inputs(network, inference_batch)
         start = live.restart()
         with torch.no_grad():
-            network(*arguments)
+            critic(*micro_batch)
+            teacher(*guided)
         return training, kept, live.peak - start
 
 
@@ -124,6 +147,18 @@ def _inputs(network: VideoDenoiser, batch: int) -> tuple[Tensor, Tensor, Tensor 
     text_dim = getattr(getattr(getattr(network, "transformer", None), "config", None), "text_dim", None)
     cond = torch.empty(batch, TOKENS, text_dim) if text_dim else None
     return torch.empty(batch, *network.latent_shape), torch.empty(batch), cond
+
+
+def _leave_meta(network: nn.Module) -> None:
+    """Gives a network of the meta device weights of the default one, whose gradients go as soon as they are there."""
+    for module in network.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            fresh = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
+            module.register_parameter(name, fresh)
+            if fresh.requires_grad:
+                fresh.register_post_accumulate_grad_hook(_drop_gradient)
+        for name, value in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
 
 
 def _drop_gradient(parameter: Tensor) -> None:

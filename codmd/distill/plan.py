@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from codmd.models.lora import LoraOptions
 
 from .config import DistillConfig
-from .footprint import Footprint, adapter_parameters, footprint
+from .footprint import Footprint, footprint, stored_bytes
+from .forwards import Forwards
+from .sections import ModelSettings
 from .settings import RunConfig
 
 GPUS = (1, 8, 32, 128)
@@ -33,45 +35,41 @@ class Layout:
         name: for the table.
         gpus: all of them.
         shards: GPUs that share one copy of the weights; gpus / shards copies are kept in step.
-        lora: adapters over one shared base, or None for whole networks.
+        lora: adapters over one shared base instead of whole networks.
         offload_teacher: the teacher's shards are in host memory.
     """
 
     name: str
     gpus: int
     shards: int
-    lora: LoraOptions | None = None
+    lora: bool = False
     offload_teacher: bool = False
 
 
 @dataclass(frozen=True)
-class Forwards:
-    """Network evaluations of one cycle (one student update and its critic updates), per micro-batch, on average.
+class Sizes:
+    """What the networks of a run occupy at one size of micro-batch.
 
     Attributes:
-        student, teacher, critic: without gradient.
-        student_trained, critic_trained: with gradient.
+        whole: a network that is trained in full.
+        adapted: the frozen network with adapters for student and critic.
+        frozen: bytes of the frozen network's weights: the teacher, or the base that adapters share.
     """
 
-    student: float
-    student_trained: float
-    teacher: float
-    critic: float
-    critic_trained: float
+    whole: Footprint
+    adapted: Footprint
+    frozen: int
 
     @classmethod
-    def of(cls, config: DistillConfig, accumulate: int = 1) -> Forwards:
-        """Counts from the recipe; the exit step is uniform, so a rollout to it has (n - 1) / 2 earlier steps."""
-        rollout = (len(config.sigmas) - 1) / 2
-        fresh = config.critic_updates - config.share_rollout
-        window = config.relation_accumulate and accumulate > 1 and config.uses_relation and config.batch_weight > 0
-        guided = config.guidance is not None and not config.batch_guidance
-        return cls(rollout + window + fresh * (rollout + 1), 1, 1 + guided, 1, config.critic_updates)
-
-    def equivalent(self, recompute: bool, batched_guidance: bool) -> float:
-        """In evaluations of one sample: a backward pass counts 2, recomputation 1."""
-        trained = (3 + recompute) * (self.student_trained + self.critic_trained)
-        return self.student + self.teacher * (1 + batched_guidance) + self.critic + trained
+    def of(cls, config: RunConfig, micro_batch: int) -> Sizes:
+        """Measures the networks of a configuration."""
+        teacher_batch = micro_batch * (2 if _batches_guidance(config.distill) else 1)
+        frozen = _frozen(config)
+        return cls(
+            footprint(config.model, micro_batch, teacher_batch),
+            footprint(frozen, micro_batch, teacher_batch, _adapters(config)),
+            stored_bytes(frozen),
+        )
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class Plan:
 
 def layouts(config: RunConfig, gpus: Sequence[int] = GPUS) -> list[Layout]:
     """Full and hybrid sharding, an offloaded teacher, and adapters, on those numbers of GPUs."""
-    lora = config.lora or LoraOptions()
+    lora = _adapters(config)
     found = []
     for count in gpus:
         found.append(Layout("full", count, count))
@@ -119,64 +117,79 @@ def layouts(config: RunConfig, gpus: Sequence[int] = GPUS) -> list[Layout]:
             found.append(Layout(f"hybrid, {NODE} a copy", count, NODE))
         if count > 1:
             found.append(Layout("full, teacher offloaded", count, count, offload_teacher=True))
-        found.append(Layout(f"LoRA {lora.rank}", count, count, lora=lora))
+        found.append(Layout(f"LoRA {lora.rank}", count, count, lora=True))
     return found
 
 
-def plan(config: RunConfig, layout: Layout, size: Footprint, adapter: int = 0) -> Plan:
-    """Adds up one layout.
-
-    Args:
-        size: of one network.
-        adapter: parameters of one low-rank adapter, for layouts with them; its activations are taken to be those of
-            training the whole network.
-    """
-    recipe, shards = config.distill, layout.shards
+def plan(config: RunConfig, layout: Layout, sizes: Sizes) -> Plan:
+    """Adds up one layout."""
+    recipe, size = config.distill, sizes.adapted if layout.lora else sizes.whole
     _, accumulate = _micro_batches(recipe, layout.gpus)
-    settings = {**vars(config.model.options), **({} if layout.lora else config.teacher_model)}
-    frozen_bytes = 2 if settings.get("storage") == "bfloat16" else MASTER
-    trained_each = adapter if layout.lora else size.parameters
     # Gradients of student and critic never exist at the same time.
     kept = 2 * (MASTER + MOMENTS) + GRADIENT + (AVERAGE if recipe.ema_decay is not None else 0)
-    trained = trained_each * kept / shards
-    frozen = size.parameters * frozen_bytes / shards
-    gathered, received = _movement(config, layout, size, trained_each, accumulate)
-    inference = size.kept + size.inference
+    frozen = sizes.frozen / layout.shards
     return Plan(
         layout,
         accumulate,
-        trained,
+        size.trained * kept / layout.shards,
         0.0 if layout.offload_teacher else frozen,
-        gathered,
-        max(size.training, inference),
+        _gathered(config, layout, size),
+        max(size.training, size.kept + size.inference),
         frozen if layout.offload_teacher else 0.0,
-        received,
+        _received(config, layout, size, accumulate),
     )
 
 
-def _movement(config: RunConfig, layout: Layout, size: Footprint, trained: int, accumulate: int) -> tuple[float, float]:
-    """(bytes of gathered weights and whole gradients, bytes received per cycle)."""
-    shards, copies = layout.shards, layout.gpus // layout.shards
-    width = 2 if getattr(config.model.options, "compute", "float32") == "bfloat16" else 4
+def _gathered(config: RunConfig, layout: Layout, size: Footprint) -> float:
+    """Bytes of whole weights, and of a block's gradient before it is reduced."""
+    width = _width(config)
+    if layout.shards == 1:
+        return float(width * _cast(config, layout, size)) if width < MASTER else 0.0
     networks = 1 if layout.lora else 3
-    if shards == 1:
-        # Autocast keeps a copy of every weight in its dtype for the length of a forward pass.
-        gathered = size.parameters * width if width < MASTER else 0
-    else:
-        # The block at work and the next; what stands outside the blocks stays gathered in every network.
-        weights = 2 * size.largest_block + networks * size.outside
-        gathered = width * (weights if config.parallel.reshard else networks * size.parameters)
-        gathered += (width + GRADIENT) * (0 if layout.lora else size.largest_block)
+    # The block at work and the next; what stands outside the blocks stays gathered in every network.
+    weights = 2 * size.largest_block + networks * size.outside
+    if not config.parallel.reshard:
+        weights = networks * size.parameters
+    return float(width * weights + (width + GRADIENT) * size.trained_block)
+
+
+def _cast(config: RunConfig, layout: Layout, size: Footprint) -> int:
+    """Weights that autocast copies on one GPU: trained ones for a forward pass, frozen ones for their backward."""
+    if not layout.lora:
+        return size.parameters
+    options = _frozen(config).options
+    if getattr(options, "storage", "") == options.compute:
+        return 0  # the adapters' copies are among the activations
+    return size.largest_block if options.gradient_checkpointing else size.parameters
+
+
+def _received(config: RunConfig, layout: Layout, size: Footprint, accumulate: int) -> float:
+    """Bytes that one GPU receives per cycle."""
+    shards, copies = layout.shards, layout.gpus // layout.shards
     count = Forwards.of(config.distill, accumulate)
     share = (shards - 1) / shards
-    backward = 1 if config.parallel.reshard else 0
-    gathers = (
-        count.student + count.teacher + count.critic + (1 + backward) * (count.student_trained + count.critic_trained)
-    )
-    received = accumulate * gathers * size.parameters * width * share
-    reductions = accumulate * (count.student_trained + count.critic_trained)
-    received += reductions * trained * GRADIENT * (share + 2 * (copies - 1) / copies / shards)
-    return float(gathered), received
+    trained = count.student_trained + count.critic_trained
+    gathers = count.student + count.teacher + count.critic + (2 if config.parallel.reshard else 1) * trained
+    gathered = gathers * size.parameters * _width(config) * share
+    reduced = trained * size.trained * GRADIENT * (share + 2 * (copies - 1) / copies / shards)
+    return accumulate * (gathered + reduced)
+
+
+def _width(config: RunConfig) -> int:
+    """Bytes of a weight in the products."""
+    return 2 if getattr(config.model.options, "compute", "float32") == "bfloat16" else MASTER
+
+
+def _frozen(config: RunConfig) -> ModelSettings:
+    return config.model.changed(config.teacher_model, "teacher_model")
+
+
+def _adapters(config: RunConfig) -> LoraOptions:
+    return config.lora or LoraOptions()
+
+
+def _batches_guidance(recipe: DistillConfig) -> bool:
+    return recipe.guidance is not None and recipe.batch_guidance
 
 
 def _micro_batches(recipe: DistillConfig, gpus: int) -> tuple[int, int]:
@@ -192,19 +205,19 @@ def describe(config: RunConfig, gpus: Sequence[int] = GPUS) -> str:
     Raises:
         ValueError: the batch does not divide among that many GPUs, or the model cannot be built.
     """
-    recipe = config.distill
-    micro = recipe.micro_batch or 1
-    guided = 2 if recipe.guidance is not None and recipe.batch_guidance else 1
-    model = config.model
-    size = footprint(model, micro, micro * guided)
-    adapter = adapter_parameters(model, config.lora or LoraOptions())
-    plans = [plan(config, layout, size, adapter) for layout in layouts(config, gpus)]
-    recompute = bool(getattr(model.options, "gradient_checkpointing", False))
-    evaluations = Forwards.of(recipe).equivalent(recompute, guided == 2)
+    recipe, sizes, plans = config.distill, dict[int, Sizes](), []
+    for layout in layouts(config, gpus):
+        micro, _ = _micro_batches(recipe, layout.gpus)
+        if micro not in sizes:
+            sizes[micro] = Sizes.of(config, micro)
+        plans.append(plan(config, layout, sizes[micro]))
+    recompute = bool(getattr(config.model.options, "gradient_checkpointing", False))
+    evaluations = Forwards.of(recipe).equivalent(recompute, _batches_guidance(recipe))
+    at_a_time = recipe.micro_batch or "a GPU's whole share"
     lines = [
-        f"{size.parameters / 1e9:.3f} billion parameters a network; latents of "
+        f"{next(iter(sizes.values())).whole.parameters / 1e9:.3f} billion parameters a network; latents of "
         f"{' x '.join(str(n) for n in _latent_shape(config))}; {recipe.batch_size} samples an update, "
-        f"{micro} at a time; {evaluations:g} network forwards a sample and cycle.",
+        f"{at_a_time} at a time; {evaluations:g} network forwards a sample and cycle.",
         "",
         "| GPUs | layout | trained | frozen | gathered | activations | GB a GPU | fits | host GB | GB moved a cycle |",
         "|---:|---|---:|---:|---:|---:|---:|---|---:|---:|",

@@ -17,12 +17,17 @@ any configuration, with `key=value` changes; this page is the output of
 `python -m codmd.distill.scaling_page docs/scaling.md`.
 
 - **trained**: float32 weights and Adam moments of student and critic, one float32 gradient (they never have one at the
-  same time) and the running average; sharded over the GPUs of one copy.
-- **frozen**: the teacher, or the base that low-rank adapters share.
+  same time) and the running average; with LoRA all of these for the two adapters alone. Sharded over the GPUs of one
+  copy.
+- **frozen**: the teacher, or the base that low-rank adapters share, in the dtypes that `teacher_model` stores it in:
+  here bfloat16 for the matrix products, float32 for norms, modulation and the time embedding.
 - **gathered**: weights that FSDP has whole in bfloat16: the block at work and the next one, what stands outside the
-  blocks, and one block's gradient before it is reduced in float32. On one GPU: autocast's bfloat16 copies.
+  blocks, and one block's trained gradient before it is reduced in float32. On one GPU: autocast's bfloat16 copies of a
+  network that is trained; a base that is stored in bfloat16 needs none.
 - **activations**: the most that is alive beside weights, for one micro-batch: measured on fake tensors (shapes and
-  lifetimes, no memory) at two depths and extended to all blocks, which are alike.
+  lifetimes, no memory) at two depths and extended to all blocks, which are alike. With LoRA it is the frozen base with
+  its adapters that is measured: recomputation keeps the inputs of the blocks either way, and while a block is
+  recomputed the adapters' float32 inputs come on top of the base's.
 - **fits**: the smallest of an H100 (80 GB) and an H200 (141 GB) with 7 % to spare. The CUDA context, NCCL's buffers and
   fragmentation are in that share and in no column.
 - **host GB**: pinned memory beside each GPU for an offloaded teacher.
