@@ -1,0 +1,203 @@
+"""`kill -9` under two processes, of both or of one, in training and in a save: the curve goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch.distributed.checkpoint as dcp
+
+from codmd.distill.integrity import problems, read_meta
+from codmd.distill.log import read_log
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes of torchrun in /proc"),
+]
+
+PROCESSES = 2
+UPDATES = 60
+"""Of the undisturbed run; a killed one is caught long before."""
+TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=16", "model.blocks=1", "distill.batch_size=4",
+       "distill.critic_updates=1", "distill.ema_decay=0.9", "distill.grad_clip=0.5", "log.every=1",
+       "log.tensorboard=false", "seed=5"]  # fmt: skip
+
+
+class Group:
+    """`codmd train` on two gloo processes under torchrun; what they print goes to a file."""
+
+    def __init__(self, run, *arguments):
+        self.printed = run.with_name(f"{run.name}.txt")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+        with open(self.printed, "wb") as file:
+            self.launcher = subprocess.Popen(
+                [*launcher, "-m", "codmd", "train", *TOY, f"out={run}", *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+                stdout=file,
+                stderr=file,
+            )
+
+    def ranks(self):
+        """Rank to process id of the processes that are there."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                environment = dict(item.partition("=")[::2] for item in (entry / "environ").read_text().split("\0"))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            if parent == self.launcher.pid and "RANK" in environment:
+                found[int(environment["RANK"])] = int(entry.name)
+        return found
+
+    def wait_for(self, condition):
+        while not condition():
+            assert self.launcher.poll() is None, self.text()
+            time.sleep(0.0005)
+
+    def text(self):
+        return self.printed.read_text("utf-8", "replace")[-6000:]
+
+    def finish(self):
+        """The status with which torchrun ends by itself; it must, whoever was killed."""
+        return self.launcher.wait(timeout=300)
+
+    def kill(self):
+        """All at once, torchrun first: nobody is left to end the others in order."""
+        ranks = self.ranks()
+        for process in (self.launcher.pid, *ranks.values()):
+            os.kill(process, signal.SIGKILL)
+        self.launcher.wait()
+        for process in ranks.values():
+            wait_until_gone(process)
+
+
+def state_of(process):
+    """R, S, D: it runs or waits; T: it is stopped."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_until_gone(process):
+    while Path(f"/proc/{process}").exists():
+        time.sleep(0.001)
+
+
+@contextmanager
+def group(run, *arguments):
+    """A group of which nothing is left behind, whatever happens to the test."""
+    started = Group(run, *arguments)
+    try:
+        yield started
+    finally:
+        for process in (started.launcher.pid, *started.ranks().values()):
+            if started.launcher.poll() is None:
+                os.kill(process, signal.SIGKILL)
+        started.launcher.wait()
+
+
+def log_of(run):
+    path = run / "log.jsonl"
+    return read_log(path) if path.exists() else []
+
+
+def curve(run):
+    """Every logged number but the time."""
+    return [{name: value for name, value in line.items() if name != "seconds_per_update"} for line in log_of(run)]
+
+
+def partial(run):
+    return list((run / "checkpoints").glob(".*.partial"))
+
+
+def own_files(run):
+    """What the processes have written of a checkpoint that is not complete."""
+    return [file for folder in partial(run) for file in folder.glob("*.distcp")]
+
+
+def stop_in_a_save(started, condition):
+    """Stops every process while `condition` holds, and leaves them so."""
+    while True:
+        started.wait_for(condition)
+        ranks = started.ranks().values()
+        for process in ranks:
+            os.kill(process, signal.SIGSTOP)
+        while {state_of(process) for process in ranks} != {"T"}:
+            time.sleep(0.0005)
+        if condition():
+            return
+        for process in ranks:  # the save was faster
+            os.kill(process, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The curve of a run that nobody kills."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with group(run, f"updates={UPDATES}", "checkpoint.every=1000") as started:
+        assert started.finish() == 0, started.text()
+    lines = curve(run)
+    assert [line["update"] for line in lines] == list(range(1, UPDATES + 1))
+    return lines
+
+
+def assert_goes_on(run, undisturbed):
+    """The same command continues by itself, and what it logs is what would have been logged."""
+    last = len(curve(run)) + 3
+    with group(run, f"updates={last}") as started:
+        assert started.finish() == 0, started.text()
+    assert f"continuing from {run}" in started.text()
+    assert curve(run) == undisturbed[:last]
+    assert not partial(run)
+    newest = max((run / "checkpoints").glob("step_*"))
+    assert (read_meta(newest)["step"], read_meta(newest)["processes"]) == (last, PROCESSES)
+    states = dcp.FileSystemReader(newest).read_metadata().state_dict_metadata
+    assert {f"random.rank_{rank:05d}.cpu" for rank in range(PROCESSES)} <= set(states)
+
+
+def assert_no_half_checkpoint(run):
+    """Whatever has the name of a checkpoint is one."""
+    for path in (run / "checkpoints").glob("step_*"):
+        assert problems(path) == []
+
+
+def test_a_group_killed_in_training_and_in_a_save_continues_bit_for_bit(tmp_path, undisturbed):
+    run = tmp_path / "run"
+    with group(run, f"updates={UPDATES}", "checkpoint.every=4") as started:
+        started.wait_for(lambda: len(log_of(run)) > 6)
+        started.kill()
+    killed_at = len(curve(run))
+    assert 6 < killed_at < UPDATES
+
+    with group(run, f"updates={UPDATES}", "checkpoint.every=1") as started:
+        stop_in_a_save(started, lambda: own_files(run))
+        started.kill()
+    assert own_files(run), "killed in the middle of a save"
+    assert_no_half_checkpoint(run)
+    assert_goes_on(run, undisturbed)
+
+
+def test_one_killed_process_ends_the_run_and_the_next_continues_bit_for_bit(tmp_path, undisturbed):
+    run = tmp_path / "run"
+    with group(run, f"updates={UPDATES}", "checkpoint.every=4") as started:
+        started.wait_for(lambda: len(log_of(run)) > 6)
+        ranks = started.ranks()
+        os.kill(ranks[1], signal.SIGKILL)
+        assert started.finish() != 0
+    wait_until_gone(ranks[0])
+    assert len(curve(run)) < UPDATES
+
+    with group(run, f"updates={UPDATES}", "checkpoint.every=1") as started:
+        stop_in_a_save(started, lambda: partial(run))
+        ranks = started.ranks()
+        os.kill(ranks[0], signal.SIGKILL)
+        os.kill(ranks[1], signal.SIGCONT)
+        assert started.finish() != 0
+    wait_until_gone(ranks[1])
+    assert_no_half_checkpoint(run)
+    assert_goes_on(run, undisturbed)
