@@ -22,7 +22,7 @@ lint: $(BIN)/.installed
 	$(BIN)/mypy
 
 bench: $(BIN)/.installed
-	$(BIN)/python -m benchmarks.relation_cpu $(ARGS)
+	$(BIN)/python -m pytest -q benchmarks $(ARGS)
 
 $(BIN)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

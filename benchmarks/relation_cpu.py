@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import accuracy
+from benchmarks import accuracy, speed_bars
 from benchmarks.baselines import eager_relation_loss, lean_relation_loss
 from benchmarks.shapes import SHAPES
+from benchmarks.speed_bars import Speed
 from codmd.ops import _cpp, relation_loss
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -157,26 +158,12 @@ def table(cases: list[Case]) -> str:
     return "\n".join([head, *rows])
 
 
-def plot(cases: list[Case], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.55 * len(cases)), layout="constrained")
-    rows = range(len(cases))
-    axes.barh([y + 0.2 for y in rows], [c.speed_up for c in cases], 0.38, label="over eager", color="#2a6f97")
-    axes.barh([y - 0.2 for y in rows], [c.lean_speed_up for c in cases], 0.38, label="over lean eager", color="#a9c9dd")
-    for y, case in zip(rows, cases, strict=True):
-        axes.text(case.speed_up, y + 0.2, f" {case.speed_up:.1f}x  ({case.codmd_ms:.2f} ms)", va="center", fontsize=8)
-    axes.set_yticks(list(rows), [f"{c.shape}, {c.dtype}, pool {c.pool}" for c in cases], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"speed-up of forward + backward, {torch.get_num_threads()} CPU threads")
-    axes.set_xlim(0, 1.25 * max(c.speed_up for c in cases))
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def speeds(cases: list[Case]) -> list[Speed]:
+    """What the picture shows."""
+    return [
+        Speed(f"{c.shape}, {c.dtype}, pool {c.pool}", c.codmd_ms, {"eager": c.eager_ms, "lean eager": c.lean_ms})
+        for c in cases
+    ]
 
 
 def main() -> None:
@@ -205,7 +192,7 @@ def main() -> None:
         rows = [asdict(c) | {"speed_up": c.speed_up, "lean_speed_up": c.lean_speed_up} for c in cases]
         report = {"machine": machine, "system": platform.platform(), "rounds": arguments.rounds, "cases": rows}
         (arguments.out / "relation_cpu.json").write_text(json.dumps(report, indent=2) + "\n")
-        plot(cases, arguments.out / "relation_cpu.png")
+        speed_bars.plot(speeds(cases), arguments.out / "relation_cpu.png", arguments.threads)
 
 
 if __name__ == "__main__":
