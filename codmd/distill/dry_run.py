@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from codmd import models
-from codmd.models.base import Condition, VideoDenoiser, cat_cond, move_cond
+from codmd.models.base import Condition, VideoDenoiser, cat_cond
 
 from .config import split_batch
-from .data import read_prompts
 from .job import open_source, preview_numbers
 from .parallel import check_shards
 from .roles import RANDOM
@@ -63,9 +62,13 @@ def _described(config: RunConfig) -> str:
 
 
 def build_meta(settings: ModelSettings) -> VideoDenoiser:
-    """The network without memory for its weights."""
+    """The network without memory for its weights; its tables, and so its prompts' embeddings, are on the CPU."""
     with torch.device("meta"):
-        return models.build(settings.name, **dataclasses.asdict(settings.options))
+        model = models.build(settings.name, **dataclasses.asdict(settings.options))
+    for module in model.modules():
+        for name, table in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty_like(table, device="cpu"))
+    return model
 
 
 def _check_weights(settings: ModelSettings) -> None:
@@ -82,24 +85,23 @@ def _check_writable(folder: Path) -> None:
 
 def _check_data(config: RunConfig, model: VideoDenoiser, micro_batch: int) -> int:
     """Number of items, after one forward of the network with the condition of the first ones."""
-    if config.data.kind == "prompts":
-        return len(read_prompts(Path(config.data.path)))
     source = open_source(config, model)
     preview_numbers(config, source)
     cond = None
     if source is not None:
         cond = source.condition([number % len(source) for number in range(micro_batch)])
         if config.mode == "distill" and config.distill.guidance is not None:
-            cat_cond((move_cond(cond, "meta"), move_cond(model.null_cond(micro_batch), "meta")))
-    with FakeTensorMode() as fake:  # of the CPU, because autocast knows no meta device
+            cat_cond((cond, model.null_cond(micro_batch)))
+    with FakeTensorMode():  # of the CPU, because autocast knows no meta device
         state = itertools.chain(model.named_parameters(), model.named_buffers())
         weights = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in state}
         x_t, sigma = torch.empty(micro_batch, *model.latent_shape), torch.empty(micro_batch)
-        functional_call(model, weights, (x_t, sigma, _fake(cond, fake)))
+        functional_call(model, weights, (x_t, sigma, _fake(cond)))
     return 0 if source is None else len(source)
 
 
-def _fake(cond: Condition, mode: FakeTensorMode) -> Condition:
+def _fake(cond: Condition) -> Condition:
+    """Without numbers, on the CPU whatever device it is on; inside a `FakeTensorMode`."""
     if isinstance(cond, Mapping):
-        return {name: mode.from_tensor(value) for name, value in cond.items()}
-    return None if cond is None else mode.from_tensor(cond)
+        return {name: _fake(value) for name, value in cond.items()}
+    return None if cond is None else torch.empty(cond.shape, dtype=cond.dtype)

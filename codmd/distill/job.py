@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codmd.models.base import Condition, VideoDenoiser, move_cond
 
+from .config import DistillConfig
 from .data import Conditions, Embeddings, Positions, Prompts, Source
 from .ema import WeightAverage
 from .guard import GuardedAdamW
@@ -86,9 +87,10 @@ def _distill_job(config: RunConfig, processes: Processes) -> Job:
     recipe = config.distill
     micro_batch, _ = recipe.micro_batches(processes.size)
     roles = build_roles(config, processes)
-    source = open_source(config, roles.student)
+    source = open_source(config, roles.teacher)  # which encodes the null condition: one text encoder serves both
     positions, conditions = None, None
     if source is not None:
+        _encode_once(source, roles.teacher, recipe)
         positions = Positions(len(source), config.seed, micro_batch, processes.rank, processes.size)
         conditions = Conditions(source, positions, processes.device)
     trainer = Distiller(roles.teacher, roles.student, roles.critic, recipe, config.seed, processes.group, conditions)
@@ -114,6 +116,13 @@ def _teacher_job(config: RunConfig, processes: Processes) -> Job:
 
     preview = _preview(config, model, source, processes, sample)
     return Job(trainer, model, settings.updates, positions, preview, source.decode)
+
+
+def _encode_once(source: Source, teacher: VideoDenoiser, recipe: DistillConfig) -> None:
+    """Reads the text encoder and the null condition now: what is wrong with them ends the run before it begins."""
+    source.condition([0])
+    if recipe.guidance is not None:
+        teacher.null_cond(1)
 
 
 def open_source(config: RunConfig, model: VideoDenoiser) -> Source | None:
