@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import relative_error
 from torch import Tensor
 
-from codmd import backends, reference
+from codmd import backends, ops, reference
 from codmd.ops import _dmd_backend
+
+LAYOUTS = ("bfchw", "bcfhw", "bchw")
 
 
 def has_fused(name: str) -> bool:
@@ -79,3 +82,30 @@ def truth(student: Tensor, arguments: dict, upstream: float = 1.0, **options) ->
 def same_dtype(student: Tensor, arguments: dict, upstream: float = 1.0, **options) -> tuple[Tensor, Tensor]:
     """The PyTorch path on the inputs' own dtype, the yardstick of a backend's error."""
     return run(reference.dmd_loss, student, arguments, upstream, **options)
+
+
+def mask_of(kind: str, student: Tensor) -> Tensor | None:
+    """No mask, random elements, the last frame, one element, all of them or none."""
+    if kind == "none":
+        return None
+    if kind == "elements":
+        return torch.rand(student.shape, generator=torch.Generator().manual_seed(3)) > 0.4
+    if kind == "frames":
+        mask = torch.zeros(student.shape[1], *[1] * (student.ndim - 2), dtype=torch.bool)
+        mask[-1] = True
+        return mask
+    mask = torch.full(student.shape, kind == "all")
+    if kind == "one":
+        mask.view(-1)[mask.numel() // 2] = True
+    return mask
+
+
+def assert_as_good_as_torch(student: Tensor, arguments: dict, backend: str, upstream: float = 1.0, **options) -> None:
+    """Value and gradient within twice the same-dtype PyTorch error, plus one rounding of the output."""
+    value, gradient = run(ops.dmd_loss, student, arguments, upstream, backend=backend, **options)
+    yard_value, yard_gradient = same_dtype(student, arguments, upstream, **options)
+    true_value, true_gradient = truth(student, arguments, upstream, **options)
+    assert gradient.dtype == student.dtype
+    assert gradient.shape == student.shape
+    assert relative_error(value, true_value) <= 2 * relative_error(yard_value, true_value) + 5e-7
+    assert relative_error(gradient, true_gradient) <= 2 * relative_error(yard_gradient, true_gradient) + 5e-7
