@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
 from codmd import metrics
 
@@ -52,7 +53,6 @@ def test_rank_correlations_of_gaussians_follow_their_identities(r):
 
 
 def test_rank_correlation_equals_scipy():
-    stats = pytest.importorskip("scipy.stats")
     samples = torch.randn(300, 4, dtype=torch.float64) ** 3
     expected = stats.spearmanr(samples.numpy()).statistic
     torch.testing.assert_close(metrics.rank_correlation(samples), torch.from_numpy(expected))
@@ -85,7 +85,6 @@ def test_speed_is_the_root_mean_square_step_per_frame():
 
 
 def test_wasserstein_equals_scipy_for_unequal_sample_sizes():
-    stats = pytest.importorskip("scipy.stats")
     a, b = torch.randn(101), 2 * torch.randn(57) + 0.3
     assert metrics.wasserstein(a, b) == pytest.approx(stats.wasserstein_distance(a.numpy(), b.numpy()), rel=1e-6)
 
