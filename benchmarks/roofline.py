@@ -104,7 +104,7 @@ has the latents of the 1.3B model, so its rows are the same.
 
 * Up to 32 frames and 32 samples, the relation is one launch forward: the last block of each sample computes its frame
   relation, the last sample's the batch relation. Beyond, a second launch spreads the rows of the relation over blocks.
-* `codmd_loss` computes the batch relation in a launch of its own, as it does when a process group gathers.
+* `codmd_loss` likewise, total included. With a process group: one launch before the gather and one after it.
 * `pool=None` streams the latents once for the Gram matrices and once for the gradient. Its batch term keeps the time
   averages in float32, which costs the extra bytes of the table (for images as much as the latents themselves), and
   takes two launches more.

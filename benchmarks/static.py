@@ -187,6 +187,19 @@ def gathered_launches(rows: int, features: int) -> list[Launch]:
     return launches
 
 
+def codmd_gathered_launches(shape: tuple[int, ...], ranks: int, pool: Any = "mean") -> list[Launch]:
+    """The forward launches of ``codmd_loss`` on one of ``ranks`` processes."""
+    student, fake, real = latents(shape)
+    scores = student, fake, real, torch.empty_like(student), *[None] * 5
+    inputs = *scores, "bfchw", conventions.self_forcing, 3.5, 3.5
+    with recording() as launches:
+        pending = kernels.codmd_rows(inputs, None, pool, 0.1, 1.0, ranks)
+        assert pending is not None
+        gathered = pending.rows.new_empty(ranks * shape[0], pending.rows.shape[1])
+        kernels.codmd_gathered(pending, gathered, 0, 0.1, 1.0, 1.0, 1.0)
+    return launches
+
+
 def codmd_launches(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.bfloat16,
@@ -210,11 +223,9 @@ def codmd_launches(
                 out, one, fake, real, uncond, None, sigma, None, norms, factors, "bfchw", rule, 3.5, 3.5
             )
             return launches
-        batch = shape[0] > 1
-        _, norms, factors, frame, frame_grad, rows = kernels.codmd_forward(*inputs, False, None, pool, 0.1, 1.0, batch)
-        batch_grad = rows
-        if batch:
-            _, batch_grad = kernels.relation_batch(rows, frame, 0, shape[0], 0.1, 1.0, 1.0, 1.0)
+        found = kernels.codmd_terms(inputs, None, pool, 0.1, 0.1, 1.0, 1.0)
+        assert found is not None
+        _, norms, factors, frame_grad, batch_grad = found
         kernels.codmd_backward(
             out, one, None, None, None, fake, real, uncond, None, sigma, None, None, norms, factors, frame_grad,
             batch_grad, "bfchw", rule, 3.5, 3.5, pool, 0.1, 1.0, 1.0,
@@ -240,6 +251,8 @@ CASES: dict[str, Callable[[], list[Launch]]] = {
     "codmd, 480p float32, flow, batch 2, 2 x 2 regions": lambda: codmd_launches(
         (2, 21, 16, 60, 104), torch.float32, flow=True, pool=(2, 2)
     ),
+    "codmd, 480p, batch 8": lambda: codmd_launches((8, 21, 16, 60, 104)),
+    "codmd, 161 frames, 16 processes": lambda: codmd_gathered_launches((1, 41, 16, 60, 104), 16),
     "codmd, 161 frames": lambda: codmd_launches((1, 41, 16, 60, 104)),
     "dmd, 480p": lambda: codmd_launches((1, 21, 16, 60, 104), relation=False),
     "dmd, rcm, flow": lambda: codmd_launches((2, 21, 16, 60, 104), convention="rcm", flow=True, relation=False),

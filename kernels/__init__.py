@@ -10,9 +10,11 @@ from typing import Any
 
 OLDEST_TRITON = (3, 4)
 
+_RELATION = "relation_forward", "relation_frames", "relation_batch", "relation_backward"
+_CODMD = "codmd_forward", "codmd_terms", "codmd_rows", "codmd_gathered", "codmd_backward"
 _HOME = {
-    **dict.fromkeys(("relation_forward", "relation_frames", "relation_batch", "relation_backward"), ".relation"),
-    **dict.fromkeys(("dmd_forward", "dmd_backward", "codmd_forward", "codmd_backward"), ".codmd"),
+    **dict.fromkeys(_RELATION, ".relation"),
+    **dict.fromkeys(("dmd_forward", "dmd_backward", *_CODMD), ".codmd"),
 }
 
 

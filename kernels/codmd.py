@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import dmd
-from .relation import Pool, device_of, reference_dmd, refusal_of
+from . import codmd_pooled, dmd
+from .launch import elsewhere
+from .limits import Pool, Refused, grid_of
+from .relation import takes_rows
+
+
+def _reference() -> ModuleType:
+    from ..ops import _reference_dmd as module
+
+    return module
 
 
 def dmd_forward(
@@ -41,9 +51,10 @@ def dmd_forward(
         float32 values ``[2]`` (loss, mean|g|), norms (``[B]``, ``[1]`` or ``[B, segments]``), factors ``[B]``.
     """
     latents = student, fake, real, real_uncond, fake_uncond, noisy
-    with device_of(student):
-        found = dmd._forward(latents, sigma, mask, sample_weight, layout, convention, real_scale, fake_scale)
-    return found[0], found[1], found[2]
+    if elsewhere(student):
+        with torch.cuda.device(student.device):
+            return dmd.forward(latents, sigma, mask, sample_weight, layout, convention, real_scale, fake_scale)
+    return dmd.forward(latents, sigma, mask, sample_weight, layout, convention, real_scale, fake_scale)
 
 
 def dmd_backward(
@@ -63,11 +74,18 @@ def dmd_backward(
     fake_scale: float,
 ) -> None:
     """Write upstream · factor · G(d, norm) into ``out``; 0 where nothing is selected."""
-    with device_of(out):
-        dmd._backward(
-            out, (grad, None, None, None), (fake, real, real_uncond, fake_uncond), sigma, mask, None, norms, factors,
-            None, None, layout, convention, real_scale, fake_scale, None, 0.0, 0.0,
-        )  # fmt: skip
+    _backward(
+        out, (grad, None, None, None), (fake, real, real_uncond, fake_uncond), sigma, mask, None, norms, factors,
+        None, None, layout, convention, real_scale, fake_scale, None, 0.0, 0.0,
+    )  # fmt: skip
+
+
+def _backward(out: Tensor, *arguments: Any) -> None:
+    if elsewhere(out):
+        with torch.cuda.device(out.device):
+            dmd.backward(out, *arguments)
+    else:
+        dmd.backward(out, *arguments)
 
 
 def codmd_forward(
@@ -92,18 +110,90 @@ def codmd_forward(
     batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`dmd_forward`, then (frame term [1], its gradient, rows to gather [B, 3K + 1] when ``batch``)."""
-    latents = student, fake, real, real_uncond, fake_uncond, noisy
-    tail = sigma, mask, sample_weight, layout, convention, real_scale, fake_scale
-    if refusal_of(student, layout, pool, batch, frame_weight != 0):
-        return reference_dmd().codmd_forward(
-            *latents, *tail, magnitude, frame_mask, pool, temperature, frame_weight, batch
-        )
+    inputs = (
+        student, fake, real, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, layout, convention,
+        real_scale, fake_scale,
+    )  # fmt: skip
+    arguments = frame_mask, pool, temperature, frame_weight, batch
+    if elsewhere(student):
+        with torch.cuda.device(student.device):
+            return codmd_forward(*inputs, magnitude, *arguments)
+    try:
+        return codmd_pooled.stages(inputs, *arguments)
+    except Refused:
+        return _reference().codmd_forward(*inputs, magnitude, *arguments)
+
+
+def codmd_terms(
+    inputs: tuple[Any, ...],
+    frame_mask: Tensor | None,
+    pool: Pool,
+    temperature: float,
+    relation_weight: float,
+    batch_weight: float,
+    frame_weight: float,
+) -> codmd_pooled.Found | None:
+    """The CoDMD loss of one process.
+
+    Args:
+        inputs: the arguments of :func:`dmd_forward` but ``magnitude``.
+        frame_mask, pool, temperature, relation_weight, batch_weight, frame_weight: as in
+            :func:`codmd.ops.codmd_loss`.
+
+    Returns:
+        float32 (total, dmd, batch, frame) ``[4]``; norms and factors as :func:`dmd_forward`; the gradients of the
+        relation's terms as :func:`codmd.kernels.relation_forward`. None where the kernels do not take the sizes.
+    """
+    arguments = inputs, frame_mask, pool, temperature, relation_weight, batch_weight, frame_weight
+    if elsewhere(inputs[0]):
+        with torch.cuda.device(inputs[0].device):
+            return codmd_terms(*arguments)
+    try:
+        return codmd_pooled.terms(*arguments)
+    except Refused:
+        return None
+
+
+def codmd_rows(
+    inputs: tuple[Any, ...],
+    frame_mask: Tensor | None,
+    pool: Pool,
+    temperature: float,
+    frame_weight: float,
+    ranks: int,
+) -> codmd_pooled.Pending | None:
+    """The stage of :func:`codmd_terms` before ``ranks`` processes gather their ``rows`` ``[B, 3K + 1]``."""
+    arguments = inputs, frame_mask, pool, temperature, frame_weight, ranks
+    if elsewhere(inputs[0]):
+        with torch.cuda.device(inputs[0].device):
+            return codmd_rows(*arguments)
+    student, layout = inputs[0], inputs[9]
     assert pool is not None
-    with device_of(student):
-        values, norms, factors, frame, frame_grad, pooled = dmd._forward(
-            latents, *tail, frame_mask, pool, temperature, frame_weight, batch
-        )
-    return values, norms, factors, frame, frame_grad, values.new_empty(0) if pooled is None else pooled
+    rows, columns = grid_of(pool)
+    features = student.shape[2 if layout == "bfchw" else 1] * rows * columns
+    if not takes_rows(ranks * len(student), 3 * features + 1):
+        return None
+    try:
+        return codmd_pooled.pending(inputs, frame_mask, pool, temperature, frame_weight)
+    except Refused:
+        return None
+
+
+def codmd_gathered(
+    pending: codmd_pooled.Pending,
+    gathered: Tensor,
+    first_row: int,
+    relation_weight: float,
+    batch_weight: float,
+    frame_weight: float,
+    grad_scale: float,
+) -> codmd_pooled.Found:
+    """The stage after a gather: what :func:`codmd_terms` returns, the batch gradient times ``grad_scale``."""
+    arguments = pending, gathered, first_row, relation_weight, batch_weight, frame_weight, grad_scale
+    if elsewhere(gathered):
+        with torch.cuda.device(gathered.device):
+            return codmd_pooled.gathered_terms(*arguments)
+    return codmd_pooled.gathered_terms(*arguments)
 
 
 def codmd_backward(
@@ -134,9 +224,8 @@ def codmd_backward(
 ) -> None:
     """Write the gradient of both terms into ``out``, rounded once."""
     assert pool is not None
-    with device_of(out):
-        dmd._backward(
-            out, (grad_total, grad_dmd, grad_batch, grad_frame), (fake, real, real_uncond, fake_uncond), sigma, mask,
-            frame_mask, norms, factors, frame_grad, batch_grad, layout, convention, real_scale, fake_scale, pool,
-            relation_weight * batch_weight, relation_weight * frame_weight,
-        )  # fmt: skip
+    _backward(
+        out, (grad_total, grad_dmd, grad_batch, grad_frame), (fake, real, real_uncond, fake_uncond), sigma, mask,
+        frame_mask, norms, factors, frame_grad, batch_grad, layout, convention, real_scale, fake_scale, pool,
+        relation_weight * batch_weight, relation_weight * frame_weight,
+    )  # fmt: skip

@@ -1,22 +1,23 @@
-"""The fused DMD and CoDMD losses behind the operator boundary: plans, allocations and launches.
+"""Launches of the DMD and CoDMD passes: one forward (relations of more than 32 vectors take a second), one backward.
 
-Forward: one launch (a second for more than 32 frames of CoDMD; the batch relation is :func:`relation_batch`).
-Backward: one launch.
+A plan holds everything that sizes, strides and options decide, so that a call allocates, launches and returns.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import limits
 from .dmd_algebra import MOMENTS
 from .dmd_gradient import gradient_kernel
 from .dmd_moments import COUNT_BITS, moments_kernel
-from .launch import Launcher, counters, current_stream, multiprocessors
-from .relation_pooled import ONE_TILE, RowsPlan, block_of, grid_of
+from .launch import Launcher, alignment, counters, current_stream, multiprocessors
+from .limits import grid_of
+from .relation_pooled import ONE_TILE, RowsPlan, block_of
 from .tiling import Geometry, Tiling, cdiv, next_power_of_2, tile_planes
 
 TILE_BYTES = 2048
@@ -63,7 +64,16 @@ def _countable(tile: Tiling, lines: int, width: int) -> Tiling:
     return replace(tile, splits=splits * tile.column_tiles)
 
 
-def _key(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+def _stride(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tensor.stride()
+
+
+def _key(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
+    for tensor in tensors:
+        if tensor is not None:
+            break
+    else:
+        return None
     return tuple(None if t is None else (t.stride(), t.data_ptr() % 16 == 0, t.dtype) for t in tensors)
 
 
@@ -77,62 +87,78 @@ def _scope(convention: Any) -> tuple[Any, ...]:
     return convention.norm_scope, block, convention.independent_first_frame
 
 
+class Relation(NamedTuple):
+    """What of the relation a forward pass computes; ``gather``: the batch relation waits for other processes' rows."""
+
+    pool: str | tuple[int, int]
+    batch: bool
+    frame: bool
+    gather: bool
+
+
 class MomentsPlan:
-    """Sizes, offsets and launches of a forward pass; ``pool`` is None for the DMD loss alone."""
+    """Sizes, offsets and launches of a forward pass; ``relation`` is None for the DMD loss alone."""
 
     def __init__(
         self,
         latents: tuple[Tensor | None, ...],
-        mask: Tensor | None,
+        others: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
         layout: str,
         convention: Any,
-        pool: str | tuple[int, int] | None,
-        frame_weight: float,
-        gather: bool,
+        relation: Relation | None,
     ) -> None:
-        grid = (1, 1) if pool is None else grid_of(pool)
+        sigma, mask, sample_weight, frame_mask = others
+        grid = (1, 1) if relation is None else grid_of(relation.pool)
         tile, strides, (samples, frames, channels, height, width) = _cut(latents, mask, layout, grid)
         tile = _countable(tile, cdiv(height, grid[0]), width)
-        relation = pool is not None
-        features = channels * grid[0] * grid[1] if relation else 0
         segments = len(convention.segments(frames)) - 1
-        self.has_frames = relation and frame_weight != 0 and frames > 1
-        parallel = self.has_frames and frames > ONE_TILE
+        features, has_frames, has_batch = 0, False, False
+        if relation is not None:
+            limits.check((samples, frames, channels, height, width), relation.pool, relation.batch, relation.frame)
+            features = channels * grid[0] * grid[1]
+            has_frames = relation.frame and frames > 1
+            has_batch = relation.batch and samples > 1 and not relation.gather
+        parallel = (has_frames and frames > ONE_TILE) or (has_batch and samples > ONE_TILE)
         row = 3 * features + 1
         programs = channels * grid[0] * tile.splits
-        scratch_at = samples * (row * frames + 1) + (0 if gather else samples * row)
-        matrices_at = scratch_at + (samples * tile.splits * 3 * features * frames if tile.splits > 1 else 0)
+        self.pooled_at = samples * (row * frames + 1)
+        scratch_at = self.pooled_at + (0 if relation is not None and relation.gather else samples * row)
+        self.shares_at = scratch_at + (samples * tile.splits * 3 * features * frames if tile.splits > 1 else 0)
         self.rows: RowsPlan | None = None
+        room = max(samples * frames * (2 * frames + 2) * has_frames, samples * (2 * samples + 2) * has_batch)
         if parallel:
-            self.rows = RowsPlan(samples, frames, 0, features)
+            self.rows = RowsPlan(samples if has_frames else 0, frames, samples if has_batch else 0, features, True)
             room = self.rows.room
-        else:
-            room = samples * frames * (2 * frames + 2) * self.has_frames
-        self.shares_at = matrices_at
-        moments_at = matrices_at + room
-        self.workspace = moments_at + int(MOMENTS.value) * samples * frames * programs
-        self.offsets = scratch_at, matrices_at, moments_at
-        self.sizes = samples, frames, channels, features, segments, height, width
-        self.strides = strides
-        shapes = {"sample": (samples,), "batch": (1,), "block": (samples, segments)}
-        self.norm_shape = shapes[convention.norm_scope]
-        self.sums_shape = samples, int(MOMENTS.value), segments
+        moments_at = self.shares_at + room
+        sums_at = moments_at + int(MOMENTS.value) * samples * frames * programs
+        sums_at += sums_at % 2
+        self.workspace = sums_at + 2 * int(MOMENTS.value) * samples * segments
+        self.sums = sums_at, (samples, int(MOMENTS.value), segments)
         self.samples = samples
-        self.frame_grad_shape = (samples, frames, features) if self.has_frames else (0,)
+        self.norm_shape = {"sample": samples, "batch": 1, "block": (samples, segments)}[convention.norm_scope]
+        self.frame_grad_shape = (samples, frames, features) if has_frames else 0
+        self.batch_grad_shape = (samples, features) if has_batch else 0
         self.pooled_shape = samples, row
         self.counters = samples + 2
+        self.sizes = (
+            scratch_at, self.shares_at, moments_at, sums_at,
+            samples, frames, channels, features, segments, height, width, *strides, *_pair(sigma),
+            0 if sample_weight is None else sample_weight.stride(0), *_pair(frame_mask),
+        )  # fmt: skip
         huber = convention.penalty == "huber"
         self.scalars = (
             float(convention.huber_c if huber else 0.0), float(convention.eps), float(convention.coefficient),
         )  # fmt: skip
+        here = not parallel
         self.launch = Launcher(
             moments_kernel,
             samples * frames * programs,
             (
                 *grid, *tile.constants, *_scope(convention), convention.guard, convention.nan, huber,
                 convention.reduction == "sum", convention.norm_divides == "loss",
-                convention.weight_on == "direction", relation, self.has_frames and not parallel,
-                16, block_of(frames) if self.has_frames and not parallel else next_power_of_2(frames), 16,
+                convention.weight_on == "direction", relation is not None, has_frames and here, has_batch and here,
+                16, block_of(frames) if has_frames and here else next_power_of_2(frames),
+                block_of(min(samples, ONE_TILE)), 16,
                 next_power_of_2(segments),
                 max(1, min(next_power_of_2(samples), SUMS_TILE // next_power_of_2(segments))),
             ),
@@ -148,16 +174,20 @@ class GradientPlan:
     def __init__(
         self,
         latents: tuple[Tensor | None, ...],
-        mask: Tensor | None,
+        others: tuple[Tensor | None, Tensor | None, Tensor | None],
         layout: str,
         convention: Any,
         pool: str | tuple[int, int] | None,
         dmd: bool,
     ) -> None:
+        sigma, mask, frame_mask = others
         grid = (1, 1) if pool is None else grid_of(pool)
-        tile, self.strides, (samples, frames, channels, height, width) = _cut(latents, mask, layout, grid)
+        tile, strides, (samples, frames, channels, height, width) = _cut(latents, mask, layout, grid)
         features = channels * grid[0] * grid[1]
-        self.sizes = frames, channels, features, len(convention.segments(frames)) - 1, height, width
+        segments = len(convention.segments(frames)) - 1
+        self.sizes = (
+            frames, channels, features, segments, height, width, *strides, *_pair(sigma), *_pair(frame_mask),
+        )  # fmt: skip
         huber = convention.penalty == "huber"
         self.huber_c = float(convention.huber_c if huber else 0.0)
         self.launch = Launcher(
@@ -175,8 +205,28 @@ class GradientPlan:
 _plans: dict[Any, Any] = {}
 
 
-def _forward(
-    latents: tuple[Tensor | None, ...],
+def forward_plan(
+    latents: tuple[Any, ...],
+    others: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    layout: str,
+    convention: Any,
+    relation: Relation | None,
+) -> MomentsPlan:
+    """The plan of a forward pass; ``others`` are sigma, mask, sample_weight and frame_mask."""
+    student, fake, real, real_uncond, fake_uncond, noisy = latents
+    key = (
+        student.shape, student.dtype, student.device, student.stride(), fake.stride(), real.stride(),
+        _stride(real_uncond), _stride(fake_uncond), _stride(noisy), alignment(*latents),
+        _key(others), layout, convention.encoded, relation,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = MomentsPlan(latents, others, layout, convention, relation)
+    return plan
+
+
+def forward(
+    latents: tuple[Any, ...],
     sigma: Tensor | None,
     mask: Tensor | None,
     sample_weight: Tensor | None,
@@ -184,55 +234,28 @@ def _forward(
     convention: Any,
     real_scale: float,
     fake_scale: float,
-    frame_mask: Tensor | None = None,
-    pool: str | tuple[int, int] | None = None,
-    temperature: float = 1.0,
-    frame_weight: float = 0.0,
-    gather: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and mean|g| ``[2]``, norms and factors of the DMD loss."""
+    plan = forward_plan(latents, (sigma, mask, sample_weight, None), layout, convention, None)
     student = latents[0]
-    assert student is not None
-    tensors, small = (*latents, mask), (sigma, sample_weight, frame_mask)
-    key = (
-        student.shape, student.device, _key(tensors), _key(small), layout, convention.encoded, pool, frame_weight != 0,
-        gather,
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = MomentsPlan(latents, mask, layout, convention, pool, frame_weight, gather)
-    device = student.device
-    stream = current_stream(device)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    values, norms, factors = empty(2), empty(*plan.norm_shape), empty(plan.samples)
-    frame = empty(1) if pool is not None else None
-    frame_grad = empty(*plan.frame_grad_shape)
-    pooled = empty(*plan.pooled_shape) if gather else None
-    workspace = empty(plan.workspace)
-    sums = torch.empty(plan.sums_shape, dtype=torch.float64, device=device)
-    tickets = counters(device, stream, plan.counters)
+    device, empty, single = student.device, torch.empty, torch.float32
+    values = empty(2, dtype=single, device=device)
+    norms = empty(plan.norm_shape, dtype=single, device=device)
+    factors = empty(plan.samples, dtype=single, device=device)
+    workspace = empty(plan.workspace, dtype=single, device=device)
+    stream = current_stream(student)
     plan.launch(
-        stream, *latents, sigma, mask, sample_weight, frame_mask, values, norms, factors, frame, frame_grad, pooled,
-        workspace, sums, tickets, *plan.offsets, *plan.sizes, *plan.strides, *_pair(sigma),
-        0 if sample_weight is None else sample_weight.stride(0), *_pair(frame_mask),
-        float(real_scale), float(fake_scale), *plan.scalars, float(temperature),
+        stream, *latents, sigma, mask, sample_weight, None, values, norms, factors, None, None, None, None,
+        workspace, counters(student, stream, plan.counters), *plan.sizes, float(real_scale), float(fake_scale),
+        *plan.scalars, 1.0, 0.0, 0.0, 0.0,
     )  # fmt: skip
-    if plan.rows is not None:
-        terms = empty(3)
-        plan.rows.launch(
-            stream, workspace, None, terms, frame_grad, frame_grad, workspace, tickets, 0, plan.shares_at,
-            *plan.rows.sizes, 0, 0, float(temperature), 0.0, 1.0, 1.0,
-        )  # fmt: skip
-        frame = terms[2:]
-    return values, norms, factors, frame, frame_grad, pooled  # type: ignore[return-value]
+    return values, norms, factors
 
 
-def _backward(
+def backward(
     out: Tensor,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    scores: tuple[Tensor | None, ...],
+    scores: tuple[Any, Any, Any, Any],
     sigma: Tensor | None,
     mask: Tensor | None,
     frame_mask: Tensor | None,
@@ -248,23 +271,26 @@ def _backward(
     batch_weight: float,
     frame_weight: float,
 ) -> None:
+    """Write the gradient of both terms into ``out``; ``grads`` are those of total, dmd, batch and frame."""
     grad_total, grad_dmd, grad_batch, grad_frame = grads
     dmd = grad_total is not None or grad_dmd is not None
     if frame_grad is not None and (not frame_grad.numel() or (grad_total is None and grad_frame is None)):
         frame_grad = None
     if batch_grad is not None and (not batch_grad.numel() or (grad_total is None and grad_batch is None)):
         batch_grad = None
-    tensors = out, *scores, mask
+    fake, real, real_uncond, fake_uncond = scores
+    others = sigma, mask, frame_mask
     key = (
-        "backward", out.shape, out.device, _key(tensors), _key((sigma, frame_mask)), layout, convention.encoded, pool,
-        dmd, frame_grad is None, batch_grad is None, *(g is None or g.dtype for g in grads),
+        out.shape, out.dtype, out.device, out.stride(), fake.stride(), real.stride(), _stride(real_uncond),
+        _stride(fake_uncond), alignment(out, *scores), _key(others), layout,
+        convention.encoded, pool, dmd, frame_grad is None, batch_grad is None,
+        grad_total is None or grad_total.dtype, grad_dmd is None or grad_dmd.dtype,
+        grad_batch is None or grad_batch.dtype, grad_frame is None or grad_frame.dtype,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = GradientPlan((out, *scores), mask, layout, convention, pool, dmd)
+        plan = _plans[key] = GradientPlan((out, *scores), others, layout, convention, pool, dmd)
     plan.launch(
-        current_stream(out.device), out, *scores, sigma, mask, frame_mask, norms, factors,
-        grad_total, grad_dmd, grad_batch, grad_frame, frame_grad, batch_grad, *plan.sizes, *plan.strides,
-        *_pair(sigma), *_pair(frame_mask), float(real_scale), float(fake_scale), plan.huber_c,
-        float(batch_weight), float(frame_weight),
+        current_stream(out), out, *scores, sigma, mask, frame_mask, norms, factors, *grads, frame_grad, batch_grad,
+        *plan.sizes, float(real_scale), float(fake_scale), plan.huber_c, float(batch_weight), float(frame_weight),
     )  # fmt: skip

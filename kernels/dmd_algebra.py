@@ -45,12 +45,12 @@ def guarded(norm, eps, GUARD: tl.constexpr):
 
 @triton.jit
 def finish_loss(
-    sums, norms, factors, values, sample_weight, weight_stride, samples, frames, segments, frame_size, eps, coefficient,
+    sums, norms, factors, sample_weight, weight_stride, samples, frames, segments, frame_size, eps, coefficient,
     SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, GUARD: tl.constexpr, NAN: tl.constexpr,
     HUBER: tl.constexpr, SUM: tl.constexpr, LOSS_DIVIDED: tl.constexpr, WEIGHT_SQUARED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Norms, factors [B] and values (loss, mean|g|), from sums [B, MOMENTS, segments] float64."""
+    """(loss, mean|g|) from sums [B, MOMENTS, segments] float64; stores norms and factors [B]."""
     s = tl.arange(0, BLOCK_S)[None, :]
     distance = tl.zeros([BLOCK_B, BLOCK_S], tl.float64)
     count = tl.zeros([BLOCK_B, BLOCK_S], tl.float64)
@@ -126,5 +126,4 @@ def finish_loss(
         factor = tl.where(tl.zeros([BLOCK_B], tl.float64) + all_count > 0.0, factor, 0.0)
         tl.store(factors + row, factor.to(tl.float32), mask=row < samples)
         total += tl.where(row < samples, loss, 0.0)
-    tl.store(values, (coefficient * tl.sum(total, 0)).to(tl.float32))
-    tl.store(values + 1, (tl.sum(size, 0) / at_least_one).to(tl.float32))
+    return (coefficient * tl.sum(total, 0)).to(tl.float32), (tl.sum(size, 0) / at_least_one).to(tl.float32)

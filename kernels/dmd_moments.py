@@ -2,7 +2,7 @@
 
 A program covers one piece of one (sample, frame, channel) plane. The block that completes a sample adds its moments
 per segment of the norm and, for CoDMD, finishes its features and frame relation; the block that completes the last
-sample computes norms, loss and factors.
+sample computes norms, loss, factors and, for CoDMD, the batch relation and the terms.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 from .dmd_algebra import MOMENTS, add_segments, finish_loss
 from .dmd_scores import difference, guided_real, load, selection
 from .relation_algebra import relation_in_one_block
-from .relation_pool import finish_sample, ordered_sum, store_regions
+from .relation_pool import finish_sample, ordered_sum, store_codmd_terms, store_regions
 
 COUNT_BITS = tl.constexpr(10)
 """A lane counts selected, NaN and non-finite elements in one int32; it meets fewer than 1,024 of each."""
@@ -40,8 +40,8 @@ def moments(x, r, d, selected, inside, huber_c, HUBER: tl.constexpr):
 @triton.jit(
     do_not_specialize=["scratch_at", "moments_at", "sums_at", "samples", "frames", "channels", "features", "segments"],
     do_not_specialize_on_alignment=[
-        "sigma", "sample_weight", "frame_mask", "values", "norms", "factors", "frame_term", "frame_grad",
-        "pooled", "workspace", "sums", "counters",
+        "sigma", "sample_weight", "frame_mask", "values", "norms", "factors", "terms", "frame_grad", "batch_grad",
+        "pooled", "workspace", "counters",
     ],
 )  # fmt: skip
 def moments_kernel(
@@ -50,26 +50,28 @@ def moments_kernel(
     mask,  # like the latents, or None
     sample_weight,  # [B] or None
     frame_mask,  # [B, F] or None
-    values,  # [2]
+    values,  # [2]: loss and mean|g|, or None
     norms,  # [B], [1] or [B, segments]
     factors,  # [B]
-    frame_term,  # [1] or None
-    frame_grad,  # [B, F, K]
-    pooled,  # [B, 3K + 1] or None
-    workspace,  # as in pool_kernel; then from moments_at on pieces [MOMENTS, B, F, programs of a frame]
-    sums,  # [B, MOMENTS, segments] float64
+    terms,  # [4] of CoDMD, or None; a relation that another launch computes counts as 0
+    frame_grad,  # [B, F, K] or None
+    batch_grad,  # [B, K] or None
+    pooled,  # [B, 3K + 1], or None: kept in the workspace
+    workspace,  # as in pool_kernel; then from moments_at on pieces [MOMENTS, B, F, programs of a frame], and from
+    # sums_at on (an even offset) sums [B, MOMENTS, segments] in float64
     counters,  # [B + 1], zero before and after
-    scratch_at, matrices_at, moments_at, samples, frames, channels, features, segments, height, width,
+    scratch_at, matrices_at, moments_at, sums_at, samples, frames, channels, features, segments, height, width,
     x_b, x_f, x_c, x_h, x_w, f_b, f_f, f_c, f_h, f_w, r_b, r_f, r_c, r_h, r_w,
     u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, n_b, n_f, n_c, n_h, n_w,
     m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, weight_b, mask_b, mask_f,
-    real_scale, fake_scale, huber_c, eps, coefficient, temperature,
+    real_scale, fake_scale, huber_c, eps, coefficient, temperature, relation_weight, batch_weight, frame_weight,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, GUARD: tl.constexpr, NAN: tl.constexpr,
     HUBER: tl.constexpr, SUM: tl.constexpr, LOSS_DIVIDED: tl.constexpr, WEIGHT_SQUARED: tl.constexpr,
-    RELATION: tl.constexpr, FRAMES: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
+    RELATION: tl.constexpr, FRAMES: tl.constexpr, BATCH: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements, but for the mask's."""
     pid = tl.program_id(0)
@@ -172,6 +174,7 @@ def moments_kernel(
     pieces = table
     if SPLITS > 1:
         pieces = workspace + scratch_at + b * SPLITS * 3 * third
+    sums = (workspace + sums_at).to(tl.pointer_type(tl.float64), bitcast=True)
     if RELATION:
         at = pieces + split.to(tl.int64) * 3 * third + (c * GRID_H + gy) * GRID_W * frames + f
         if FLAT:
@@ -209,13 +212,22 @@ def moments_kernel(
         tl.debug_barrier()
         if tl.atomic_add(counters + samples, 1) == samples - 1:
             tl.store(counters + samples, 0)
-            if frame_term is not None:
-                if FRAMES:
-                    tl.store(frame_term, ordered_sum(losses, samples, 16) / samples)
-                else:
-                    tl.store(frame_term, 0.0)
-            finish_loss(
-                sums, norms, factors, values, sample_weight, weight_b, samples, frames, segments,
+            frame_term = 0.0
+            batch_term = 0.0
+            if FRAMES:
+                frame_term = ordered_sum(losses, samples, 16) / samples
+            if BATCH:
+                batch_term = relation_in_one_block(
+                    averages, 3 * features + 1, 1, samples, features, temperature, workspace + matrices_at,
+                    batch_grad, 1.0, BLOCK_I, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+            dmd_loss, mean_g = finish_loss(
+                sums, norms, factors, sample_weight, weight_b, samples, frames, segments,
                 channels.to(tl.float64) * height * width, eps, coefficient,
                 SCOPE, BLOCK, FIRST_ALONE, GUARD, NAN, HUBER, SUM, LOSS_DIVIDED, WEIGHT_SQUARED, BLOCK_S, BLOCK_B,
             )  # fmt: skip
+            if values is not None:
+                tl.store(values, dmd_loss)
+                tl.store(values + 1, mean_g)
+            if terms is not None:
+                store_codmd_terms(terms, dmd_loss, batch_term, frame_term, relation_weight, batch_weight, frame_weight)

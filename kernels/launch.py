@@ -125,11 +125,23 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def current_stream(device: torch.device) -> int:
-    """Raw handle of torch's current stream on ``device``; 0 on the CPU."""
-    if device.type != "cuda":
-        return 0
-    return int(triton.runtime.driver.active.get_current_stream(device.index))
+def current_stream(tensor: Tensor) -> int:
+    """Raw handle of torch's current stream on the device of ``tensor``; 0 where that is no GPU."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0
+
+
+def elsewhere(tensor: Tensor) -> bool:
+    """Whether ``tensor`` lies on a GPU that is not the current one."""
+    return tensor.is_cuda and tensor.get_device() != torch._C._cuda_getDevice()
+
+
+def alignment(*tensors: Tensor | None) -> Any:
+    """What launches specialise on: True if every address is a multiple of 16 bytes, else which ones are."""
+    together = 0
+    for tensor in tensors:
+        if tensor is not None:
+            together |= tensor.data_ptr()
+    return not together % 16 or tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
@@ -147,22 +159,23 @@ def _zeros(device: torch.device, count: int) -> Tensor:
     return zeros
 
 
-def counters(device: torch.device, stream: int, count: int) -> Tensor:
-    """``count`` int32 zeros for "last block done" tickets; the kernel that uses them leaves them zero.
+def counters(tensor: Tensor, stream: int, count: int) -> Tensor:
+    """``count`` int32 zeros beside ``tensor`` for "last block done" tickets; the kernel that uses them leaves zeros.
 
     Work on one stream runs in order and shares a buffer. Graphs may replay side by side on any streams, so every
     captured call takes counters that no other call ever gets; without a warm-up before the capture they come from
     the graph's own memory, with a memset in the graph.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    device = tensor.device
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         pool, used = _capture_pool.get(device, (None, 0))
         if pool is None or used + count > len(pool):
             return torch.zeros(count, dtype=torch.int32, device=device)
         _capture_pool[device] = pool, used + count
         return pool[used : used + count]
     buffer = _counters.get((device, stream))
-    if buffer is None or len(buffer) < count:
-        if device.type == "cuda" and device not in _capture_pool:
+    if buffer is None or buffer.numel() < count:
+        if tensor.is_cuda and device not in _capture_pool:
             _capture_pool[device] = _zeros(device, _CAPTURE_POOL), 0
         buffer = _counters[device, stream] = _zeros(device, max(_COUNTERS_PER_STREAM, count))
     return buffer

@@ -139,6 +139,15 @@ def store_terms(terms, batch, frame, batch_weight, frame_weight):
     tl.store(terms + 2, frame)
 
 
+@triton.jit
+def store_codmd_terms(terms, dmd, batch, frame, relation_weight, batch_weight, frame_weight):
+    """terms = (total, DMD loss, batch term, frame term)."""
+    tl.store(terms, dmd + relation_weight * (batch_weight * batch + frame_weight * frame))
+    tl.store(terms + 1, dmd)
+    tl.store(terms + 2, batch)
+    tl.store(terms + 3, frame)
+
+
 @triton.jit(
     do_not_specialize=["scratch_at", "matrices_at", "samples", "frames", "channels", "features"],
     do_not_specialize_on_alignment=[

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import Launcher, counters, current_stream, multiprocessors
+from . import limits
+from .launch import Launcher, alignment, counters, current_stream, multiprocessors
+from .limits import grid_of
 from .relation_broadcast import broadcast_kernel
 from .relation_pool import pool_kernel
 from .relation_rows import relation_rows_kernel
@@ -23,15 +25,7 @@ ONE_TILE = 32
 REGISTERS, REGISTERS_BOTH_TERMS = 128, 168
 """Four (three) blocks of four warps on a multiprocessor: 48 (36) KB of loads in flight, more than the memory needs."""
 
-MOST_VECTORS = 1024
-"""Vectors of a relation whose rows still fit in registers."""
-
 FLOATS_PER_ROW_TILE = 2048
-
-
-def grid_of(pool: str | tuple[int, int]) -> tuple[int, int]:
-    """Regions (gh, gw): ``"mean"`` is one."""
-    return (1, 1) if pool == "mean" else (int(pool[0]), int(pool[1]))
 
 
 def block_of(vectors: int) -> int:
@@ -39,7 +33,7 @@ def block_of(vectors: int) -> int:
     return max(16, next_power_of_2(vectors))
 
 
-def _mask_strides(frame_mask: Tensor | None) -> tuple[int, int]:
+def mask_strides(frame_mask: Tensor | None) -> tuple[int, int]:
     return (0, 0) if frame_mask is None else (frame_mask.stride(0), frame_mask.stride(1))
 
 
@@ -58,9 +52,10 @@ class RowsPlan:
         frames: vectors of each.
         batch: vectors of the batch relation, 0 for none.
         features: K.
+        dmd: the terms are those of the CoDMD loss.
     """
 
-    def __init__(self, samples: int, frames: int, batch: int, features: int) -> None:
+    def __init__(self, samples: int, frames: int, batch: int, features: int, dmd: bool = False) -> None:
         block_i, block_j, _ = row_blocks(max(frames if samples else 0, batch))
         frame_blocks, batch_blocks = cdiv(frames, block_i), cdiv(batch, block_i) if batch else 0
         frame_room = frame_blocks + frames * ((features + 1) * (frame_blocks + 1) + 2 * frames)
@@ -71,7 +66,7 @@ class RowsPlan:
         self.launch = Launcher(
             relation_rows_kernel,
             samples * frame_blocks + batch_blocks,
-            (samples > 0, batch > 0, block_i, block_j, 16),
+            (samples > 0, batch > 0, dmd, block_i, block_j, 16),
             warps=max(4, block_i * block_j // 256),
             registers=255,
         )
@@ -89,16 +84,18 @@ class ForwardPlan:
         itemsize: int,
         aligned: bool,
         processors: int,
-        batch_weight: float,
-        frame_weight: float,
+        batch: bool,
+        frame: bool,
         gather: bool,
+        frame_mask: Tensor | None,
     ) -> None:
         grid = grid_of(pool)
         geometries = tuple(Geometry.of(shape, s, layout) for s in strides)
+        limits.check(geometries[0].sizes, pool, batch, frame)
         samples, frames, channels, height, width = geometries[0].sizes
         features = channels * grid[0] * grid[1]
-        self.has_frames = frame_weight != 0 and frames > 1
-        self.has_batch = batch_weight != 0 and samples > 1 and not gather
+        self.has_frames = frame and frames > 1
+        self.has_batch = batch and samples > 1 and not gather
         parallel = (self.has_frames and frames > ONE_TILE) or (self.has_batch and samples > ONE_TILE)
         tiling = tile_planes(geometries, grid, itemsize, aligned, processors)
         self.tiling = tiling
@@ -108,11 +105,11 @@ class ForwardPlan:
         self.pooled_at = tables + samples
         scratch_at = self.pooled_at + (0 if gather else samples * row)
         self.shares_at = matrices_at = scratch_at + (pieces if tiling.splits > 1 else 0)
-        self.frame_grad_shape = (samples, frames, features) if self.has_frames else (0,)
-        self.batch_grad_shape = (samples, features) if self.has_batch else (0,)
+        self.frame_grad_shape = (samples, frames, features) if self.has_frames else 0
+        self.batch_grad_shape = (samples, features) if self.has_batch else 0
         self.pooled_shape = (samples, row)
         sizes = samples, frames, channels, features, height, width
-        self.sizes = (scratch_at, matrices_at, *sizes, *sum(tiling.strides, ()))
+        self.sizes = (scratch_at, matrices_at, *sizes, *sum(tiling.strides, ()), *mask_strides(frame_mask))
         self.rows: RowsPlan | None = None
         if parallel:
             self.rows = RowsPlan(samples if self.has_frames else 0, frames, samples if self.has_batch else 0, features)
@@ -145,65 +142,51 @@ _rows_plans: dict[Any, RowsPlan] = {}
 _backward_plans: dict[Any, tuple[Launcher, tuple[int, ...]]] = {}
 
 
-def _forward_plan(
+def mask_key(frame_mask: Tensor | None) -> tuple[Any, ...] | None:
+    return None if frame_mask is None else (frame_mask.stride(), frame_mask.dtype)
+
+
+def _run_forward(
     student: Tensor,
     real: Tensor,
     fake: Tensor,
     frame_mask: Tensor | None,
     layout: str,
     pool: str | tuple[int, int],
+    temperature: float,
     batch_weight: float,
     frame_weight: float,
     gather: bool,
-) -> ForwardPlan:
-    strides = student.stride(), real.stride(), fake.stride()
-    aligned = student.data_ptr() % 16 == 0, real.data_ptr() % 16 == 0, fake.data_ptr() % 16 == 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    aligned = alignment(student, real, fake)
+    shape, dtype, device = student.shape, student.dtype, student.device
     key = (
-        student.shape, strides, aligned, student.dtype, student.device, layout, pool, gather,
-        batch_weight != 0, frame_weight != 0, _mask_key(frame_mask),
+        shape, student.stride(), real.stride(), fake.stride(), aligned, dtype, device, layout, pool, gather,
+        batch_weight != 0, frame_weight != 0, mask_key(frame_mask),
     )  # fmt: skip
     plan = _forward_plans.get(key)
     if plan is None:
         plan = _forward_plans[key] = ForwardPlan(
-            student.shape, strides, layout, pool, student.element_size(), all(aligned),
-            multiprocessors(student.device), batch_weight, frame_weight, gather,
+            shape, key[1:4], layout, pool, dtype.itemsize, aligned is True, multiprocessors(device), *key[10:12],
+            gather, frame_mask,
         )  # fmt: skip
-    return plan
-
-
-def _mask_key(frame_mask: Tensor | None) -> tuple[Any, ...] | None:
-    return None if frame_mask is None else (frame_mask.stride(), frame_mask.dtype)
-
-
-def _run_forward(
-    plan: ForwardPlan,
-    student: Tensor,
-    real: Tensor,
-    fake: Tensor,
-    frame_mask: Tensor | None,
-    temperature: float,
-    batch_weight: float,
-    frame_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    device = student.device
-    stream = current_stream(device)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    terms, workspace = empty(3), empty(plan.workspace)
-    frame_grad, batch_grad = empty(*plan.frame_grad_shape), empty(*plan.batch_grad_shape)
-    pooled = empty(*plan.pooled_shape) if plan.gather else None
-    tickets = counters(device, stream, plan.counters)
+    empty, single = torch.empty, torch.float32
+    terms = empty(3, dtype=single, device=device)
+    workspace = empty(plan.workspace, dtype=single, device=device)
+    frame_grad = empty(plan.frame_grad_shape, dtype=single, device=device)
+    batch_grad = empty(plan.batch_grad_shape, dtype=single, device=device)
+    pooled = empty(plan.pooled_shape, dtype=single, device=device) if gather else None
+    stream = current_stream(student)
+    tickets = counters(student, stream, plan.counters)
     scalars = float(temperature), float(batch_weight), float(frame_weight)
     plan.pool(
         stream, student, real, fake, frame_mask, terms, frame_grad, batch_grad, pooled, workspace, tickets,
-        *plan.sizes, *_mask_strides(frame_mask), *scalars,
+        *plan.sizes, *scalars,
     )  # fmt: skip
     if plan.rows is not None:
         plan.rows.launch(
-            stream, workspace, None, terms, frame_grad, batch_grad, workspace, tickets,
-            plan.pooled_at, plan.shares_at, *plan.rows.sizes, 0, plan.rows.sizes[-1], *scalars, 1.0,
+            stream, workspace, None, None, terms, frame_grad, batch_grad, workspace, tickets,
+            plan.pooled_at, plan.shares_at, *plan.rows.sizes, 0, plan.rows.sizes[-1], *scalars, 0.0, 1.0,
         )  # fmt: skip
     return terms, frame_grad, batch_grad, pooled
 
@@ -219,20 +202,10 @@ def relation_forward(
     batch_weight: float,
     frame_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Relation loss of one process.
-
-    Args:
-        student, real, fake: ``[B, F, C, H, W]`` (``"bfchw"``) or ``[B, C, F, H, W]`` (``"bcfhw"``), any strides.
-        frame_mask: bool ``[B, F]`` or None.
-        layout, pool, temperature, batch_weight, frame_weight: as in :func:`codmd.ops.relation_loss`.
-
-    Returns:
-        float32 (total, batch, frame) ``[3]``; ∂(frame term)/∂φ ``[B, F, K]``; ∂(batch term)/∂ψ ``[B, K]``.
-        A gradient is empty when its term is not computed.
-    """
-    plan = _forward_plan(student, real, fake, frame_mask, layout, pool, batch_weight, frame_weight, False)
-    result = _run_forward(plan, student, real, fake, frame_mask, temperature, batch_weight, frame_weight)
-    return result[0], result[1], result[2]
+    """float32 terms ``[3]``, ∂(frame term)/∂φ ``[B, F, K]`` and ∂(batch term)/∂ψ ``[B, K]`` of one process."""
+    return _run_forward(
+        student, real, fake, frame_mask, layout, pool, temperature, batch_weight, frame_weight, False
+    )[:3]  # fmt: skip
 
 
 def relation_frames(
@@ -246,8 +219,9 @@ def relation_frames(
     frame_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stage before a gather: frame term ``[1]``, its gradient, and ``[B, 3K + 1]``: ψ_x, ψ_r, ψ_d, valid frames."""
-    plan = _forward_plan(student, real, fake, frame_mask, layout, pool, 0.0, frame_weight, True)
-    terms, frame_grad, _, pooled = _run_forward(plan, student, real, fake, frame_mask, temperature, 0.0, frame_weight)
+    terms, frame_grad, _, pooled = _run_forward(
+        student, real, fake, frame_mask, layout, pool, temperature, 0.0, frame_weight, True
+    )
     assert pooled is not None
     return terms[2:], frame_grad, pooled
 
@@ -264,7 +238,7 @@ def relation_batch(
 ) -> tuple[Tensor, Tensor]:
     """The stage after a gather: float32 terms ``[3]`` and ``grad_scale``·∂(batch term)/∂ψ of the caller's rows."""
     device = pooled.device
-    stream = current_stream(device)
+    stream = current_stream(pooled)
     vectors, row = pooled.shape
     features = (row - 1) // 3
     key = (vectors, row, rows, first_row, device)
@@ -275,16 +249,19 @@ def relation_batch(
     grad = torch.empty((rows, features), dtype=torch.float32, device=device)
     workspace = torch.empty(plan.room, dtype=torch.float32, device=device)
     plan.launch(
-        stream, pooled, frame, terms, grad, grad, workspace, counters(device, stream, plan.counters),
+        stream, pooled, None, frame, terms, grad, grad, workspace, counters(pooled, stream, plan.counters),
         0, 0, *plan.sizes, first_row, rows,
-        float(temperature), float(batch_weight), float(frame_weight), float(grad_scale),
+        float(temperature), float(batch_weight), float(frame_weight), 0.0, float(grad_scale),
     )  # fmt: skip
     return terms, grad
 
 
-def _backward_plan(out: Tensor, layout: str, pool: str | tuple[int, int]) -> tuple[Launcher, tuple[int, ...]]:
+def _backward_plan(
+    out: Tensor, layout: str, pool: str | tuple[int, int], batch: bool, frame: bool, frame_mask: Tensor | None
+) -> tuple[Launcher, tuple[int, ...]]:
     grid = grid_of(pool)
     geometry = Geometry.of(out.shape, out.stride(), layout)
+    limits.check(geometry.sizes, pool, batch, frame)
     samples, frames, channels, height, width = geometry.sizes
     aligned = out.data_ptr() % 16 == 0
     tiling = tile_planes((geometry,), grid, out.element_size(), aligned, multiprocessors(out.device))
@@ -294,7 +271,8 @@ def _backward_plan(out: Tensor, layout: str, pool: str | tuple[int, int]) -> tup
         (*grid, *tiling.constants, next_power_of_2(frames)),
         warps=4,
     )
-    return launch, (frames, channels, channels * grid[0] * grid[1], height, width, *tiling.strides[0])
+    sizes = frames, channels, channels * grid[0] * grid[1], height, width
+    return launch, (*sizes, *tiling.strides[0], *mask_strides(frame_mask))
 
 
 def relation_backward(
@@ -312,18 +290,19 @@ def relation_backward(
     frame_weight: float,
 ) -> None:
     """Write the gradient of the student's latents into ``out``; ``student`` itself is not read."""
+    has_frames, has_batch = frame_grad.numel() > 0, batch_grad.numel() > 0
     key = (
-        out.shape, out.stride(), out.data_ptr() % 16 == 0, out.dtype, out.device, layout, pool,
-        _mask_key(frame_mask), frame_grad.numel() > 0, batch_grad.numel() > 0,
+        out.shape, out.stride(), out.data_ptr() % 16 == 0, out.dtype, out.device, layout, pool, mask_key(frame_mask),
+        has_frames, has_batch,
         grad_total is None or grad_total.dtype, grad_batch is None or grad_batch.dtype,
         grad_frame is None or grad_frame.dtype,
     )  # fmt: skip
     plan = _backward_plans.get(key)
     if plan is None:
-        plan = _backward_plans[key] = _backward_plan(out, layout, pool)
+        plan = _backward_plans[key] = _backward_plan(out, layout, pool, has_batch, has_frames, frame_mask)
     launch, sizes = plan
     launch(
-        current_stream(out.device), out, frame_mask, grad_total, grad_batch, grad_frame,
-        frame_grad if frame_grad.numel() else None, batch_grad if batch_grad.numel() else None,
-        *sizes, *_mask_strides(frame_mask), float(batch_weight), float(frame_weight),
+        current_stream(out), out, frame_mask, grad_total, grad_batch, grad_frame,
+        frame_grad if has_frames else None, batch_grad if has_batch else None,
+        *sizes, float(batch_weight), float(frame_weight),
     )  # fmt: skip

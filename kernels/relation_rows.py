@@ -19,7 +19,7 @@ from .relation_algebra import (
     unless_alone,
     validity,
 )
-from .relation_pool import ordered_sum, store_terms
+from .relation_pool import ordered_sum, store_codmd_terms, store_terms
 
 
 @triton.jit
@@ -95,21 +95,22 @@ def add_shares(
         "first_row", "rows",
     ],
     do_not_specialize_on_alignment=[
-        "source", "frame_term", "terms", "frame_grad", "batch_grad", "workspace", "counters"
+        "source", "gathered", "frame_term", "terms", "frame_grad", "batch_grad", "workspace", "counters"
     ],
 )  # fmt: skip
 def relation_rows_kernel(
     source,  # tables [B, 3K + 1, F], and pooled [N, 3K + 1] from pooled_at on
+    gathered,  # [N, 3K + 1] in place of the pooled rows of the source, or None
     frame_term,  # [1] or None: the frame term computed elsewhere
-    terms,  # [3]
+    terms,  # [3]; [4] if DMD, of which dmd, and the frame term unless FRAMES, are there already
     frame_grad,  # [B, F, K]
     batch_grad,  # [rows, K]
     workspace,  # from shares_at on, for every relation: losses [blocks], direct [n, K], transposed [blocks, n, K],
     # row_radial [n], column_radial [blocks, n], by_column [n, n], by_row [n, n]; then a loss of every relation
     counters,  # [B + 2], zero before and after
     pooled_at, shares_at, samples, frames, features, frame_blocks, batch_blocks, batch_count, first_row, rows,
-    temperature, batch_weight, frame_weight, grad_scale,
-    FRAMES: tl.constexpr, BATCH: tl.constexpr,
+    temperature, batch_weight, frame_weight, relation_weight, grad_scale,
+    FRAMES: tl.constexpr, BATCH: tl.constexpr, DMD: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·frame_blocks (if FRAMES) + batch_blocks (if BATCH)]."""
@@ -129,7 +130,10 @@ def relation_rows_kernel(
         base = source + relation.to(tl.int64) * (3 * features + 1) * frames
         grad = frame_grad + relation.to(tl.int64) * frames * features
     else:
-        base = source + pooled_at
+        if gathered is None:
+            base = source + pooled_at
+        else:
+            base = gathered
         grad = batch_grad
     room = workspace + shares_at + relation.to(tl.int64) * frame_room
     direct = room + blocks
@@ -169,8 +173,14 @@ def relation_rows_kernel(
             batch_loss = 0.0
             if FRAMES:
                 frame_loss = ordered_sum(totals, samples, 64) / samples
+            elif DMD:
+                frame_loss = tl.load(terms + 3)
             elif frame_term is not None:
                 frame_loss = tl.load(frame_term)
             if BATCH:
                 batch_loss = tl.load(totals + samples)
-            store_terms(terms, batch_loss, frame_loss, batch_weight, frame_weight)
+            if DMD:
+                dmd_loss = tl.load(terms + 1)
+                store_codmd_terms(terms, dmd_loss, batch_loss, frame_loss, relation_weight, batch_weight, frame_weight)
+            else:
+                store_terms(terms, batch_loss, frame_loss, batch_weight, frame_weight)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import limits
 from .launch import Launcher, counters, current_stream, multiprocessors
 from .relation_apply import apply_kernel
 from .relation_gram import gram_kernel
 from .tiling import Geometry, cdiv, next_power_of_2
 
-MOST_VECTORS = 128
 GROUP = 16
 """Splits of the long axis that one block adds up."""
 
@@ -134,17 +134,19 @@ def _mask_key(frame_mask: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _gram_plan(
-    student: Tensor, real: Tensor, fake: Tensor, frame_mask: Tensor | None, layout: str, grams: bool, means: bool
-) -> GramPlan:
+    student: Tensor, real: Tensor, fake: Tensor, frame_mask: Tensor | None, layout: str, grams: bool, means: bool,
+    batch: bool,
+) -> GramPlan:  # fmt: skip
     strides = student.stride(), real.stride(), fake.stride()
     aligned = student.data_ptr() % 16 == 0, real.data_ptr() % 16 == 0, fake.data_ptr() % 16 == 0
     key = (
-        "gram", student.shape, strides, aligned, student.dtype, student.device, layout, grams, means,
+        "gram", student.shape, strides, aligned, student.dtype, student.device, layout, grams, means, batch,
         _mask_key(frame_mask),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         geometries = tuple(Geometry.of(student.shape, s, layout) for s in strides)
+        limits.check(geometries[0].sizes, None, batch, grams)
         samples, frames = geometries[0].sizes[:2]
         runs = Runs(geometries, (student.element_size(),) * 3, all(aligned))
         plan = _plans[key] = GramPlan(samples, frames, runs, multiprocessors(student.device), grams, False)
@@ -160,6 +162,7 @@ def _first_stage(
     temperature: float,
     frame_weight: float,
     means: bool,
+    batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Terms (of the frame relation alone), its M / B, and the rows of time averages if ``means``."""
     device = student.device
@@ -172,8 +175,8 @@ def _first_stage(
     else:
         terms = torch.empty(3, dtype=torch.float32, device=device)
         matrices = torch.empty((samples, frames, frames), dtype=torch.float32, device=device)
-    plan = _gram_plan(student, real, fake, frame_mask, layout, grams, means)
-    stream = current_stream(device)
+    plan = _gram_plan(student, real, fake, frame_mask, layout, grams, means, batch)
+    stream = current_stream(student)
     pooled = None
     if means:
         features = student[0].numel() // frames
@@ -181,7 +184,7 @@ def _first_stage(
     workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
     plan.launch(
         stream, student, real, fake, frame_mask, None, terms, matrices, pooled, workspace,
-        counters(device, stream, plan.counters), *plan.sizes, *_mask(frame_mask),
+        counters(student, stream, plan.counters), *plan.sizes, *_mask(frame_mask),
         float(temperature), 0.0, float(frame_weight),
     )  # fmt: skip
     return terms, matrices, pooled
@@ -200,7 +203,9 @@ def relation_forward(
     """float32 terms ``[3]``, M / B of the frame relation ``[B, F, F]``, gradient of the batch term ``[B, K]``."""
     samples = student.shape[0]
     means = batch_weight != 0 and samples > 1
-    terms, matrices, pooled = _first_stage(student, real, fake, frame_mask, layout, temperature, frame_weight, means)
+    terms, matrices, pooled = _first_stage(
+        student, real, fake, frame_mask, layout, temperature, frame_weight, means, means
+    )
     if pooled is None:
         return terms, matrices, torch.empty(0, dtype=torch.float32, device=student.device)
     terms, batch_grad = relation_batch(pooled, terms[2:], 0, samples, temperature, batch_weight, frame_weight, 1.0)
@@ -217,7 +222,9 @@ def relation_frames(
     frame_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stage before a gather: frame term ``[1]``, M / B, and ``[B, 3K + 1]``: ψ_x, ψ_r, ψ_d, valid frames."""
-    terms, matrices, pooled = _first_stage(student, real, fake, frame_mask, layout, temperature, frame_weight, True)
+    terms, matrices, pooled = _first_stage(
+        student, real, fake, frame_mask, layout, temperature, frame_weight, True, False
+    )
     assert pooled is not None
     return terms[2:], matrices, pooled
 
@@ -234,7 +241,7 @@ def relation_batch(
 ) -> tuple[Tensor, Tensor]:
     """The batch relation of ``[N, 3K + 1]`` rows: terms ``[3]``, ``grad_scale``·gradient of the caller's rows."""
     device = pooled.device
-    stream = current_stream(device)
+    stream = current_stream(pooled)
     vectors, row = pooled.shape
     features = (row - 1) // 3
     key = "batch", vectors, row, rows, first_row, device, pooled.data_ptr() % 16
@@ -255,7 +262,7 @@ def relation_batch(
     real, difference, valid = pooled[:, features:], pooled[:, 2 * features :], pooled[:, 3 * features :]
     gram.launch(
         stream, pooled, real, difference, valid, frame, terms, matrix, None, workspace,
-        counters(device, stream, gram.counters), *gram.sizes, 0, row, *scalars,
+        counters(pooled, stream, gram.counters), *gram.sizes, 0, row, *scalars,
     )  # fmt: skip
     grad = torch.empty((rows, features), dtype=torch.float32, device=device)
     apply.launch(
@@ -289,11 +296,12 @@ def relation_backward(
     plan = _plans.get(key)
     if plan is None:
         geometries = tuple(Geometry.of(out.shape, s, layout) for s in (out.stride(), student.stride()))
+        limits.check(geometries[0].sizes, None, has_batch, has_frames)
         samples, frames = geometries[0].sizes[:2]
         runs = Runs(geometries, (out.element_size(),) * 2, all(aligned))
         plan = _plans[key] = ApplyPlan(samples, frames, frames, runs, multiprocessors(out.device))
     plan.launch(
-        current_stream(out.device), out, student, frame_mask, grad_total, grad_batch, grad_frame,
+        current_stream(out), out, student, frame_mask, grad_total, grad_batch, grad_frame,
         matrices if has_frames else None, batch_grad if has_batch else None,
         *plan.sizes, 0, plan.rows, *plan.strides, *_mask(frame_mask), float(batch_weight), float(frame_weight),
     )  # fmt: skip

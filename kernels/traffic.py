@@ -81,7 +81,7 @@ def _broadcast(v: dict[str, Any], grid: int) -> Traffic:
 def _rows(v: dict[str, Any], grid: int) -> Traffic:
     # Its share of the workspace is counted by the launch that made it, or here when it is its own.
     own = 0 if v["source"] is v["workspace"] else 2 * _size(v["workspace"]) + _size(v["source"])
-    return Traffic(0, own + _size(v["frame_grad"]) + _size(v["batch_grad"]))
+    return Traffic(0, own + _size(v["gathered"]) + _size(v["frame_grad"]) + _size(v["batch_grad"]))
 
 
 def _gram(v: dict[str, Any], grid: int) -> Traffic:
@@ -110,7 +110,7 @@ def _moments(v: dict[str, Any], grid: int) -> Traffic:
     planes = grid // (v["GRID_H"] * v["SPLITS"])
     names = "student", "fake", "real", "real_uncond", "fake_uncond", "noisy", "mask"
     widths = sum(v[name].element_size() for name in names if v[name] is not None)
-    scratch = 2 * (_size(v["workspace"]) + _size(v["sums"])) + _size(v["frame_grad"]) + _size(v["pooled"])
+    scratch = 2 * _size(v["workspace"]) + _size(v["frame_grad"]) + _size(v["batch_grad"]) + _size(v["pooled"])
     return Traffic(planes * plane_elements(v) * widths, scratch)
 
 

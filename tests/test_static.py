@@ -23,7 +23,7 @@ REGISTERS = {
     "relation_rows_kernel": 255,
     "gram_kernel": 255,
     "apply_kernel": 128,
-    "moments_kernel": 168,
+    "moments_kernel": 176,
     "gradient_kernel": 48,
 }
 # (case, targets): every kernel on every architecture at least once; `python -m benchmarks.static` prints all.
@@ -35,6 +35,8 @@ COMPILED = [
     ("gathered, 128 samples", ("sm_80", "gfx942")),
     ("240 latent frames", ("sm_90", "sm_100")),
     ("codmd, 480p", ("sm_90", "gfx942")),
+    ("codmd, 480p, batch 8", ("sm_90", "gfx942")),
+    ("codmd, 161 frames, 16 processes", ("sm_90",)),
     ("codmd, 480p float32, flow, batch 2, 2 x 2 regions", ("sm_80",)),
     ("dmd, rcm, flow", ("sm_100",)),
 ]
@@ -66,6 +68,15 @@ def test_one_launch_forward_and_one_backward_up_to_32_frames_and_samples():
         names = [launch.name for launch in static.relation_launches(shape)]
         assert len(names) <= 3
         assert names[-1] == "broadcast_kernel"
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (1024, 1, 4, 8, 8), (2, 1024, 4, 8, 8)], ids=str)
+def test_codmd_takes_at_most_two_launches_forward_and_one_backward(shape):
+    names = [launch.name for launch in static.codmd_launches(shape)]
+    second = ["relation_rows_kernel"] * (max(shape[:2]) > 32)
+    assert names == ["moments_kernel", *second, "gradient_kernel"]
+    names = [launch.name for launch in static.codmd_gathered_launches((1, *shape[1:]), 16)]
+    assert names == ["moments_kernel", "relation_rows_kernel"]
 
 
 @pytest.mark.parametrize("name", SHAPES)

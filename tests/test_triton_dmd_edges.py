@@ -131,7 +131,8 @@ else:
             kernels.codmd_forward(*latents, *[None] * 6, *rule, True, None, pool, 0.1, 1.0, False)
         (pass_,) = recorded
         assert pass_.launcher.grid[0] == 2
-        selected, nans, wild = pass_.values["sums"][0, 3:, 0].tolist()
+        sums = pass_.values["workspace"][pass_.values["sums_at"] :].view(torch.float64)
+        selected, nans, wild = sums[3:].tolist()
         assert (selected, nans, wild) == (1030 * 16, 1030, 1030)
 
     @pytest.mark.parametrize("kind", ["columns last", "every second column", "misaligned", "constant"])
@@ -297,11 +298,48 @@ else:
         torch.testing.assert_close(found.magnitude, expected.magnitude, rtol=2e-6, atol=0)
         torch.testing.assert_close(found.norm, expected.norm, rtol=2e-6, atol=0)
 
-    @pytest.mark.parametrize(("frames", "launches"), [(3, 2), (35, 3)])
-    def test_at_most_two_launches_forward_and_one_backward_leave_the_counters_zero(frames, launches):
-        student, arguments = scores((1, frames, 1, 1, 3), flow=True)
+    @pytest.mark.parametrize(("shape", "forward"), [((1, 3), 1), ((3, 3), 1), ((2, 35), 2), ((35, 2), 2)], ids=str)
+    def test_at_most_two_launches_forward_and_one_backward_leave_the_counters_zero(shape, forward):
+        student, arguments = scores((*shape, 1, 1, 3), flow=True)
         with launch.recording(run=True) as recorded:
             run(ops.codmd_loss, student, arguments, prediction="flow", backend="triton")
-        names = ["moments_kernel", *["relation_rows_kernel"] * (launches - 2), "gradient_kernel"]
+        names = ["moments_kernel", *["relation_rows_kernel"] * (forward - 1), "gradient_kernel"]
         assert [launched.name for launched in recorded] == names
         assert all(not buffer.any() for buffer in launch._counters.values())
+
+    @pytest.mark.parametrize("frames", [1, 3, 35])
+    def test_rows_of_several_processes_give_the_loss_of_one_in_two_launches(frames):
+        student, arguments = scores((4, frames, 2, 2, 3))
+        latents = student, *arguments.values(), None
+        valid = torch.ones(4, frames, dtype=torch.bool)
+        valid[1, frames // 2 :] = frames == 1
+        tail = "bfchw", conventions.self_forcing, 3.5, 0.5
+        weights = 0.3, 0.6, 1.3
+        whole = kernels.codmd_terms((*latents, *[None] * 3, *tail), valid, "mean", 0.1, *weights)
+        halves = [slice(0, 2), slice(2, 4)]
+        with launch.recording(run=True) as recorded:
+            pending = []
+            for half in halves:
+                part = tuple(None if v is None else v[half] for v in latents)
+                pending.append(kernels.codmd_rows((*part, *[None] * 3, *tail), valid[half], "mean", 0.1, 1.3, 2))
+            rows = torch.cat([one.rows for one in pending])
+            found = [kernels.codmd_gathered(one, rows, 2 * i, *weights, 2.0) for i, one in enumerate(pending)]
+        assert len(recorded) == 4
+        for half, (terms, norms, _, frame_grad, batch_grad) in zip(halves, found, strict=True):
+            torch.testing.assert_close(terms[2], whole[0][2], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(terms[0], terms[1] + 0.3 * (0.6 * terms[2] + 1.3 * terms[3]))
+            torch.testing.assert_close(norms, whole[1][half])
+            torch.testing.assert_close(batch_grad, 2 * whole[4][half], rtol=1e-4, atol=1e-7)
+            if frames > 1:
+                torch.testing.assert_close(frame_grad, 2 * whole[3][half], rtol=1e-5, atol=1e-9)
+        for term in (1, 3):
+            mean = torch.stack([terms[term] for terms, *_ in found]).mean()
+            torch.testing.assert_close(mean, whole[0][term], rtol=1e-5, atol=0)
+        assert all(not buffer.any() for buffer in launch._counters.values())
+
+    def test_a_loss_beyond_the_kernels_is_composed_of_its_stages():
+        student, arguments = scores((2, 3, 1, 2, 2))
+        many = {name: value.repeat(513, 1, 1, 1, 1) for name, value in {"student": student, **arguments}.items()}
+        inputs = *many.values(), None, None, None, None, "bfchw", conventions.self_forcing, 3.5, 0.5
+        assert kernels.codmd_terms(inputs, None, "mean", 0.1, 0.1, 1.0, 0.0) is None
+        assert kernels.codmd_rows(inputs, None, "mean", 0.1, 1.0, 1) is None

@@ -11,12 +11,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from codmd import backends, conventions, distributed
 from codmd.conventions import Convention
 from codmd.ops import _checks, _dmd_backend, _dmd_inputs, _stepwise
-from codmd.ops._boundary import dense_strides, group_name_of, is_traced, pool_of
+from codmd.ops._boundary import (
+    dense_strides,
+    gradient_strides,
+    group_name_of,
+    is_traced,
+    once_differentiable,
+    pool_of,
+    remembered,
+)
 from codmd.ops._dmd_inputs import Inputs
 from codmd.ops.dmd import LATENTS, OPTIONS, SAVED, STUDENT, empty_moments, loss_of
 from codmd.ops.relation import relation_loss
@@ -109,10 +116,7 @@ def codmd_loss(
     relation = _Relation(
         frame_mask,
         _checks.check_pool(pool, inputs.layout, inputs.student.shape),
-        _checks.check_positive("temperature", temperature),
-        _checks.check_weight("relation_weight", relation_weight),
-        _checks.check_weight("batch_weight", batch_weight),
-        _checks.check_weight("frame_weight", frame_weight),
+        *_numbers(temperature, relation_weight, batch_weight, frame_weight),
         group_name_of(group),
         batch_grad,
     )
@@ -123,9 +127,23 @@ def codmd_loss(
             *inputs[:10], inputs.convention.encoded, *inputs.fused[11:], *relation, backend
         )
         terms = CodmdTerms(*stacked.unbind())
+    elif return_terms:
+        terms = CodmdTerms(*_Terms.apply(inputs.student, inputs, relation, backend))
     else:
-        terms = CodmdTerms(*_Codmd.apply(inputs.student, inputs, relation, backend))
+        return _Total.apply(inputs.student, inputs, relation, backend)
     return terms if return_terms else terms.total
+
+
+@remembered
+def _numbers(
+    temperature: float, relation_weight: float, batch_weight: float, frame_weight: float
+) -> tuple[float, float, float, float]:
+    return (
+        _checks.check_positive("temperature", temperature),
+        _checks.check_weight("relation_weight", relation_weight),
+        _checks.check_weight("batch_weight", batch_weight),
+        _checks.check_weight("frame_weight", frame_weight),
+    )
 
 
 def _composed(inputs: Inputs, relation: _Relation, group: dist.ProcessGroup | None, backend: str) -> CodmdTerms:
@@ -154,40 +172,41 @@ def _composed(inputs: Inputs, relation: _Relation, group: dist.ProcessGroup | No
 
 def _forward(
     inputs: tuple[Any, ...], relation: _Relation, backend: str
-) -> tuple[CodmdTerms, Tensor, Tensor, Tensor, Tensor]:
-    """(terms, norms, factors, frame gradient, batch gradient); on a GPU the terms cost one small launch, or two."""
+) -> tuple[Tensor | CodmdTerms, Tensor, Tensor, Tensor, Tensor]:
+    """(terms, [4] where the backend computes them in its own passes; norms, factors, frame and batch gradient)."""
     student = inputs[0]
     group = distributed.resolve(relation.group_name) if relation.group_name and relation.batch_weight else None
     ranks = 1 if group is None else group.size()
+    run = _dmd_backend.select(backend, student)
+    features = relation.frame_mask, pool_of(relation.grid), relation.temperature
+    weights = relation.relation_weight, relation.batch_weight, relation.frame_weight
+    scale = distributed.gradient_scale(relation.batch_grad, ranks)
+    found: Any = None
+    if group is None or ranks == 1:
+        found = run.codmd_terms(inputs, *features, *weights) if hasattr(run, "codmd_terms") else None
+    elif hasattr(run, "codmd_rows"):
+        found = run.codmd_rows(inputs, *features, relation.frame_weight, ranks)
+        if found is not None:
+            gathered = distributed.gather_rows(found.rows, relation.group_name)
+            found = run.codmd_gathered(found, gathered, group.rank() * len(student), *weights, scale)
+    if found is not None:
+        return found
     related = bool(relation.batch_weight) and ranks * len(student) > 1
-    values, norms, factors, frame, frame_grad, rows = _dmd_backend.select(backend, student).codmd_forward(
-        *inputs,
-        False,
-        relation.frame_mask,
-        pool_of(relation.grid),
-        relation.temperature,
-        relation.frame_weight,
-        related,
+    values, norms, factors, frame, frame_grad, rows = run.codmd_forward(
+        *inputs, False, *features, relation.frame_weight, related
     )
     if not related:
         batch, batch_grad = frame.new_zeros(()), frame.new_empty(0)
-        weighted, scale = frame[0], relation.frame_weight
+        weighted, share = frame[0], relation.frame_weight
     else:
         gathered = rows if group is None or ranks == 1 else distributed.gather_rows(rows, relation.group_name)
         first = 0 if group is None else group.rank() * len(rows)
         terms, batch_grad = backends.select(backend, student).relation_batch(
-            gathered,
-            frame,
-            first,
-            len(rows),
-            relation.temperature,
-            relation.batch_weight,
-            relation.frame_weight,
-            distributed.gradient_scale(relation.batch_grad, ranks),
+            gathered, frame, first, len(rows), relation.temperature, *weights[1:], scale
         )
         weighted, batch, _ = terms.unbind()
-        scale = 1.0
-    total = torch.add(values[0], weighted, alpha=relation.relation_weight * scale)
+        share = 1.0
+    total = torch.add(values[0], weighted, alpha=relation.relation_weight * share)
     return CodmdTerms(total, values[0], batch, frame[0]), norms, factors, frame_grad, batch_grad
 
 
@@ -205,27 +224,50 @@ def _backward(
     )
 
 
-class _Codmd(torch.autograd.Function):
+def _eager_forward(ctx: Any, inputs: Inputs, relation: _Relation, backend: str) -> Tensor | CodmdTerms:
+    """The terms; what the backward pass needs goes to ``ctx``."""
+    fused, student = inputs.fused, inputs.student
+    terms, *found = _forward(fused, relation, backend)
+    ctx.save_for_backward(*inputs[1:5], inputs.sigma, inputs.mask, relation.frame_mask, *found)
+    shape = student.shape
+    ctx.student = shape, gradient_strides(shape, student.stride()), student.dtype
+    ctx.options = fused[9:], (relation.grid, *relation[3:6]), backend
+    ctx.set_materialize_grads(False)
+    return terms
+
+
+def _eager_backward(ctx: Any, *gradients: Tensor | None) -> Tensor | None:
+    if all(grad is None for grad in gradients):
+        return None
+    shape, strides, dtype = ctx.student
+    saved = ctx.saved_tensors
+    out = torch.empty_strided(shape, strides, dtype=dtype, device=saved[0].device)
+    _backward(out, gradients, saved, *ctx.options)
+    return out
+
+
+class _Total(torch.autograd.Function):
+    """The total alone: one output costs the eager call less than four."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, inputs: Inputs, relation: _Relation, backend: str) -> Tensor:
+        return _eager_forward(ctx, inputs, relation, backend)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _eager_backward(ctx, total, None, None, None), None, None, None
+
+
+class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, inputs: Inputs, relation: _Relation, backend: str) -> tuple[Tensor, ...]:
-        terms, norms, factors, frame_grad, batch_grad = _forward(inputs.fused, relation, backend)
-        ctx.save_for_backward(
-            *inputs[1:5], inputs.sigma, inputs.mask, relation.frame_mask, norms, factors, frame_grad, batch_grad
-        )
-        ctx.student = student.shape, dense_strides(student.shape, student.stride()), student.dtype
-        ctx.options = inputs.fused[9:], (relation.grid, *relation[3:6]), backend
-        ctx.set_materialize_grads(False)
-        return tuple(terms)
+        return tuple(_eager_forward(ctx, inputs, relation, backend))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(grad is None for grad in gradients):
-            return None, None, None, None
-        shape, strides, dtype = ctx.student
-        out = torch.empty_strided(shape, strides, dtype=dtype, device=ctx.saved_tensors[0].device)
-        _backward(out, gradients, ctx.saved_tensors, *ctx.options)
-        return out, None, None, None
+        return _eager_backward(ctx, *gradients), None, None, None
 
 
 _RELATION = (
@@ -238,7 +280,8 @@ def _traced_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     inputs, relation, backend = arguments[:13], _Relation(*arguments[13:21]), arguments[21]
     terms, *rest = _forward((*inputs[:10], conventions.decode(inputs[10]), *inputs[11:]), relation, backend)
     norms, factors, frame_grad, batch_grad = rest
-    return torch.stack(list(terms)), norms, factors, frame_grad, batch_grad
+    stacked = terms if isinstance(terms, Tensor) else torch.stack(list(terms))
+    return stacked, norms, factors, frame_grad, batch_grad
 
 
 _codmd_loss = torch.library.custom_op(
