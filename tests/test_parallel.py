@@ -80,10 +80,22 @@ def test_two_processes_have_the_losses_of_one_and_one_continues_their_checkpoint
 
 def test_a_hybrid_mesh_has_the_losses_of_one_and_continues_its_checkpoint(one, tmp_path):
     alone(*TOY, f"out={tmp_path}", "updates=2")
-    printed = torchrun(2, *TOY, f"out={tmp_path}", "updates=6", "parallel.shard_size=1")
-    assert "saved by 1 processes, continued by 2" in printed
+    printed = torchrun(4, *TOY, f"out={tmp_path}", "updates=6", "parallel.shard_size=2")  # two copies of two shards
+    assert "saved by 1 processes, continued by 4" in printed
+    assert printed.count("6/6 [") == 1, "the first process alone has a bar"
     assert_same_curve(curve(tmp_path), curve(one))
     assert_same_student(tmp_path, one)
+
+
+def test_two_processes_relate_a_whole_accumulated_batch_as_one_does(tmp_path):
+    common = [*TOY, "updates=3", "distill.relation_accumulate=true", "distill.relation_weight=2"]
+    alone(*common, f"out={tmp_path / 'one'}", "distill.micro_batch=4")
+    torchrun(2, *common, f"out={tmp_path / 'two'}", "distill.micro_batch=2")
+    assert_same_curve(curve(tmp_path / "two"), curve(tmp_path / "one"))
+    apart = ["distill.relation_accumulate=false", "distill.micro_batch=4"]
+    alone(*common, f"out={tmp_path / 'apart'}", *apart)
+    first, other = (curve(tmp_path / name)[2][LOSSES.index("relation_batch")] for name in ("one", "apart"))
+    assert first != pytest.approx(other, rel=1e-3), "a relation of 8 samples is not the mean of two of 4"
 
 
 def test_two_processes_train_a_sharded_wan_as_one_does_with_guidance_and_adapters(tmp_path):
@@ -135,3 +147,11 @@ def test_one_process_agrees_with_itself():
         assert (team.rank, team.size, team.group, team.mesh) == (0, 1, None, None)
         assert torch.equal(team.mean(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))
         assert (team.share("x"), team.gather("x")) == ("x", ["x"])
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float32"])
+def test_gradients_are_reduced_in_float32_whatever_computes(compute):
+    with processes(ParallelSettings(compute=compute)) as team:
+        policy = team.policy(ParallelSettings(compute=compute)).arguments()["mp_policy"]
+    assert policy.reduce_dtype is torch.float32
+    assert policy.param_dtype is (torch.bfloat16 if compute == "bfloat16" else None)
