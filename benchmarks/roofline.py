@@ -112,6 +112,7 @@ has the latents of the 1.3B model, so its rows are the same.
 * Host time a call: `python -m benchmarks.launch`.
 * Measuring: `python -m benchmarks.gpu_suite` on a GPU writes the results file that fills the empty columns. A row whose
   accuracy gate fails shows no speed.
+* All that is to be run on a GPU, in order, whole networks included: [gpu.md](gpu.md).
 """
 
 
