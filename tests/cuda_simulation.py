@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+
+import pytest
+import torch
+
+from codmd import backends
+from codmd.ops import _cuda, _cuda_dmd, _dmd_backend, _reference_dmd
 
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -45,3 +53,23 @@ def build_module(folder: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def module() -> ModuleType:
+    """:func:`build_module`, once a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        return build_module(Path(folder))
+
+
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The body of a fixture: every operator on float32, bfloat16 and float16 runs on the simulated extension."""
+    reference, wide, extension = backends.select, torch.float64, module()
+    monkeypatch.setattr(_cuda, "_C", extension)
+    monkeypatch.setattr(_cuda, "_tickets", {})
+    monkeypatch.setattr(backends, "select", lambda name, t: reference("reference", t) if t.dtype is wide else _cuda)
+    monkeypatch.setattr(_dmd_backend, "select", lambda name, t: _reference_dmd if t.dtype is wide else _cuda_dmd)
+    extension.shuffle(0)
+    yield extension
+    for tickets in _cuda._tickets.values():
+        assert not tickets.any(), "tickets are zero after every call"

@@ -19,6 +19,23 @@ CODMD_HD inline int64_t fused_floats(int64_t n, int64_t features) {
   return n * (row_pitch(features) + 2) + 2 * n * n;
 }
 
+// N sums over k < count: add(k, sums) adds term k. Four partial sums each, so that neither roundings nor the wait for
+// the last addition grow with count itself.
+template <int N, class Add>
+CODMD_DEVICE Values<float, N> sums_over(int64_t count, Add add) {
+  constexpr int parts = 4;
+  Values<float, N> part[parts] = {};
+CODMD_ROLLED
+  for (int64_t first = 0; first < count; first += parts)
+CODMD_UNROLL
+    for (int p = 0; p < parts; ++p)
+      if (first + p < count) add(first + p, part[p]);
+CODMD_UNROLL
+  for (int n = 0; n < N; ++n)
+    part[0].at[n] = (part[0].at[n] + part[1].at[n]) + (part[2].at[n] + part[3].at[n]);
+  return part[0];
+}
+
 // Rows of x, r/|r| and e (algebra.h), then the count.
 struct FeatureProducts {
   const float* table;
@@ -30,31 +47,27 @@ struct FeatureProducts {
   CODMD_DEVICE float student_norm(int64_t i) const { return norms[i]; }
   CODMD_DEVICE Related relate(int64_t i, int64_t j) const {
     const float *a = row(i), *b = row(j);
-    Related sum{0.0f, 0.0f};
-    for (int k = 0; k < features; ++k) {
+    const Values<float, 2> sum = sums_over<2>(features, [&](int64_t k, Values<float, 2>& sums) {
       const float r = b[features + k], e = b[2 * features + k];
-      sum.similarity += a[k] * b[k];
-      sum.shift += a[2 * features + k] * (r + e) + a[features + k] * e;
-    }
-    sum.similarity = sum.similarity / (fabsf(norms[i]) * fabsf(norms[j]));
-    return sum;
+      sums.at[0] += a[k] * b[k];
+      sums.at[1] += a[2 * features + k] * (r + e) + a[features + k] * e;
+    });
+    return {sum.at[0] / (fabsf(norms[i]) * fabsf(norms[j])), sum.at[1]};
   }
 };
 
 // Turns r and d of a row into r/|r| and the change e of that unit vector; returns the student's norm, negative where
 // it is clamped.
 CODMD_DEVICE float make_unit(float* row, int features) {
-  Inner<float> own{};
-  float squared = 0.0f;
-  for (int k = 0; k < features; ++k) {
+  const Values<float, 5> sum = sums_over<5>(features, [&](int64_t k, Values<float, 5>& sums) {
     const float x = row[k], r = row[features + k], d = row[2 * features + k];
-    own.xx += x * x;
-    own.rr += r * r;
-    own.rd += r * d;
-    own.dd += d * d;
-    squared += (r + d) * (r + d);
-  }
-  const Norms<float> norm = norms(own, squared);
+    sums.at[0] += x * x;
+    sums.at[1] += r * r;
+    sums.at[2] += r * d;
+    sums.at[3] += d * d;
+    sums.at[4] += (r + d) * (r + d);
+  });
+  const Norms<float> norm = norms({sum.at[0], sum.at[1], sum.at[2], sum.at[2], sum.at[3]}, sum.at[4]);
   for (int k = 0; k < features; ++k) {
     const float r = row[features + k];
     row[features + k] = r / norm.real;
@@ -145,14 +158,13 @@ struct FinishPass {
     block.sync();
     block.each([&](int t) {
       for (int64_t k = t; rows && k < pitch; k += kThreads) {
-        float sum = 0.0f, count = 0.0f;
-        for (int64_t f = 0; f < frames; ++f) {
+        const Values<float, 2> sum = sums_over<2>(frames, [&](int64_t f, Values<float, 2>& sums) {
           const float* row = table + f * pitch;
-          if (!(row[pitch - 1] > 0.0f)) continue;
-          sum += row[k];
-          count += 1.0f;
-        }
-        rows[b * pitch + k] = k < pitch - 1 && count > 0.0f ? sum / count : sum;
+          if (!(row[pitch - 1] > 0.0f)) return;
+          sums.at[0] += row[k];
+          sums.at[1] += 1.0f;
+        });
+        rows[b * pitch + k] = k < pitch - 1 && sum.at[1] > 0.0f ? sum.at[0] / sum.at[1] : sum.at[0];
       }
     });
     block.sync();
