@@ -13,50 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codmd.ops import _cuda_binary
 from codmd.reference.relation import Pool
-
-ABI_VERSION = 1
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SIMULATED_PROCESSORS = 4
 
-_C: Any = None
-try:
-    from codmd import _C_cuda as _C  # type: ignore[attr-defined,no-redef]
-except ImportError as error:
-    _import_error: str | None = str(error)
-else:
-    _import_error = None
-
-
-def _load_error() -> str | None:
-    rebuild = "reinstall with nvcc at hand (CUDA_HOME or PATH) and CODMD_FORCE_CUDA=1 to see why it is not built"
-    if _C is None:
-        return f"the CUDA extension is not available ({_import_error}); {rebuild}"
-    found = getattr(_C, "abi_version", None)
-    if found != ABI_VERSION:
-        return (
-            f"the CUDA extension codmd._C_cuda is stale (interface {found}, this version needs {ABI_VERSION}): "
-            "run `pip install` again"
-        )
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return _device_problem(torch.cuda.current_device())
-
-
-def _device_problem(index: int) -> str | None:
-    """Of the current device alone: asking another would start a context on it."""
-    problem = _C.device_problem(index)
-    if not problem:
-        return None
-    major, minor = torch.cuda.get_device_capability(index)
-    return (
-        f"the CUDA extension, built for {_C.targets}, cannot run on cuda:{index} (sm_{major}{minor}): {problem}. "
-        f"Reinstall with CODMD_CUDA_ARCHS={major}{minor} and an nvcc that is not newer than the driver"
-    )
-
-
-load_error: str | None = _load_error()
+_C: Any
+load_error: str | None
+_C, load_error = _cuda_binary.load()
 
 
 def relation_forward(

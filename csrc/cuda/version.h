@@ -3,7 +3,7 @@
 
 namespace codmd::cuda {
 
-// Raised whenever a bound function changes its arguments or their meaning; codmd/ops/_cuda.py names the same number.
+// Raised whenever a bound function changes its arguments or their meaning; codmd/ops/_cuda_binary.py names the same number.
 constexpr int kAbiVersion = 1;
 
 }  // namespace codmd::cuda
