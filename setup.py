@@ -1,8 +1,8 @@
 """Builds the optional extensions ``codmd._C`` (C++) and ``codmd._C_cuda``; everything else is in pyproject.toml.
 
 Environment: ``CODMD_SKIP_EXT=1`` installs without either, ``CODMD_SKIP_CUDA=1`` without the second, which is built
-where nvcc is found. ``CODMD_FORCE_CUDA=1`` fails instead of warning, ``CODMD_CUDA_ARCHS`` and ``CUDA_HOME`` are read by
-csrc/nvcc.py, ``CODMD_BUILD_JOBS`` bounds the parallel compiles.
+where nvcc is found. ``CODMD_FORCE_CUDA=1`` fails instead of warning, or of skipping; ``CODMD_CUDA_ARCHS`` and
+``CUDA_HOME`` are read by csrc/nvcc.py, ``CODMD_BUILD_JOBS`` bounds the parallel compiles.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ X86_SOURCES = [f"csrc/cpu/{loops}_{isa}.cpp" for loops in ("dmd_loops", "passes"
 # One file per instruction set has flags of its own; everything else runs on every processor.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+UNIX_COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
 UNIX_FLAGS = {
     "dmd_loops_avx2.cpp": AVX2,
     "dmd_loops_avx512.cpp": AVX512,
@@ -51,7 +52,6 @@ UNIX_FLAGS = {
     "passes_avx512.cpp": [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
 }
 MSVC_FLAGS = {Path(source).name: ["/arch:AVX512" if "512" in source else "/arch:AVX2"] for source in X86_SOURCES}
-
 
 CUDA_MODULE = "codmd._C_cuda"
 
@@ -65,7 +65,10 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         msvc = self.compiler.compiler_type == "msvc"
-        common = ["/std:c++17", "/O2", "/EHsc"] if msvc else ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+        if msvc and not self.compiler.initialized:
+            # Before the threads: the first compile would look for Visual Studio, and all of them are first.
+            self.compiler.initialize(self.plat_name)
+        common = ["/std:c++17", "/O2", "/EHsc", "/bigobj"] if msvc else UNIX_COMMON
         if ext.name == CUDA_MODULE:
             if self._compile_kernels(ext):
                 self._compile_and_link(ext, common, {})
@@ -87,17 +90,19 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(nvcc.jobs()) as pool:
             objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
-        sources, given = ext.sources, ext.extra_objects
-        ext.sources, ext.extra_objects = [], [*given, *objects]
+        sources, given, depends = ext.sources, ext.extra_objects, ext.depends
+        # New objects make the binary of an earlier build out of date, whatever they were compiled from and for.
+        ext.sources, ext.extra_objects, ext.depends = [], [*given, *objects], [*depends, *given, *objects]
         try:
             super().build_extension(ext)
         finally:
-            ext.sources, ext.extra_objects = sources, given
+            ext.sources, ext.extra_objects, ext.depends = sources, given, depends
 
     def _compile_kernels(self, ext: Extension) -> bool:
         """The CUDA objects, and how to link them with a static CUDA runtime; False, with a warning, where they fail."""
         try:
-            toolkit = nvcc.find_toolkit()
+            # nvcc looks for cl.exe on the PATH alone, setuptools where Visual Studio lies.
+            toolkit = nvcc.find_toolkit(self.compiler.cc if self.compiler.compiler_type == "msvc" else None)
             archs = nvcc.architectures(toolkit)
             ext.extra_objects = [name for name, _ in nvcc.compile_sources(toolkit, archs, self.build_temp)]
         except nvcc.Unavailable as error:
@@ -125,6 +130,9 @@ class BuildKernels(build_ext):
 
 
 def extensions() -> list[Extension]:
+    for skip in ("CODMD_SKIP_EXT", "CODMD_SKIP_CUDA"):
+        if flag(skip) and flag("CODMD_FORCE_CUDA"):
+            raise SystemExit(f"CODMD_FORCE_CUDA=1 asks for the CUDA extension and {skip}=1 leaves it out: unset one")
     if flag("CODMD_SKIP_EXT"):
         return []
     patterns = ("*.h", "*.inl", "*.cu")

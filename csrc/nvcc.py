@@ -1,7 +1,7 @@
 """Finds nvcc and compiles the CUDA sources; used by setup.py and by the tests, so that both build the same code.
 
 Environment: ``CUDA_HOME`` (or ``CUDA_PATH``) names the toolkit, ``CODMD_CUDA_ARCHS`` the compute capabilities
-("80;90" or "8.0,9.0"), ``CODMD_BUILD_JOBS`` the parallel compiles.
+("80;90" or "8.0,9.0"), ``CODMD_BUILD_JOBS`` the parallel compiles. nvcc itself reads ``NVCC_CCBIN``, its host compiler.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Toolkit:
     nvcc: str
     known: tuple[int, ...]
     library_dir: str
+    host: tuple[str, ...] = ()  # flags that name the host compiler; without, nvcc looks on the PATH
 
     @property
     def libraries(self) -> list[str]:
@@ -39,39 +40,49 @@ class Toolkit:
         return ["cudart_static"] if WINDOWS else ["cudart_static", "rt", "pthread", "dl"]
 
 
-def find_toolkit() -> Toolkit:
+def find_toolkit(host_compiler: str | None = None) -> Toolkit:
     """The toolkit of ``CUDA_HOME``, ``CUDA_PATH`` or the PATH.
+
+    Args:
+        host_compiler: the C++ compiler that nvcc is to use, by its path; ``None`` leaves the choice to nvcc.
 
     Raises:
         Unavailable: no nvcc, an nvcc that does not run, or no static runtime beside it.
     """
     nvcc = _find_nvcc()
+    host = (f"-ccbin={host_compiler}",) if host_compiler else ()
     try:
         listing = _output(nvcc, "--list-gpu-code")
-        described = _output(nvcc, "--dryrun", "-c", "probe.cu")
-    except (OSError, subprocess.CalledProcessError) as error:
+        described = _output(nvcc, *host, "--dryrun", "-c", "probe.cu")
+    except OSError as error:
         raise Unavailable(f"{nvcc} does not run: {error}") from error
-    known = tuple(sorted({int(number) for number in re.findall(r"^sm_(\d+)$", listing, re.MULTILINE)}))
-    return Toolkit(nvcc, known, _runtime_folder(nvcc, described))
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{nvcc} does not run: {error.stdout.strip()[-1000:] or error}") from error
+    known = tuple(sorted({int(number) for number in re.findall(r"^sm_(\d+)\r?$", listing, re.MULTILINE)}))
+    return Toolkit(nvcc, known, _runtime_folder(nvcc, described), host)
 
 
 def architectures(toolkit: Toolkit) -> list[int]:
     """The architectures to build for: ``CODMD_CUDA_ARCHS``, or the default ones that nvcc knows.
 
     Raises:
-        Unavailable: an architecture asked for is malformed or unknown to nvcc.
+        Unavailable: an architecture asked for is malformed or unknown to nvcc, or nvcc knows no default one.
     """
     wanted = os.environ.get("CODMD_CUDA_ARCHS", "").strip()
+    known = f"{toolkit.nvcc} knows {', '.join(map(str, toolkit.known)) or 'none'}"
     if not wanted:
-        return [arch for arch in DEFAULT_ARCHS if arch in toolkit.known]
-    names = [name.removeprefix("sm_").replace(".", "") for name in re.split(r"[;,\s]+", wanted) if name]
-    unknown = [name for name in names if not name.isdigit() or int(name) not in toolkit.known]
-    if unknown:
-        raise Unavailable(
-            f"CODMD_CUDA_ARCHS={wanted!r}: {', '.join(unknown)} is unknown to {toolkit.nvcc}, "
-            f"which knows {', '.join(map(str, toolkit.known))}"
-        )
-    return sorted({int(name) for name in names})
+        archs = [arch for arch in DEFAULT_ARCHS if arch in toolkit.known]
+        if not archs:
+            raise Unavailable(f"no architecture among {', '.join(map(str, DEFAULT_ARCHS))} can be built: {known}")
+        return archs
+    names = [name for name in re.split(r"[;,\s]+", wanted) if name]
+    found = {name: re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)", name) for name in names}
+    archs = sorted({int(match[1] + match[2]) for match in found.values() if match})
+    unknown = [name for name, match in found.items() if not match or int(match[1] + match[2]) not in toolkit.known]
+    if unknown or not archs:
+        refused = f"{', '.join(unknown)} cannot be built" if unknown else "it names no architecture"
+        raise Unavailable(f'CODMD_CUDA_ARCHS={wanted!r}: {refused}. Write "80;90" or "8.0,9.0"; {known}')
+    return archs
 
 
 def compile_command(toolkit: Toolkit, archs: Sequence[int], source: str, target: str, *extra: str) -> list[str]:
@@ -79,7 +90,7 @@ def compile_command(toolkit: Toolkit, archs: Sequence[int], source: str, target:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     host = ["-Xcompiler=/MD,/EHsc"] if WINDOWS else ["-Xcompiler=-fPIC,-fvisibility=hidden"]
-    return [toolkit.nvcc, "-std=c++17", "-O3", *targets, *host, *extra, "-c", source, "-o", target]
+    return [toolkit.nvcc, "-std=c++17", "-O3", *toolkit.host, *targets, *host, *extra, "-c", source, "-o", target]
 
 
 def compile_sources(toolkit: Toolkit, archs: Sequence[int], folder: str, *extra: str) -> list[tuple[str, str]]:
@@ -107,8 +118,17 @@ def compile_sources(toolkit: Toolkit, archs: Sequence[int], folder: str, *extra:
 
 
 def jobs() -> int:
-    """Parallel compiles."""
-    return int(os.environ.get("CODMD_BUILD_JOBS", 0)) or os.cpu_count() or 1
+    """Parallel compiles: ``CODMD_BUILD_JOBS``, or one for each processor.
+
+    Raises:
+        ValueError: ``CODMD_BUILD_JOBS`` is not a positive integer.
+    """
+    wanted = os.environ.get("CODMD_BUILD_JOBS", "").strip()
+    if not wanted:
+        return os.cpu_count() or 1
+    if not wanted.isdecimal() or not int(wanted):
+        raise ValueError(f"CODMD_BUILD_JOBS={wanted!r} must be a positive integer")
+    return int(wanted)
 
 
 def target_names(archs: Iterable[int]) -> str:

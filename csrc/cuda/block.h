@@ -27,8 +27,13 @@ struct Values {
 #if defined(__CUDACC__)
 
 #define CODMD_DEVICE __device__ __forceinline__
+#if defined(_MSC_VER)
+#define CODMD_UNROLL __pragma(unroll)
+#define CODMD_ROLLED __pragma(unroll 1)
+#else
 #define CODMD_UNROLL _Pragma("unroll")
 #define CODMD_ROLLED _Pragma("unroll 1")
+#endif
 
 namespace codmd::cuda {
 

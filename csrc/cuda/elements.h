@@ -31,7 +31,14 @@ CODMD_DEVICE float to_float(f16 value) {
 }
 
 CODMD_DEVICE void from_float(float value, float& out) { out = value; }
-CODMD_DEVICE void from_float(float value, bf16& out) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value)); }
+CODMD_DEVICE void from_float(float value, bf16& out) {
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
+  const uint32_t bits = __float_as_uint(value), even = bits >> 16 & 1;
+  out.bits = value != value ? uint16_t(0x7fff) : uint16_t((bits + 0x7fff + even) >> 16);
+#endif
+}
 CODMD_DEVICE void from_float(float value, f16& out) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value)); }
 
 #endif

@@ -1,0 +1,238 @@
+"""The CUDA extension as nvcc builds it: every kernel for every default architecture, without a GPU.
+
+Skipped only where there is no usable nvcc; what the kernels compute is tested in test_cuda_host.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from cuda_toolkit import ROOT, load_nvcc
+
+PER_DTYPE = ("RelationPass", "BroadcastPass", "DmdPass", "DmdBackwardPass", "GramPass", "MeanPass", "MixPass")
+ONCE = ("FinishPass", "GatheredPass", "DmdFinishPass", "UnitPass", "DivergencePass", "MatrixPass", "TermsPass")
+# Registers that leave room for the blocks a multiprocessor should hold: the pooling pass and the write of its gradient
+# are bound by memory alone.
+BUDGETS = {"RelationPass": 64, "BroadcastPass": 64, "UnitPass": 64}
+LARGEST_BUDGET = 128
+CXX = os.environ.get("CXX", "g++")
+
+nvcc = load_nvcc()
+
+
+@pytest.fixture(scope="module")
+def toolkit():
+    try:
+        return nvcc.find_toolkit()
+    except nvcc.Unavailable as error:
+        if os.environ.get("CUDA_HOME") or shutil.which("nvcc"):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def compiled(toolkit, tmp_path_factory):
+    """(architectures, [(object, messages)]) of the full build, ptxas talking."""
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        archs = [arch for arch in nvcc.DEFAULT_ARCHS if arch in toolkit.known]
+        folder = tmp_path_factory.mktemp("cuda")
+        return archs, nvcc.compile_sources(toolkit, archs, str(folder), "-Xptxas=-v")
+    finally:
+        os.chdir(before)
+
+
+def kernel_of(symbol: str) -> str:
+    (name,) = re.findall(r"\d([A-Z][A-Za-z]*Pass)", symbol)
+    return name
+
+
+def reports(messages: str) -> list[tuple[str, int, int, int]]:
+    """(kernel, architecture, bytes spilled, registers) of every compiled entry."""
+    pattern = (
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    return [
+        (kernel_of(symbol), int(arch), int(stores) + int(loads), int(registers))
+        for symbol, arch, stores, loads, registers in re.findall(pattern, messages, re.DOTALL)
+    ]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_architecture_without_spills(compiled):
+    archs, objects = compiled
+    found = [report for _, messages in objects for report in reports(messages)]
+    expected = Counter({(kernel, arch): 3 for kernel in PER_DTYPE for arch in archs})
+    expected.update({(kernel, arch): 1 for kernel in ONCE for arch in archs})
+    assert Counter((kernel, arch) for kernel, arch, _, _ in found) == expected
+    assert not [report for report in found if report[2]], "spills"
+    beyond = [report for report in found if report[3] > BUDGETS.get(report[0], LARGEST_BUDGET)]
+    assert not beyond, "registers"
+
+
+@pytest.fixture(scope="module")
+def binding(compiled, tmp_path_factory):
+    """Objects of the whole extension, but for the runtime."""
+    import pybind11
+
+    archs, objects = compiled
+    target = str(tmp_path_factory.mktemp("binding") / "binding.o")
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f'-DCODMD_CUDA_TARGETS="{nvcc.target_names(archs)}"']
+    subprocess.run([CXX, *flags, *includes, "-c", str(ROOT / nvcc.BINDING), "-o", target], check=True)
+    return [target, *(name for name, _ in objects)]
+
+
+def link(folder: Path, *inputs: str) -> Path:
+    target = folder / f"_C_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([CXX, "-shared", *inputs, "-o", str(target)], check=True)
+    return target
+
+
+@pytest.mark.slow
+def test_the_binary_holds_every_kernel_links_no_cuda_library_and_says_why_it_cannot_run(
+    toolkit, compiled, binding, tmp_path
+):
+    libraries = [f"-L{toolkit.library_dir}", *(f"-l{name}" for name in toolkit.libraries)]
+    target = link(tmp_path, *binding, *libraries)
+    symbols = subprocess.run(["nm", str(target)], capture_output=True, text=True, check=True).stdout
+    stubs = Counter(kernel_of(name) for name in set(re.findall(r"_ZN5codmd4cudaL?3runI\S+_$", symbols, re.MULTILINE)))
+    assert stubs == Counter({**dict.fromkeys(PER_DTYPE, 3), **dict.fromkeys(ONCE, 1)})
+    linked = subprocess.run(["ldd", str(target)], capture_output=True, text=True, check=True).stdout
+    assert "cuda" not in linked.replace(str(target), "")
+    assert "torch" not in linked
+    script = "import _C_cuda as m; print(m.targets); print(m.device_problem(99))"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    )
+    targets, problem = said.stdout.splitlines()
+    assert targets == nvcc.target_names(compiled[0])
+    assert re.search(r"\(cudaError\w+\)$", problem)
+
+
+@pytest.fixture(scope="module")
+def recording(binding, tmp_path_factory):
+    """(the extension, its runtime): nvcc's objects on csrc/tests/cudart_recorder.cpp."""
+    target = link(tmp_path_factory.mktemp("recording"), *binding, "-fPIC", str(ROOT / "csrc/tests/cudart_recorder.cpp"))
+    spec = importlib.util.spec_from_file_location("_C_cuda", target)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    runtime = ctypes.CDLL(str(target))
+    runtime.recorded.restype = ctypes.c_char_p
+    return module, runtime
+
+
+DEVICE, STREAM = 1, 0xABC
+SHAPE, LATENT = (2, 5, 4, 9, 16), (4096, (2880, 576, 144, 16, 1))
+
+
+def forward(module, pool, device=DEVICE):
+    """relation_forward of bfloat16 latents; the recorder touches no memory, so that any address will do."""
+    arguments = ((LATENT,) * 3, SHAPE, False, 1, None, pool, 0.1, 1.0, 1.0, 4096, 4096, 4096)
+    assert module.relation_forward((device, 132, STREAM, 0, 0), *arguments) > 0
+    return module.relation_forward((device, 132, STREAM, 4096, 4096), *arguments)
+
+
+def backward(module, pool):
+    module.relation_backward(
+        (DEVICE, 132, STREAM, 0, 0), LATENT, LATENT, SHAPE, False, 1, None, pool, (4096, 0, 0), 4096, 4096, 1.0, 1.0
+    )
+
+
+def both_terms(module, pool):
+    tensors = (*(LATENT,) * 4, None, None, None, None, 0)
+    scores = SHAPE, False, 1, tensors, 3.5, 0.0, (0, 1, False, 0, 0.0, 0, 0.0, 0.5, False, False, False)
+    related = True, None, pool, 0.1, 4096, 4096, 4096, 4096, 4096, 4096
+    assert module.codmd_forward((DEVICE, 132, STREAM, 0, 0), *scores, *related) > 0
+    module.codmd_forward((DEVICE, 132, STREAM, 4096, 4096), *scores, *related)
+    module.dmd_backward(
+        (DEVICE, 132, STREAM, 0, 0), *scores, 4096, 4096, (4096, 0, 0, 0), None, pool, 4096, 4096, 1.0, 1.0, LATENT
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "call, pool, kernels",
+    [
+        (forward, (1, 1), ["RelationPass", "FinishPass"]),
+        (forward, (9, 16), ["RelationPass", *["UnitPass", "GramPass", "DivergencePass", "MatrixPass", "MixPass"],
+                            "MeanPass", *["UnitPass", "GramPass", "DivergencePass", "MatrixPass", "MixPass"],
+                            "TermsPass"]),
+        (backward, (1, 1), ["BroadcastPass"]),
+        (backward, (0, 0), ["MixPass"]),
+        (both_terms, (3, 2), ["DmdPass", "DmdFinishPass", "FinishPass", "DmdBackwardPass"]),
+    ],
+    ids=["pooled", "many features", "broadcast", "mix", "both terms"],
+)  # fmt: skip
+def test_every_kernel_goes_to_the_stream_and_device_asked_for_and_the_callers_device_stays(
+    recording, call, pool, kernels
+):
+    module, runtime = recording
+    runtime.forget(0)
+    call(module, pool)
+    launches = [line.split() for line in runtime.recorded().decode().splitlines()]
+    assert [kernel_of(symbol) for symbol, *_ in launches] == kernels
+    for _, device, stream, blocks, threads, shared in launches:
+        assert (int(device), int(stream)) == (DEVICE, STREAM)
+        assert int(blocks) >= 1
+        assert int(threads) == 256
+        assert int(shared) <= 48 * 1024, "what every device gives without asking"
+    assert runtime.recorded_device() == 0
+
+
+@pytest.mark.slow
+def test_a_launch_that_fails_names_the_kernel_and_the_error(recording):
+    module, runtime = recording
+    runtime.forget(719)
+    with pytest.raises(RuntimeError, match=r"^codmd: kernel relation_pass: asked to fail \(cudaErrorRecorded\)$"):
+        forward(module, (1, 1))
+    with pytest.raises(RuntimeError, match="kernel broadcast_pass: asked to fail"):
+        backward(module, (1, 1))
+    with pytest.raises(RuntimeError, match=r"selecting the device: invalid device ordinal \(cudaErrorInvalidDevice\)"):
+        forward(module, (1, 1), device=7)
+    assert runtime.recorded_device() == 0
+    assert module.device_problem(0) == ""
+    assert module.device_problem(7) == "invalid device ordinal (cudaErrorInvalidDevice)"
+
+
+def test_latents_are_read_sixteen_bytes_at_a_time(toolkit, tmp_path):
+    target = tmp_path / "relation.ptx"
+    arch = max(arch for arch in nvcc.DEFAULT_ARCHS if arch in toolkit.known)
+    command = [toolkit.nvcc, "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", "csrc/cuda/relation.cu"]
+    subprocess.run([*command, "-o", str(target)], check=True, cwd=ROOT)
+    entries = dict(re.findall(r"\.entry (\S+?)\((.*?)\n}", target.read_text(), re.DOTALL))
+    passes = [body for name, body in entries.items() if kernel_of(name) == "RelationPass"]
+    writes = [body for name, body in entries.items() if kernel_of(name) == "BroadcastPass"]
+    assert len(passes) == len(writes) == 3
+    assert all(len(re.findall(r"ld\.global\.nc\.v4\.[ubf]32", body)) == 3 for body in passes)
+    assert all(re.search(r"st\.global\.v4\.[ubf]32", body) for body in writes)
+
+
+def test_the_last_block_is_chosen_between_fences_and_barriers(toolkit, tmp_path):
+    """In the code that nvcc makes: barrier, fence, the counter that wraps to 0, fence, barrier."""
+    target = tmp_path / "pooled.ptx"
+    arch = max(arch for arch in nvcc.DEFAULT_ARCHS if arch in toolkit.known)
+    command = [toolkit.nvcc, "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", "csrc/cuda/pooled.cu"]
+    subprocess.run([*command, "-o", str(target)], check=True, cwd=ROOT)
+    entries = re.findall(r"\.entry (\S+?)\((.*?)\n}", target.read_text(), re.DOTALL)
+    (body,) = (body for name, body in entries if kernel_of(name) == "FinishPass")
+    steps = re.findall(r"\b(bar(?:rier)?\.(?:cta\.)?sync|membar\.gl|fence\.\w+\.gpu|atom\.global\.inc\.u32)\b", body)
+    ticket = steps.index("atom.global.inc.u32")
+    assert steps.count("atom.global.inc.u32") == 1
+    assert all("bar" in step and "membar" not in step for step in (steps[ticket - 2], steps[ticket + 2]))
+    assert all("membar" in step or "fence" in step for step in (steps[ticket - 1], steps[ticket + 1]))
