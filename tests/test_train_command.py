@@ -1,4 +1,4 @@
-"""`codmd train` from outside: crash and go on, outputs, and the errors that a user meets."""
+"""`codmd train` from outside: crash and go on, resume, and the errors that a user meets."""
 
 from __future__ import annotations
 
@@ -10,26 +10,15 @@ import subprocess
 import sys
 import time
 
-import imageio.v3 as imageio
 import pytest
 import torch
+from train_cases import ALONE, QUIET, TOY, curve, train
 
-from codmd import cli
 from codmd.distill.checkpoint import read_student
 from codmd.distill.integrity import read_meta
-from codmd.distill.log import RunLog, read_log
+from codmd.distill.log import read_log
 from codmd.distill.outside import only_run
-from codmd.distill.parallel import Processes
 from codmd.models.wan import WanDenoiser
-
-TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=16", "model.blocks=1", "distill.batch_size=4",
-       "distill.critic_updates=2", "log.every=1"]  # fmt: skip
-QUIET = "log.tensorboard=false"
-ALONE = Processes(0, 1, torch.device("cpu"), None, None)
-
-
-def train(*arguments, status=0):
-    assert cli.main(["train", *arguments]) == status
 
 
 def start(*arguments):
@@ -45,12 +34,6 @@ def finish(process, status=0):
     _, printed = process.communicate()
     assert process.returncode == status, printed[-4000:]
     return printed
-
-
-def curve(folder):
-    """Every logged number but the time, as it stands in the file."""
-    lines = [line for line in read_log(folder / "log.jsonl") if "loss" in line]
-    return [{name: value for name, value in line.items() if name != "seconds_per_update"} for line in lines]
 
 
 def wait_for(condition, process):
@@ -214,57 +197,6 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-# Outputs
-
-
-@pytest.mark.parametrize("relation_weight", [0.0, 0.1])
-def test_dmd_and_codmd_runs_log_what_to_watch(tmp_path, relation_weight):
-    train(*TOY, f"out={tmp_path}", "updates=3", f"distill.relation_weight={relation_weight}", "log.preview_every=3")
-    lines = curve(tmp_path)
-    assert [line["update"] for line in lines] == [1, 2, 3]
-    assert all(line["std_ratio"] > 0 and line["frame_difference_ratio"] > 0 for line in lines)
-    assert ("relation_to_dmd" in lines[0]) == (relation_weight > 0)
-    assert all((line["relation_frame"] > 0) == (relation_weight > 0) for line in lines[1:])
-    video = imageio.imread(tmp_path / "previews" / "step_00000003.mp4")
-    assert video.shape[0] == 4
-    events = read_events(tmp_path / "tensorboard")
-    assert {"loss", "critic", "std_ratio", "seconds_per_update"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
-    assert events.Scalars("loss")[1].value == pytest.approx(lines[1]["loss"])
-    assert set(events.Tags()["images"]) == {"preview/samples", "preview/frame_relation", "preview/sample_relation"}
-    assert events.Images("preview/samples")[0].encoded_image_string.startswith(b"GIF8")
-
-
-def read_events(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return events
-
-
-def test_the_log_of_a_continued_run_drops_what_was_lost_and_half_written(tmp_path):
-    with RunLog(tmp_path, ALONE, 0, 5, tensorboard=False) as log:
-        for update in (1, 2, 3):
-            log.scalars(update, {"loss": torch.tensor(float(update))})
-        log.scalars(4, {"loss": float("nan")})
-    path = tmp_path / "log.jsonl"
-    assert json.loads(path.read_text().splitlines()[3])["loss"] == "nan"
-    path.write_text(path.read_text() + '{"update": 5, "lo')
-    with RunLog(tmp_path, ALONE, 2, 5, tensorboard=False) as log:
-        log.event(3, skipped={"student": 1})
-    assert [line["update"] for line in read_log(path)] == [1, 2, 3]
-    assert read_log(path)[2]["skipped"] == {"student": 1}
-
-
-def test_a_checkpoint_records_configuration_versions_and_the_place_in_the_data(tmp_path):
-    train(*TOY, QUIET, f"out={tmp_path}", "updates=1")
-    meta = read_meta(tmp_path / "checkpoints" / "step_00000001")
-    assert meta["config"]["distill"]["critic_updates"] == 2
-    assert meta["versions"]["torch"] == torch.__version__
-    assert (meta["processes"], meta["position"]) == (1, None)
-
-
 # Two commands: a teacher on real pixels, then its student
 
 
@@ -302,12 +234,6 @@ def test_two_commands_train_a_teacher_on_real_pixels_and_distil_it(tmp_path, net
     assert read_meta(run / "checkpoints" / "step_00000004")["position"] == 4 * 4
     started = read_student(run)
     assert any(not torch.equal(started[name], weight) for name, weight in exported.items())
-
-
-def test_the_preview_does_not_change_training(tmp_path, network):
-    for name, every in (("with", 1), ("without", 0)):
-        train(*TOY, QUIET, f"out={tmp_path / name}", "updates=3", f"log.preview_every={every}", "distill.ema_decay=0.5")
-    assert curve(tmp_path / "with") == curve(tmp_path / "without")
 
 
 def test_a_plan_needs_no_files(capsys):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
+from train_cases import curve
 
 from codmd.distill.integrity import problems, read_meta
-from codmd.distill.log import read_log
 
 pytestmark = [
     pytest.mark.slow,
@@ -101,14 +101,9 @@ def group(run, *arguments):
         started.launcher.wait()
 
 
-def log_of(run):
-    path = run / "log.jsonl"
-    return read_log(path) if path.exists() else []
-
-
-def curve(run):
-    """Every logged number but the time."""
-    return [{name: value for name, value in line.items() if name != "seconds_per_update"} for line in log_of(run)]
+def updates(run):
+    """Updates logged so far."""
+    return len(curve(run)) if (run / "log.jsonl").exists() else 0
 
 
 def partial(run):
@@ -148,7 +143,7 @@ def undisturbed(tmp_path_factory):
 
 def assert_goes_on(run, undisturbed):
     """The same command continues by itself, and what it logs is what would have been logged."""
-    last = len(curve(run)) + 3
+    last = updates(run) + 3
     with group(run, f"updates={last}") as started:
         assert started.finish() == 0, started.text()
     assert f"continuing from {run}" in started.text()
@@ -169,9 +164,9 @@ def assert_no_half_checkpoint(run):
 def test_a_group_killed_in_training_and_in_a_save_continues_bit_for_bit(tmp_path, undisturbed):
     run = tmp_path / "run"
     with group(run, f"updates={UPDATES}", "checkpoint.every=4") as started:
-        started.wait_for(lambda: len(log_of(run)) > 6)
+        started.wait_for(lambda: updates(run) > 6)
         started.kill()
-    killed_at = len(curve(run))
+    killed_at = updates(run)
     assert 6 < killed_at < UPDATES
 
     with group(run, f"updates={UPDATES}", "checkpoint.every=1") as started:
@@ -185,12 +180,12 @@ def test_a_group_killed_in_training_and_in_a_save_continues_bit_for_bit(tmp_path
 def test_one_killed_process_ends_the_run_and_the_next_continues_bit_for_bit(tmp_path, undisturbed):
     run = tmp_path / "run"
     with group(run, f"updates={UPDATES}", "checkpoint.every=4") as started:
-        started.wait_for(lambda: len(log_of(run)) > 6)
+        started.wait_for(lambda: updates(run) > 6)
         ranks = started.ranks()
         os.kill(ranks[1], signal.SIGKILL)
         assert started.finish() != 0
     wait_until_gone(ranks[0])
-    assert len(curve(run)) < UPDATES
+    assert updates(run) < UPDATES
 
     with group(run, f"updates={UPDATES}", "checkpoint.every=1") as started:
         stop_in_a_save(started, lambda: partial(run))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny_wan
 import torch
+from train_cases import curve, train
 
 from codmd import cli
 from codmd.distill.checkpoint import read_student
 from codmd.distill.integrity import read_meta
-from codmd.distill.log import read_log
 
 LORA = ("lora.rank=2", "lora.alpha=2")
 
@@ -39,15 +39,6 @@ def options(out, pipeline, source, updates):
 def text(prompts):
     """The negative prompt, too, is encoded by the run."""
     return ["data.kind=prompts", f"data.path={prompts}", "model.null_embedding=''"]
-
-
-def train(*arguments, status=0):
-    assert cli.main(["train", *arguments]) == status
-
-
-def curve(run):
-    lines = read_log(run / "log.jsonl")
-    return [{name: value for name, value in line.items() if name != "seconds_per_update"} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,24 @@
+"""`codmd train` in this process, on a toy small enough for a test, and what it logged."""
+
+from __future__ import annotations
+
+import torch
+
+from codmd import cli
+from codmd.distill.log import read_log
+from codmd.distill.parallel import Processes
+
+TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=16", "model.blocks=1", "distill.batch_size=4",
+       "distill.critic_updates=2", "log.every=1"]  # fmt: skip
+QUIET = "log.tensorboard=false"
+ALONE = Processes(0, 1, torch.device("cpu"), None, None)
+
+
+def train(*arguments, status=0):
+    assert cli.main(["train", *arguments]) == status
+
+
+def curve(folder):
+    """Every logged number but the time, as it stands in the file."""
+    lines = [line for line in read_log(folder / "log.jsonl") if "loss" in line]
+    return [{name: value for name, value in line.items() if name != "seconds_per_update"} for line in lines]
