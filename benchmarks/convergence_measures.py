@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ class Study:
             with torch.no_grad():
                 sampler(noise, generator, cond)
 
-        return 1e3 * float(network.median(network.seconds(call, self.device, repeats=3)) or 0) / size
+        return 1e3 * statistics.median(network.seconds(call, self.device, repeats=3)) / size
 
 
 def inspected(latents: Tensor, data: Textures) -> Videos:

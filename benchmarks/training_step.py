@@ -28,6 +28,7 @@ import torch
 from benchmarks import attention
 from benchmarks import whole_network as network
 from benchmarks.schedules import Lap, MeasuredDistiller, Meter, Schedule, exit_steps, schedules
+from codmd import backends
 from codmd.distill.objective import Scores
 from codmd.distill.plan import Forwards
 
@@ -60,6 +61,7 @@ def measure(options: argparse.Namespace, device: torch.device, folder: Path) -> 
         "parameters": sum(weight.numel() for weight in distiller.student.parameters()),
         "gradient_checkpointing": distiller.student.checkpointing,
         "tflop_per_forward": flops * 1e-12,
+        "loss_backend": backends.select("auto", torch.empty(0, device=device)).__name__,
     }
     found["rounds"] = run_rounds(distiller, both, start + options.budget)
     losses = {schedule.name: loss_seconds(distiller, schedule) for schedule in both}
@@ -169,9 +171,10 @@ def markdown(found: dict[str, Any]) -> str:
         f"forward passes. Averaged over all exit steps a cycle is {found['average_forwards']:g} of them (a backward "
         "pass counts 2, recomputation 1).",
         "",
-        f"`codmd_loss` with its gradient: {1e3 * ours['loss_s']:.3f} ms, launches and all, {share:.4%} of a student "
-        f"update (goal below {LOSS_GOAL:.1%}: {network.verdict(share < LOSS_GOAL, found['tiny'])}); in plain PyTorch "
-        f"{1e3 * published['loss_s']:.3f} ms. Reserved memory includes what the allocator kept of earlier updates.",
+        f"`codmd_loss` ({found['loss_backend']}) with its gradient: {1e3 * ours['loss_s']:.3f} ms, launches and all, "
+        f"{share:.4%} of a student update (goal below {LOSS_GOAL:.1%}: "
+        f"{network.verdict(share < LOSS_GOAL, found['tiny'])}); in plain PyTorch {1e3 * published['loss_s']:.3f} ms. "
+        "Reserved memory includes what the allocator kept of earlier updates.",
         "",
         *attention.table(found["attention"]),
     ]

@@ -8,7 +8,6 @@ import json
 import platform
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -125,11 +124,6 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int, warm
         if number >= warm_up:
             found.append(time.perf_counter() - start)
     return found
-
-
-def median(values: Sequence[float]) -> float | None:
-    """None of no values."""
-    return statistics.median(values) if values else None
 
 
 def reason_of(error: Exception) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ from benchmarks import (
     training_step,
     whole_network,
 )
-from codmd import cli
+from codmd import backends, cli
 from codmd.distill.config import DistillConfig
 from codmd.distill.log import read_log
 from codmd.distill.objective import Scores, distillation_loss
@@ -75,6 +77,7 @@ def test_both_schedules_run_and_their_forwards_times_and_ratio_are_recorded(tmp_
     assert all(critic.count(step) == 2 * found["rounds"] for step in range(4))
     share = ours["loss_s"] / ours["phases"]["student"]["mean_s"]
     assert ours["loss_share_of_student_update"] == pytest.approx(share)
+    assert found["loss_backend"] in {backend.module for backend in backends.BACKENDS.values()}
     native, flash = found["attention"]
     assert min(native["forward_s"], native["train_s"]) > 0
     assert "flash-attn" in flash["reason"] or flash["forward_s"] > 0
@@ -136,6 +139,7 @@ def test_memory_and_shares_of_given_laps_reach_the_page_and_the_picture(tmp_path
         **whole_network.environment(torch.device("cpu"), "benchmarks.training_step", []), **summary, "tiny": False,
         "configuration": "wan_1.3b", "latents": [21, 16, 60, 104], "parameters": 1_419_000_000, "rounds": 1,
         "gradient_checkpointing": True, "tflop_per_forward": 283.0, "average_forwards": 38.5,
+        "loss_backend": "codmd.kernels",
         "attention": [{"attention": "sage", "forward_s": 0.5, "forward_tflop_s": 566.0, "reason": "no backward pass"}],
     }  # fmt: skip
     text = training_step.markdown(found)
@@ -330,13 +334,34 @@ def test_a_run_that_is_out_of_time_saves_and_goes_on_where_it_stopped(tmp_path, 
 
 
 def test_a_run_that_fails_ends_the_command_with_the_end_of_its_log(tmp_path, monkeypatch):
-    def fail(run, work, _threads):
+    def fail(run, work):
         (work / f"{run.name}.txt").write_text("out of memory")
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
 
     monkeypatch.setattr(convergence, "start", fail)
     with pytest.raises(SystemExit, match=r"teacher ended with status 3:\nout of memory"):
         convergence.main(["--tiny", "--work", str(tmp_path), "--stage", "teacher"])
+
+
+def test_no_run_outlives_a_command_that_is_asked_to_end(tmp_path, monkeypatch):
+    started = []
+
+    def sleeper(run, work):
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        return started[-1]
+
+    class Impatient(Clock):
+        def sleep(self, _seconds):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(convergence, "start", sleeper)
+    monkeypatch.setattr(convergence, "time", Impatient(lambda: False))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        convergence.main(["--tiny", "--work", str(tmp_path), "--stage", "teacher"])
+    for process in started:
+        assert process.wait(timeout=60) == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_measures_tell_frozen_pale_and_equal_videos_apart():
