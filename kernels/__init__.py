@@ -10,7 +10,7 @@ from typing import Any
 
 OLDEST_TRITON = (3, 4)
 
-_RELATION = "relation_forward", "relation_frames", "relation_batch", "relation_backward"
+_RELATION = "relation_forward", "relation_frames", "relation_batch", "relation_backward", "batch_grad_shape"
 _CODMD = "codmd_forward", "codmd_terms", "codmd_rows", "codmd_gathered", "codmd_backward"
 _HOME = {
     **dict.fromkeys(_RELATION, ".relation"),

@@ -44,7 +44,7 @@ def relation_forward(
 
     Returns:
         float32 (total, batch, frame) ``[3]``; ∂(frame term)/∂φ ``[B, F, K]``, or M / B ``[B, F, F]`` for
-        ``pool=None``; ∂(batch term)/∂ψ ``[B, K]``. Empty where a term is not computed.
+        ``pool=None``; ∂(batch term)/∂ψ, of :func:`batch_grad_shape`. Empty where a term is not computed.
     """
     scores, weights = (student, real, fake, frame_mask, layout), (temperature, batch_weight, frame_weight)
     if elsewhere(student):
@@ -56,6 +56,12 @@ def relation_forward(
         return relation_pooled.relation_forward(*scores, pool, *weights)
     except Refused:
         return _reference().relation_forward(*scores, pool, *weights)
+
+
+def batch_grad_shape(samples: int, frames: int, features: int, pool: Pool) -> tuple[int, ...]:
+    """Shape of the batch term's gradient: ``[B, K]``, or M ``[1, B, B]`` of whole latents of one frame."""
+    exchanged = pool is None and relation_whole.is_exchanged(samples, frames)
+    return (1, samples, samples) if exchanged else (samples, features)
 
 
 def relation_frames(

@@ -1,12 +1,13 @@
 """Relations of whole latents (pool=None): Gram matrices of N ≤ 128 long vectors in one streaming pass.
 
-With d = f - r, the pass accumulates X = x xᵀ, R = r rᵀ, T = d fᵀ + r dᵀ (so that f fᵀ = R + T without cancellation)
-and ‖f‖². From a_i² = R_ii, b_i = ‖f_i‖, k_i = b_i - a_i = T_ii/(a_i + b_i):
+With d = f - r and m = (r + f)/2, the pass accumulates X = x xᵀ, R = r rᵀ, T = d mᵀ + m dᵀ (so that f fᵀ = R + T
+without cancellation) and ‖f‖². From a_i² = R_ii, b_i = ‖f_i‖, k_i = b_i - a_i = T_ii/(a_i + b_i):
 
     S_ij = X_ij/(n_i n_j)        Δ_ij = (T_ij - R_ij/(a_i a_j)·(k_i a_j + b_i k_j)) / (b_i b_j)
 
 and the loss, G, and M with ∂L/∂x = M x as in ``codmd.reference``. Dots are IEEE float32. The long axis is split over
-programs; the last block of a group of splits adds the group, the last group's block adds the groups, both in order.
+programs, a third of which read x alone and the others r and f: each leaves only upper triangles of its own matrices.
+The last block of a group of splits adds the group, the last group's block adds the groups, both in order.
 """
 
 import triton
@@ -36,15 +37,21 @@ def add_pieces(total, pieces, first, last, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gram_norms(grams, i, count, size):
+def triangle(i, j, count):
+    """Where (i, j), i ≤ j, lies in a packed upper triangle of ``count`` rows."""
+    return i * (2 * count - i - 1) // 2 + j
+
+
+@triton.jit
+def gram_norms(grams, i, count):
     """1/n_x, a, b, k of vectors i, and whether ‖x‖, ‖f‖ and both scores reach the floor; shaped like ``i``."""
     inside = i < count
-    diagonal = i * count + i
-    square = count * count
-    t = tl.load(grams + 2 * square + diagonal, mask=inside, other=0.0)
+    diagonal = triangle(i, i, count)
+    half = count * (count + 1) // 2
+    t = tl.load(grams + 2 * half + diagonal, mask=inside, other=0.0)
     x_norm = tl.sqrt_rn(tl.load(grams + diagonal, mask=inside, other=1.0))
-    r_norm = tl.sqrt_rn(tl.load(grams + square + diagonal, mask=inside, other=1.0))
-    f_norm = tl.sqrt_rn(tl.load(grams + 3 * square + i, mask=inside, other=1.0))
+    r_norm = tl.sqrt_rn(tl.load(grams + half + diagonal, mask=inside, other=1.0))
+    f_norm = tl.sqrt_rn(tl.load(grams + 3 * half + i, mask=inside, other=1.0))
     a = tl.maximum(r_norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
     b = tl.maximum(f_norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
     k = t / tl.maximum(r_norm + f_norm, NORM_FLOOR)
@@ -63,25 +70,24 @@ def relation_of_grams(
     """
     row_radial = scratch + count * count
     column_radial = row_radial + count
-    size = 3 * count * count + count
-    square = count * count
+    half = count * (count + 1) // 2
     j = tl.arange(0, BLOCK_J)[None, :]
     j_valid = frame_validity(frame_mask, sample, j, count, mask_b, mask_f)
     n = tl.sum(tl.sum(j_valid.to(tl.float32), 1), 0)
     j_valid = unless_alone(j_valid, n)
-    j_x, j_a, j_b, j_k, _j_x_free, j_f_free, j_free = gram_norms(grams, j, count, size)
+    j_x, j_a, j_b, j_k, _j_x_free, j_f_free, j_free = gram_norms(grams, j, count)
     kl = 0.0
     column_sum = tl.zeros([1, BLOCK_J], tl.float32)
     for start in range(0, count, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)[:, None]
         spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
         i_valid = unless_alone(frame_validity(frame_mask, sample, spread, count, mask_b, mask_f), n)
-        i_x, i_a, i_b, i_k, x_free, i_f_free, i_free = gram_norms(grams, spread, count, size)
-        at = tl.minimum(spread, j) * count + tl.maximum(spread, j)
+        i_x, i_a, i_b, i_k, x_free, i_f_free, i_free = gram_norms(grams, spread, count)
+        at = triangle(tl.minimum(spread, j), tl.maximum(spread, j), count)
         inside = (spread < count) & (j < count)
         x = tl.load(grams + at, mask=inside, other=0.0)
-        r = tl.load(grams + square + at, mask=inside, other=0.0)
-        t = tl.load(grams + 2 * square + at, mask=inside, other=0.0)
+        r = tl.load(grams + half + at, mask=inside, other=0.0)
+        t = tl.load(grams + 2 * half + at, mask=inside, other=0.0)
         similarity = (x * i_x) * j_x
         r_cosine = r / i_a / j_a
         difference = (t - r_cosine * (i_k * j_a + i_b * j_k)) / i_b / j_b
@@ -102,7 +108,7 @@ def relation_of_grams(
         i = start + tl.arange(0, BLOCK_I)[:, None]
         spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
         inside = (spread < count) & (j < count)
-        i_x, _i_a, _i_b, _i_k, free, _i_f_free, _i_free = gram_norms(grams, spread, count, size)
+        i_x, _i_a, _i_b, _i_k, free, _i_f_free, _i_free = gram_norms(grams, spread, count)
         h = tl.load(scratch + spread * count + j, mask=inside, other=0.0)
         h += tl.load(scratch + j * count + spread, mask=inside, other=0.0)
         radial = tl.load(row_radial + spread, mask=inside, other=0.0)
@@ -110,6 +116,136 @@ def relation_of_grams(
         radial = tl.where(free & (spread == j), radial, 0.0)
         store_tile(matrix, i, j, count, count, (h - radial) * i_x * j_x * scale)
     return kl / tl.maximum(n, 1.0)
+
+
+@triton.jit
+def tile_address(base, tile, per_run, run_lines, b, s_b, s_c, s_h, VEC: tl.constexpr):
+    """``base`` moved to sample b and to the run of ``tile``."""
+    run = tile // per_run
+    c, h = (run // run_lines).to(tl.int64), (run % run_lines).to(tl.int64)
+    return base + (b * s_b + c * s_c + h * s_h) * VEC
+
+
+@triton.jit
+def mean_rows(
+    base, frame_mask, sample, frames, mask_b, mask_f, column, inside, stride, step,
+    BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """The mean over the valid rows of ``base[row·stride + column·step]``, [L]."""
+    total = tl.zeros([BLOCK_L], tl.float32)
+    count = 0.0
+    for block in range(BLOCKS):
+        row = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = frame_validity(frame_mask, sample, row, frames, mask_b, mask_f)
+        total += tl.sum(load_rows(base, row, valid, column, inside, stride, step), 0)
+        count += tl.sum(valid.to(tl.float32), 0)
+    return total / tl.maximum(count, 1.0)
+
+
+@triton.jit
+def student_gram(
+    student, frame_mask, pooled, sample, b, i, j, i_valid, j_valid, first, last, pair, frames, runs, run_lines, length,
+    x_b, x_f, x_c, x_h, x_w, mask_b, mask_f,
+    BLOCKS: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, GRAMS: tl.constexpr,
+):  # fmt: skip
+    """X [N, N] of tiles ``first : last``; stores the time averages of x there."""
+    xx = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    per_run = tl.cdiv(length, BLOCK_L)
+    lane = tl.arange(0, BLOCK_L)
+    for tile in range(first, last):
+        start = tile % per_run * BLOCK_L
+        column = start + lane
+        inside = lane // VEC < (length - start) // VEC
+        x_at = tile_address(student, tile, per_run, run_lines, b, x_b, x_c, x_h, VEC)
+        if GRAMS:
+            x = load_rows(x_at, i, i_valid, column, inside, x_f * VEC, x_w)
+            xj = x
+            if BLOCKS > 1:
+                xj = load_rows(x_at, j, j_valid, column, inside, x_f * VEC, x_w)
+            xx = tl.dot(x, tl.trans(xj), xx, input_precision="ieee")
+        if pooled is not None:  # noqa: SIM102 (decided at compile time, the next at run time)
+            if pair == 0:
+                if GRAMS and BLOCKS == 1:
+                    mean = tl.sum(x, 0) / tl.maximum(tl.sum(i_valid.to(tl.float32), 0), 1.0)
+                else:
+                    mean = mean_rows(
+                        x_at, frame_mask, sample, frames, mask_b, mask_f, column, inside, x_f * VEC, x_w,
+                        BLOCKS, BLOCK_N, BLOCK_L,
+                    )  # fmt: skip
+                line = pooled + b * (3 * runs.to(tl.int64) * length + 1)
+                tl.store(line + tl.cast(tile // per_run, tl.int64) * length + column, mean, mask=inside)
+    return xx
+
+
+@triton.jit
+def score_grams(
+    real, fake, frame_mask, pooled, sample, b, i, j, i_valid, j_valid, first, last, pair, frames, runs, run_lines,
+    length, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
+    BLOCKS: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    GRAMS: tl.constexpr, DIFFERENCE: tl.constexpr,
+):  # fmt: skip
+    """R, T [N, N] and ‖f‖² [N] of tiles ``first : last``; stores the time averages of r and d there.
+
+    They come before the dots, which need every register.
+    """
+    rr = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    tt = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    ff = tl.zeros([BLOCK_N], tl.float32)
+    per_run = tl.cdiv(length, BLOCK_L)
+    lane = tl.arange(0, BLOCK_L)
+    for tile in range(first, last):
+        start = tile % per_run * BLOCK_L
+        column = start + lane
+        inside = lane // VEC < (length - start) // VEC
+        r_at = tile_address(real, tile, per_run, run_lines, b, r_b, r_c, r_h, VEC)
+        f_at = tile_address(fake, tile, per_run, run_lines, b, f_b, f_c, f_h, VEC)
+        if GRAMS:
+            r = load_rows(r_at, i, i_valid, column, inside, r_f * VEC, r_w)
+            f = load_rows(f_at, i, i_valid, column, inside, f_f * VEC, f_w)
+            if DIFFERENCE:
+                d = f
+                f = r + d
+            else:
+                d = f - r
+        if pooled is not None:  # noqa: SIM102 (decided at compile time, the next at run time)
+            if pair == 0:
+                if GRAMS and BLOCKS == 1:
+                    count = tl.maximum(tl.sum(i_valid.to(tl.float32), 0), 1.0)
+                    mean_r, mean_d = tl.sum(r, 0) / count, tl.sum(d, 0) / count
+                else:
+                    mean_r = tl.zeros([BLOCK_L], tl.float32)
+                    mean_d = tl.zeros([BLOCK_L], tl.float32)
+                    valid_rows = 0.0
+                    for block in range(BLOCKS):
+                        row = block * BLOCK_N + tl.arange(0, BLOCK_N)
+                        valid = frame_validity(frame_mask, sample, row, frames, mask_b, mask_f)
+                        rs = load_rows(r_at, row, valid, column, inside, r_f * VEC, r_w)
+                        mean_r += tl.sum(rs, 0)
+                        mean_d += tl.sum(load_rows(f_at, row, valid, column, inside, f_f * VEC, f_w) - rs, 0)
+                        valid_rows += tl.sum(valid.to(tl.float32), 0)
+                    mean_r, mean_d = mean_r / tl.maximum(valid_rows, 1.0), mean_d / tl.maximum(valid_rows, 1.0)
+                features = runs.to(tl.int64) * length
+                line = pooled + b * (3 * features + 1) + features
+                line += tl.cast(tile // per_run, tl.int64) * length
+                tl.store(line + column, mean_r, mask=inside)
+                tl.store(line + features + column, mean_d, mask=inside)
+        if GRAMS:
+            middle = 0.5 * (r + f)
+            if BLOCKS == 1:
+                rr = tl.dot(r, tl.trans(r), rr, input_precision="ieee")
+                tt = tl.dot(d, tl.trans(middle), tt, input_precision="ieee")
+            else:
+                rj = load_rows(r_at, j, j_valid, column, inside, r_f * VEC, r_w)
+                dj = load_rows(f_at, j, j_valid, column, inside, f_f * VEC, f_w)
+                if not DIFFERENCE:
+                    dj -= rj
+                rr = tl.dot(r, tl.trans(rj), rr, input_precision="ieee")
+                tt = tl.dot(d, tl.trans(rj + 0.5 * dj), tt, input_precision="ieee")
+                tt = tl.dot(middle, tl.trans(dj), tt, input_precision="ieee")
+            ff += tl.sum(f * f, 1)
+    if BLOCKS == 1:
+        tt += tl.trans(tt)
+    return rr, tt, ff
 
 
 @triton.jit(
@@ -123,23 +259,32 @@ def gram_kernel(
     terms,  # [3]
     matrices,  # [B, F, F]: M of the mean over samples
     pooled,  # [B, 3K + 1] or None: time averages of x, r, d, and the number of valid frames
-    workspace,  # grams [B, GROUPS + 1, 3F² + F], scratch [B, F + 2, F], losses [B], pieces [B, SPLITS, 3F² + F]
-    counters,  # [B·(GROUPS + 1) + 1], zero before and after
+    workspace,  # a relation's grams X, R, T, ‖f‖² are SIZE = 3·F(F + 1)/2 + F floats, X from one kind of program, the
+    # others from the other: grams [B, SIZE], sums of groups [B, ...], scratch [B, F + 2, F], losses [B], and from
+    # pieces_at on the pieces [B, ...] of all splits
+    counters,  # [B·(all groups + 1) + 1], zero before and after
     samples, frames, runs, run_lines, length, tiles, pieces_at,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
     temperature, batch_weight, frame_weight,
-    SPLITS: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr,
+    SPLITS_X: tl.constexpr, SPLITS_S: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
-    GRAMS: tl.constexpr, DIFFERENCE: tl.constexpr,
+    GRAMS: tl.constexpr, DIFFERENCE: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B·SPLITS·BLOCKS(BLOCKS + 1)/2]. Strides of b, f, c, h are in units of VEC elements."""
+    """Grid [B·(SPLITS_X + SPLITS_S)·BLOCKS(BLOCKS + 1)/2]: splits of x, then of r and f, for every pair of row blocks.
+
+    Strides of b, f, c, h are in units of VEC elements. With BATCH the relation is the batch term.
+    """
     PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
-    GROUPS: tl.constexpr = (SPLITS + GROUP - 1) // GROUP
+    GROUPS_X: tl.constexpr = (SPLITS_X + GROUP - 1) // GROUP
+    GROUPS_S: tl.constexpr = (SPLITS_S + GROUP - 1) // GROUP
+    GROUPS: tl.constexpr = GROUPS_X + GROUPS_S
     pid = tl.program_id(0)
     pair = pid % PAIRS
-    split = pid // PAIRS % SPLITS
-    sample = pid // (PAIRS * SPLITS)
+    split = pid // PAIRS % (SPLITS_X + SPLITS_S)
+    sample = pid // (PAIRS * (SPLITS_X + SPLITS_S))
     b = sample.to(tl.int64)
+    of_student = split < SPLITS_X
+    split = tl.where(of_student, split, split - SPLITS_X)
     first_block = 0
     second_block = pair
     for block in tl.static_range(1, BLOCKS):
@@ -152,102 +297,72 @@ def gram_kernel(
     i_valid = frame_validity(frame_mask, sample, i, frames, mask_b, mask_f)
     j_valid = frame_validity(frame_mask, sample, j, frames, mask_b, mask_f)
 
-    xx = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-    rr = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-    tt = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-    ff = tl.zeros([BLOCK_N], tl.float32)
-    per_run = tl.cdiv(length, BLOCK_L)
-    share = tl.cdiv(tiles, SPLITS)
-    lane = tl.arange(0, BLOCK_L)
-    for tile in range(split * share, tl.minimum(tiles, split * share + share)):
-        run = tile // per_run
-        start = tile % per_run * BLOCK_L
-        c, h = (run // run_lines).to(tl.int64), (run % run_lines).to(tl.int64)
-        column = start + lane
-        inside = lane // VEC < (length - start) // VEC
-        x_at = student + (b * x_b + c * x_c + h * x_h) * VEC
-        r_at = real + (b * r_b + c * r_c + h * r_h) * VEC
-        f_at = fake + (b * f_b + c * f_c + h * f_h) * VEC
+    half = frames * (frames + 1) // 2
+    scores_size = 2 * half + frames
+    piece_size = tl.where(of_student, half, scores_size)
+    pieces = workspace + pieces_at + b * (SPLITS_X * half + SPLITS_S * scores_size)
+    pieces += tl.where(of_student, 0, SPLITS_X * half)
+    piece = pieces + split.to(tl.int64) * piece_size
+    upper = (i[:, None] <= j[None, :]) & (j < frames)[None, :]
+    at = triangle(i[:, None], j[None, :], frames)
+    if of_student:
+        share = tl.cdiv(tiles, SPLITS_X)
+        xx = student_gram(
+            student, frame_mask, pooled, sample, b, i, j, i_valid, j_valid,
+            split * share, tl.minimum(tiles, split * share + share), pair, frames, runs, run_lines, length,
+            x_b, x_f, x_c, x_h, x_w, mask_b, mask_f, BLOCKS, VEC, BLOCK_N, BLOCK_L, GRAMS,
+        )  # fmt: skip
         if GRAMS:
-            x = load_rows(x_at, i, i_valid, column, inside, x_f * VEC, x_w)
-            r = load_rows(r_at, i, i_valid, column, inside, r_f * VEC, r_w)
-            f = load_rows(f_at, i, i_valid, column, inside, f_f * VEC, f_w)
-            xj, rj, fj = x, r, f
-            if BLOCKS > 1:
-                xj = load_rows(x_at, j, j_valid, column, inside, x_f * VEC, x_w)
-                rj = load_rows(r_at, j, j_valid, column, inside, r_f * VEC, r_w)
-                fj = load_rows(f_at, j, j_valid, column, inside, f_f * VEC, f_w)
-            if DIFFERENCE:
-                d, dj = f, fj
-                f, fj = r + d, rj + dj
-            else:
-                d, dj = f - r, fj - rj
-            xx = tl.dot(x, tl.trans(xj), xx, input_precision="ieee")
-            rr = tl.dot(r, tl.trans(rj), rr, input_precision="ieee")
-            tt = tl.dot(d, tl.trans(fj), tt, input_precision="ieee")
-            tt = tl.dot(r, tl.trans(dj), tt, input_precision="ieee")
-            ff += tl.sum(f * f, 1)
+            tl.store(piece + at, xx, mask=upper)
+    else:
+        share = tl.cdiv(tiles, SPLITS_S)
+        rr, tt, ff = score_grams(
+            real, fake, frame_mask, pooled, sample, b, i, j, i_valid, j_valid,
+            split * share, tl.minimum(tiles, split * share + share), pair, frames, runs, run_lines, length,
+            r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
+            BLOCKS, VEC, BLOCK_N, BLOCK_L, GRAMS, DIFFERENCE,
+        )  # fmt: skip
+        if GRAMS:
+            tl.store(piece + at, rr, mask=upper)
+            tl.store(piece + half + at, tt, mask=upper)
+            tl.store(piece + 2 * half + i, ff, mask=(i < frames) & (i == j))
         if pooled is not None:  # noqa: SIM102 (decided at compile time, the next at run time)
-            if pair == 0:
+            if (pair == 0) & (split == 0):
                 count = 0.0
-                if GRAMS and BLOCKS == 1:
-                    sum_x, sum_r, sum_d = tl.sum(x, 0), tl.sum(r, 0), tl.sum(d, 0)
-                    count += tl.sum(i_valid.to(tl.float32), 0)
-                else:
-                    sum_x = tl.zeros([BLOCK_L], tl.float32)
-                    sum_r = tl.zeros([BLOCK_L], tl.float32)
-                    sum_d = tl.zeros([BLOCK_L], tl.float32)
-                    for block in range(BLOCKS):
-                        row = block * BLOCK_N + tl.arange(0, BLOCK_N)
-                        valid = frame_validity(frame_mask, sample, row, frames, mask_b, mask_f)
-                        xs = load_rows(x_at, row, valid, column, inside, x_f * VEC, x_w)
-                        rs = load_rows(r_at, row, valid, column, inside, r_f * VEC, r_w)
-                        fs = load_rows(f_at, row, valid, column, inside, f_f * VEC, f_w)
-                        sum_x += tl.sum(xs, 0)
-                        sum_r += tl.sum(rs, 0)
-                        sum_d += tl.sum(fs - rs, 0)
-                        count += tl.sum(valid.to(tl.float32), 0)
+                for start in range(0, frames, BLOCK_N):
+                    row = start + tl.arange(0, BLOCK_N)
+                    valid = frame_validity(frame_mask, sample, row, frames, mask_b, mask_f)
+                    count += tl.sum(valid.to(tl.float32), 0)
                 features = runs.to(tl.int64) * length
-                line = pooled + b * (3 * features + 1)
-                count_safe = tl.maximum(count, 1.0)
-                line_at = line + tl.cast(run, tl.int64) * length + column
-                tl.store(line_at, sum_x / count_safe, mask=inside)
-                tl.store(line_at + features, sum_r / count_safe, mask=inside)
-                tl.store(line_at + 2 * features, sum_d / count_safe, mask=inside)
-                if tile == 0:
-                    tl.store(line + 3 * features, count)
+                tl.store(pooled + b * (3 * features + 1) + 3 * features, count)
 
     if GRAMS:
-        square = frames * frames
-        size = 3 * square + frames
-        grams = workspace + b * (GROUPS + 1) * size
-        scratch = workspace + samples.to(tl.int64) * (GROUPS + 1) * size + b * (frames + 2) * frames
-        losses = workspace + samples.to(tl.int64) * ((GROUPS + 1) * size + (frames + 2) * frames)
-        pieces = workspace + pieces_at + b * SPLITS * size
-        piece = pieces + split.to(tl.int64) * size
-        upper = (i[:, None] <= j[None, :]) & (j < frames)[None, :]
-        at = i[:, None] * frames + j[None, :]
-        tl.store(piece + at, xx, mask=upper)
-        tl.store(piece + square + at, rr, mask=upper)
-        tl.store(piece + 2 * square + at, tt, mask=upper)
-        tl.store(piece + 3 * square + i, ff, mask=(i < frames) & (i == j))
+        size = half + scores_size
+        sums_size = GROUPS_X * half + GROUPS_S * scores_size
+        grams = workspace + b * size
+        sums = workspace + samples.to(tl.int64) * size + b * sums_size
+        scratch = workspace + samples.to(tl.int64) * (size + sums_size) + b * (frames + 2) * frames
+        losses = workspace + samples.to(tl.int64) * (size + sums_size + (frames + 2) * frames)
 
         group = split // GROUP
-        last = tl.minimum(group * GROUP + GROUP, SPLITS)
+        last = tl.minimum(group * GROUP + GROUP, tl.where(of_student, SPLITS_X, SPLITS_S))
         tickets = counters + sample * (GROUPS + 1)
+        ticket = tickets + tl.where(of_student, group, GROUPS_X + group)
+        own_sum = sums + tl.where(of_student, 0, GROUPS_X * half) + group * piece_size
         # Every thread's stores must precede the one thread's ticket.
         tl.debug_barrier()
-        if tl.atomic_add(tickets + group, 1) == (last - group * GROUP) * PAIRS - 1:
-            tl.store(tickets + group, 0)
-            add_pieces(grams + (group + 1) * size, pieces, group * GROUP, last, size, 1024)
+        if tl.atomic_add(ticket, 1) == (last - group * GROUP) * PAIRS - 1:
+            tl.store(ticket, 0)
+            add_pieces(own_sum, pieces, group * GROUP, last, piece_size, 1024)
             tl.debug_barrier()
             if tl.atomic_add(tickets + GROUPS, 1) == GROUPS - 1:
                 tl.store(tickets + GROUPS, 0)
-                add_pieces(grams, grams + size, 0, GROUPS, size, 1024)
+                add_pieces(grams, sums, 0, GROUPS_X, half, 1024)
+                add_pieces(grams + half, sums + GROUPS_X * half, 0, GROUPS_S, scores_size, 1024)
                 tl.debug_barrier()
                 loss = relation_of_grams(
                     grams, frame_mask, sample, frames, mask_b, mask_f, temperature, scratch,
-                    matrices + b * square, 1.0 / samples, 16, BLOCK_J,
+                    matrices + b * frames * frames, 1.0 / samples, 16, BLOCK_J,
                 )  # fmt: skip
                 tl.store(losses + sample, loss)
                 tl.debug_barrier()
@@ -255,7 +370,7 @@ def gram_kernel(
                 if tl.atomic_add(every, 1) == samples - 1:
                     tl.store(every, 0)
                     mean = ordered_sum(losses, samples, 16) / samples
-                    if DIFFERENCE:
+                    if BATCH:
                         frame = 0.0
                         if frame_term is not None:
                             frame = tl.load(frame_term)

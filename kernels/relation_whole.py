@@ -1,7 +1,8 @@
 """Relation loss of whole latents (pool=None), and batch relations of long gathered features: plans and launches.
 
 The frame term takes one launch. The batch term takes two more: the Grams of the time averages that the first launch
-leaves in ``pooled``, and the product of their small matrix with those averages.
+leaves in ``pooled``, and the product of their small matrix with those averages. Samples of one frame are their own
+averages: with the axes exchanged, their batch relation is a frame relation, in one launch and without tables.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import limits
-from .launch import Launcher, counters, current_stream, multiprocessors
+from .launch import Launcher, alignment, counters, current_stream, multiprocessors
 from .relation_apply import apply_kernel
 from .relation_gram import gram_kernel
 from .tiling import Geometry, cdiv, next_power_of_2
@@ -72,29 +73,37 @@ class Runs:
 
 
 class GramPlan:
-    """Launch of :func:`gram_kernel` over ``samples`` relations of ``vectors``."""
+    """Launch of :func:`gram_kernel` over ``samples`` relations of ``vectors``; ``batch``: theirs is the batch term."""
 
-    def __init__(self, samples: int, vectors: int, runs: Runs, processors: int, grams: bool, difference: bool) -> None:
+    def __init__(
+        self, samples: int, vectors: int, runs: Runs, processors: int, grams: bool, difference: bool, batch: bool
+    ) -> None:
         block_n = max(16, min(64, next_power_of_2(vectors)))
         blocks = cdiv(vectors, block_n)
         pairs = blocks * (blocks + 1) // 2
         block_l = 2 * BLOCK_J if block_n <= 32 else BLOCK_J
         tiles = runs.tiles(block_l)
-        self.splits = max(1, min(cdiv(processors, samples * pairs), cdiv(tiles, 4)))
-        groups = cdiv(self.splits, GROUP)
-        size = 3 * vectors**2 + vectors
-        pieces_at = samples * ((groups + 1) * size + (vectors + 2) * vectors + 1)
-        self.workspace = pieces_at + samples * self.splits * size if grams else 0
-        self.counters = samples * (groups + 1) + 1
+        most = cdiv(tiles, 4)
+        programs = cdiv(processors, samples * pairs)
+        # Half as many bytes and dots for x as for r and f.
+        splits_x = max(1, min(programs // 3, most))
+        splits_s = max(1, min(programs - splits_x, most))
+        half = vectors * (vectors + 1) // 2
+        scores = 2 * half + vectors
+        groups_x, groups_s = cdiv(splits_x, GROUP), cdiv(splits_s, GROUP)
+        sums = groups_x * half + groups_s * scores
+        pieces_at = samples * (half + scores + sums + (vectors + 2) * vectors + 1)
+        self.workspace = pieces_at + samples * (splits_x * half + splits_s * scores) if grams else 0
+        self.counters = samples * (groups_x + groups_s + 1) + 1
         self.sizes = (
             samples, vectors, runs.count, runs.lines, runs.length, tiles, pieces_at, *sum(runs.strides, ()),
         )  # fmt: skip
         self.launch = Launcher(
             gram_kernel,
-            samples * self.splits * pairs,
+            samples * (splits_x + splits_s) * pairs,
             (
-                self.splits, GROUP, blocks, runs.vec, block_n, block_l,
-                max(16, next_power_of_2(vectors)), grams, difference,
+                splits_x, splits_s, GROUP, blocks, runs.vec, block_n, block_l,
+                max(16, next_power_of_2(vectors)), grams, difference, batch,
             ),
             warps=8 if block_n > 32 else 4,
             registers=255,
@@ -134,22 +143,33 @@ def _mask_key(frame_mask: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _gram_plan(
-    student: Tensor, real: Tensor, fake: Tensor, frame_mask: Tensor | None, layout: str, grams: bool, means: bool,
+    student: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    frame_mask: Tensor | None,
+    layout: str,
+    grams: bool,
+    means: bool,
     batch: bool,
-) -> GramPlan:  # fmt: skip
+    exchanged: bool,
+) -> GramPlan:
     strides = student.stride(), real.stride(), fake.stride()
-    aligned = student.data_ptr() % 16 == 0, real.data_ptr() % 16 == 0, fake.data_ptr() % 16 == 0
+    aligned = alignment(student, real, fake)
     key = (
         "gram", student.shape, strides, aligned, student.dtype, student.device, layout, grams, means, batch,
-        _mask_key(frame_mask),
+        exchanged, _mask_key(frame_mask),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         geometries = tuple(Geometry.of(student.shape, s, layout) for s in strides)
-        limits.check(geometries[0].sizes, None, batch, grams)
-        samples, frames = geometries[0].sizes[:2]
-        runs = Runs(geometries, (student.element_size(),) * 3, all(aligned))
-        plan = _plans[key] = GramPlan(samples, frames, runs, multiprocessors(student.device), grams, False)
+        samples, frames, *plane = geometries[0].sizes
+        if exchanged:
+            limits.check((frames, samples, *plane), None, True, False)
+        else:
+            limits.check((samples, frames, *plane), None, batch, grams)
+        runs = Runs(geometries, (student.element_size(),) * 3, aligned is True)
+        processors = multiprocessors(student.device)
+        plan = _plans[key] = GramPlan(samples, frames, runs, processors, grams, False, exchanged)
     return plan
 
 
@@ -160,34 +180,45 @@ def _first_stage(
     frame_mask: Tensor | None,
     layout: str,
     temperature: float,
-    frame_weight: float,
+    weight: float,
     means: bool,
     batch: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Terms (of the frame relation alone), its M / B, and the rows of time averages if ``means``."""
+    exchanged: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Terms of the frame relation alone (None without one), its M / B, and the rows of time averages if ``means``.
+
+    ``exchanged``: frames are samples, and the terms those of the batch relation alone.
+    """
     device = student.device
     samples, frames = student.shape[0], student.shape[1 if layout == "bfchw" else 2]
-    grams = frame_weight != 0 and frames > 1
-    if not grams:
-        terms, matrices = torch.zeros(3, device=device), torch.empty(0, device=device)
-        if not means:
-            return terms, matrices, None
-    else:
+    grams = weight != 0 and frames > 1
+    terms, matrices, pooled = None, torch.empty(0, device=device), None
+    if not grams and not means:
+        return terms, matrices, pooled
+    if grams:
         terms = torch.empty(3, dtype=torch.float32, device=device)
         matrices = torch.empty((samples, frames, frames), dtype=torch.float32, device=device)
-    plan = _gram_plan(student, real, fake, frame_mask, layout, grams, means, batch)
+    plan = _gram_plan(student, real, fake, frame_mask, layout, grams, means, batch, exchanged)
     stream = current_stream(student)
-    pooled = None
     if means:
         features = student[0].numel() // frames
         pooled = torch.empty((samples, 3 * features + 1), dtype=torch.float32, device=device)
     workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
+    weights = (float(weight), 0.0) if exchanged else (0.0, float(weight))
     plan.launch(
         stream, student, real, fake, frame_mask, None, terms, matrices, pooled, workspace,
-        counters(student, stream, plan.counters), *plan.sizes, *_mask(frame_mask),
-        float(temperature), 0.0, float(frame_weight),
+        counters(student, stream, plan.counters), *plan.sizes, *_mask(frame_mask), float(temperature), *weights,
     )  # fmt: skip
     return terms, matrices, pooled
+
+
+def is_exchanged(samples: int, frames: int) -> bool:
+    """Whether one-frame samples take the place of frames, so that the batch gradient is the matrix M ``[1, B, B]``."""
+    return frames == 1 and 1 < samples <= limits.MOST_WHOLE
+
+
+def _exchange(tensor: Tensor, layout: str) -> Tensor:
+    return tensor.transpose(0, 1 if layout == "bfchw" else 2)
 
 
 def relation_forward(
@@ -200,15 +231,26 @@ def relation_forward(
     batch_weight: float,
     frame_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 terms ``[3]``, M / B of the frame relation ``[B, F, F]``, gradient of the batch term ``[B, K]``."""
-    samples = student.shape[0]
+    """float32 terms ``[3]``, M / B of the frame relation ``[B, F, F]``, gradient of the batch term.
+
+    That is ``[B, K]``, or M of the batch relation ``[1, B, B]`` where :func:`is_exchanged`.
+    """
+    samples, frames = student.shape[0], student.shape[1 if layout == "bfchw" else 2]
     means = batch_weight != 0 and samples > 1
+    nothing = torch.empty(0, dtype=torch.float32, device=student.device)
+    if means and is_exchanged(samples, frames):
+        latents = (_exchange(v, layout) for v in (student, real, fake))
+        mask = None if frame_mask is None else frame_mask.t()
+        terms, matrix, _ = _first_stage(*latents, mask, layout, temperature, batch_weight, False, True, True)
+        assert terms is not None
+        return terms, nothing, matrix
     terms, matrices, pooled = _first_stage(
         student, real, fake, frame_mask, layout, temperature, frame_weight, means, means
     )
     if pooled is None:
-        return terms, matrices, torch.empty(0, dtype=torch.float32, device=student.device)
-    terms, batch_grad = relation_batch(pooled, terms[2:], 0, samples, temperature, batch_weight, frame_weight, 1.0)
+        return torch.zeros(3, device=student.device) if terms is None else terms, matrices, nothing
+    frame = None if terms is None else terms[2:]
+    terms, batch_grad = relation_batch(pooled, frame, 0, samples, temperature, batch_weight, frame_weight, 1.0)
     return terms, matrices, batch_grad
 
 
@@ -226,12 +268,12 @@ def relation_frames(
         student, real, fake, frame_mask, layout, temperature, frame_weight, True, False
     )
     assert pooled is not None
-    return terms[2:], matrices, pooled
+    return pooled.new_zeros(1) if terms is None else terms[2:], matrices, pooled
 
 
 def relation_batch(
     pooled: Tensor,
-    frame: Tensor,
+    frame: Tensor | None,
     first_row: int,
     rows: int,
     temperature: float,
@@ -244,14 +286,14 @@ def relation_batch(
     stream = current_stream(pooled)
     vectors, row = pooled.shape
     features = (row - 1) // 3
-    key = "batch", vectors, row, rows, first_row, device, pooled.data_ptr() % 16
+    key = "batch", vectors, row, rows, first_row, device, pooled.data_ptr() % 16, frame is None
     plans = _plans.get(key)
     if plans is None:
         sizes = 1, vectors, 1, 1, features
         averages, gradient = Geometry(sizes, (0, row, 0, 0, 1)), Geometry(sizes, (0, features, 0, 0, 1))
         processors = multiprocessors(device)
         plans = _plans[key] = (
-            GramPlan(1, vectors, Runs((averages,) * 3, (4,) * 3, False), processors, True, True),
+            GramPlan(1, vectors, Runs((averages,) * 3, (4,) * 3, False), processors, True, True, True),
             ApplyPlan(1, vectors, rows, Runs((gradient, averages), (4, 4), False), processors),
         )
     gram, apply = plans
@@ -286,6 +328,13 @@ def relation_backward(
     frame_weight: float,
 ) -> None:
     """Write the gradient of the student's latents into ``out``, from the student's values and M."""
+    if batch_grad.ndim == 3:
+        mask = None if frame_mask is None else frame_mask.t()
+        relation_backward(
+            _exchange(out, layout), grad_total, None, grad_batch, _exchange(student, layout), mask, batch_grad,
+            batch_grad.new_empty(0), layout, 0.0, batch_weight,
+        )  # fmt: skip
+        return
     aligned = out.data_ptr() % 16 == 0, student.data_ptr() % 16 == 0
     has_frames = matrices.numel() > 0 and not (grad_total is None and grad_frame is None)
     has_batch = batch_grad.numel() > 0 and not (grad_total is None and grad_batch is None)

@@ -48,12 +48,12 @@ def plane_elements(v: dict[str, Any]) -> int:
     return covered
 
 
-def run_elements(v: dict[str, Any]) -> int:
-    """Elements of one vector that the splits of a launch over runs cover."""
+def run_elements(v: dict[str, Any], splits: int) -> int:
+    """Elements of one vector that ``splits`` of a launch over runs cover."""
     per_run = cdiv(v["length"], v["BLOCK_L"])
-    share = cdiv(v["tiles"], v["SPLITS"])
+    share = cdiv(v["tiles"], splits)
     covered = 0
-    for split in range(v["SPLITS"]):
+    for split in range(splits):
         first, last = split * share, min(v["tiles"], (split + 1) * share)
         full, tail = v["BLOCK_L"], v["length"] - (per_run - 1) * v["BLOCK_L"]
         ends = last // per_run - first // per_run if last > first else 0
@@ -93,16 +93,17 @@ def _gram(v: dict[str, Any], grid: int) -> Traffic:
         loads = rows if len(sizes) == 1 else sum(sizes[a] + sizes[b] for a, b in pairs)
     if v["pooled"] is not None and not (v["GRAMS"] and v["BLOCKS"] == 1):
         loads += rows
-    read = 3 * v["samples"] * loads * run_elements(v) * v["student"].element_size()
+    elements = run_elements(v, v["SPLITS_X"]) + 2 * run_elements(v, v["SPLITS_S"])
+    read = v["samples"] * loads * elements * v["student"].element_size()
     return Traffic(read, 2 * _size(v["workspace"]) + _size(v["matrices"]) + _size(v["pooled"]))
 
 
 def _apply(v: dict[str, Any], grid: int) -> Traffic:
     samples = grid // (v["SPLITS"] * v["BLOCKS"])
-    per_row = run_elements(v) * v["out"].element_size()
+    per_row = run_elements(v, v["SPLITS"]) * v["out"].element_size()
     reads = 0
     if v["matrices"] is not None:
-        reads = v["BLOCKS"] * v["frames"] * run_elements(v) * v["student"].element_size()
+        reads = v["BLOCKS"] * v["frames"] * run_elements(v, v["SPLITS"]) * v["student"].element_size()
     return Traffic(samples * (v["rows"] * per_row + reads), _size(v["matrices"]) + _size(v["batch_grad"]))
 
 

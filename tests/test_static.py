@@ -98,10 +98,21 @@ def test_regions_cover_every_element_once(pool):
     assert moved.latents == relation_bytes(torch.Size(shape).numel(), 2)
 
 
-def test_whole_latents_are_read_once_by_each_pass():
-    shape = SHAPES["wan-480p"]
-    numel = torch.Size(shape).numel()
-    assert traffic(static.relation_launches(shape, pool=None)).latents == relation_bytes(numel, 2, whole=True)
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if max(shape[:2]) <= 128])
+def test_whole_latents_move_at_most_1_05_times_the_bytes_they_must_and_the_averages_of_a_batch(name):
+    samples, frames, *plane = shape = SHAPES[name]
+    launches = static.relation_launches(shape, pool=None)
+    required = relation_bytes(torch.Size(shape).numel(), 2, whole=True)
+    moved = traffic(launches)
+    if samples == 1 or frames == 1:
+        assert [launch.name for launch in launches] == ["gram_kernel", "apply_kernel"]
+        assert moved.latents == required
+        tables = 0
+    else:
+        # float32, of every sample and pixel: the averages of x, r, d written and read, that of x read again for the
+        # gradient, which is written, and read by the backward pass.
+        tables = 4 * (3 + 3 + 1 + 1 + 1) * samples * torch.Size(plane).numel()
+    assert moved.moved <= 1.05 * required + tables
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -294,6 +294,24 @@ else:
             assert torch.equal(a, b)
         assert all(not buffer.any() for buffer in launch._counters.values())
 
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_images_relate_whole_in_one_launch(layout, masked):
+        student, real, fake = latents((5, 1, 2, 3, 6), torch.float16, layout)
+        mask = torch.tensor([True, True, False, True, True])[:, None] if masked else None
+        with launch.recording(run=True) as recorded:
+            assert_as_accurate_as_pytorch(student, real, fake, pool=None, layout=layout, frame_mask=mask)
+        assert [launched.name for launched in recorded] == ["gram_kernel", "apply_kernel"]
+
+    @pytest.mark.parametrize("shape", [(4, 1, 2, 3, 6), (4, 2, 2, 3, 6), (1, 2, 2, 3, 6), (129, 1, 1, 1, 2)], ids=str)
+    def test_traced_calls_are_told_the_shapes_of_whole_relations(shape):
+        options = None, 0.1, 1.0, 1.0, "bfchw", None, "", "global", "triton"
+        scores = [v.detach() for v in latents(shape)]
+        found = torch.ops.codmd.relation_loss(*scores, *options)
+        with torch._subclasses.FakeTensorMode() as mode:
+            told = torch.ops.codmd.relation_loss(*(mode.from_tensor(v) for v in scores), *options)
+        assert [(v.shape, v.stride()) for v in found] == [(v.shape, v.stride()) for v in told]
+
     def test_calls_beyond_the_kernels_go_to_the_reference_with_a_reason(caplog):
         inputs = [v.detach() for v in latents((1, 129, 1, 1, 2))]
         with caplog.at_level(logging.WARNING, "codmd"):

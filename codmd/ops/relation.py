@@ -276,7 +276,10 @@ def _(
     rows = samples * distributed.resolve(group_name).size() if group_name else samples
     dtype = reference.compute_dtype(student.dtype)
     frame_shape = (samples, frames, frames if grid is None else length) if frame_weight and frames > 1 else (0,)
-    batch_shape = (samples, length) if batch_weight and rows > 1 else (0,)
+    batch_shape: tuple[int, ...] = (samples, length) if batch_weight and rows > 1 else (0,)
+    if grid is None and batch_weight and rows == samples > 1:
+        shape_of = getattr(backends.select(backend, student), "batch_grad_shape", None)
+        batch_shape = batch_shape if shape_of is None else shape_of(samples, frames, length, None)
     return (
         student.new_empty(3, dtype=dtype),
         student.new_empty(frame_shape, dtype=dtype),
