@@ -138,7 +138,7 @@ def recording(binding, tmp_path_factory):
 
 
 DEVICE, STREAM = 1, 0xABC
-SHAPE, LATENT = (2, 5, 4, 9, 16), (4096, (2880, 576, 144, 16, 1))
+SHAPE, LATENT = (2, 7, 4, 9, 16), (4096, (4032, 576, 144, 16, 1))
 
 
 def forward(module, pool, device=DEVICE):
