@@ -75,10 +75,10 @@ def test_prompts_and_their_encoded_shards_give_the_same_losses(tmp_path, pipelin
     shards = tmp_path / "shards"
     assert cli.main(["encode", str(prompts), str(shards), "--text-encoder", str(pipeline), "--shard", "2"]) == 0
     encoded = [f"data.path={shards}", f"model.null_embedding={shards}"]
-    train(*options(tmp_path / "run", tmp_path / "no_encoder", encoded, 5))
+    train(*options(tmp_path / "run", "''", encoded, 5))
     assert curve(tmp_path / "run") == curve(from_text)
     plain = [f"data.path={shards}", "model.null_embedding=zeros"]
-    train(*options(tmp_path / "plain", tmp_path / "no_encoder", plain, 1))
+    train(*options(tmp_path / "plain", "''", plain, 1))
     assert curve(tmp_path / "plain")[0]["loss"] != curve(from_text)[0]["loss"], "the negative prompt is heard"
 
 
@@ -94,7 +94,9 @@ def test_previews_of_a_run_from_prompts_show_those_that_were_asked_for(tmp_path,
     ("change", "message"),
     [
         ("model.text_encoder=''", "text_encoder: not given; prompts as text need its folder"),
-        ("model.text_encoder=nowhere", "text_encoder: nowhere/text_encoder: no such folder"),
+        ("model.text_encoder=nowhere", "model.text_encoder: nowhere does not exist"),
+        ("model.vae=nowhere", "model.vae: nowhere does not exist"),
+        ("model.null_embedding=nowhere", "nowhere"),
         ("log.preview_prompts=[a red fox]", "log.preview_prompts: 'a red fox' is not in the data; did you mean"),
         ("data.path=empty.txt", "empty.txt: has no prompts; expected one a line"),
         ("data.path=latin.txt", "latin.txt: line 2 is not UTF-8; save the file in that encoding"),

@@ -16,9 +16,8 @@ from codmd import models
 from codmd.models.base import Condition, VideoDenoiser, cat_cond
 
 from .config import split_batch
-from .job import open_source, preview_numbers
+from .job import check_paths, open_source, preview_numbers
 from .parallel import check_shards
-from .roles import RANDOM
 from .sections import ModelSettings
 from .settings import RunConfig
 from .typed import ConfigError
@@ -45,7 +44,7 @@ def _described(config: RunConfig) -> str:
     check_shards(config.parallel, size)
     batch = config.teacher if teaching else config.distill
     micro_batch, accumulate = split_batch(batch.batch_size, batch.micro_batch, size)
-    _check_weights(settings)
+    check_paths(settings)
     _check_writable(config.folder)
     model = build_meta(settings)
     trained = sum(weight.numel() for weight in model.trainable_parameters())
@@ -69,12 +68,6 @@ def build_meta(settings: ModelSettings) -> VideoDenoiser:
         for name, table in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty_like(table, device="cpu"))
     return model
-
-
-def _check_weights(settings: ModelSettings) -> None:
-    weights = settings.options.weights
-    if weights != RANDOM and not Path(weights).exists():
-        raise ConfigError(f"model.weights: {weights} does not exist")
 
 
 def _check_writable(folder: Path) -> None:

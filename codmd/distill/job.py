@@ -17,9 +17,10 @@ from .data import Conditions, Embeddings, Positions, Prompts, Source
 from .ema import WeightAverage
 from .guard import GuardedAdamW
 from .parallel import Processes
-from .roles import build_network, build_roles
+from .roles import RANDOM, build_network, build_roles
 from .rollout import sample_euler, sample_few_step
 from .schedule import sampling_sigmas
+from .sections import ModelSettings
 from .settings import RunConfig
 from .teacher import FlowMatching
 from .textures import Textures
@@ -83,7 +84,20 @@ def assemble(config: RunConfig, processes: Processes) -> Job:
         raise ConfigError(str(error)) from error
 
 
+def check_paths(settings: ModelSettings) -> None:
+    """Refuses options that name files which are not there, some of which would be missed hours later.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name in ("weights", "text_encoder", "vae"):
+        path = getattr(settings.options, name, "")
+        if path not in ("", RANDOM) and not Path(path).exists():
+            raise ConfigError(f"model.{name}: {path} does not exist")
+
+
 def _distill_job(config: RunConfig, processes: Processes) -> Job:
+    check_paths(config.model)
     recipe = config.distill
     micro_batch, _ = recipe.micro_batches(processes.size)
     roles = build_roles(config, processes)
@@ -104,7 +118,9 @@ def _distill_job(config: RunConfig, processes: Processes) -> Job:
 
 def _teacher_job(config: RunConfig, processes: Processes) -> Job:
     settings = config.teacher
-    model = build_network(config.model.changed({"weights": settings.weights}, "model"), config, processes)
+    network = config.model.changed({"weights": settings.weights}, "model")
+    check_paths(network)
+    model = build_network(network, config, processes)
     source = open_source(config, model)
     assert isinstance(source, Textures), "RunConfig admits no other data for a teacher"
     rows = settings.micro_batch or settings.batch_size // processes.size
