@@ -236,3 +236,15 @@ def test_the_last_block_is_chosen_between_fences_and_barriers(toolkit, tmp_path)
     assert steps.count("atom.global.inc.u32") == 1
     assert all("bar" in step and "membar" not in step for step in (steps[ticket - 2], steps[ticket + 2]))
     assert all("membar" in step or "fence" in step for step in (steps[ticket - 1], steps[ticket + 1]))
+
+
+def test_turing_is_built_when_asked_for(toolkit, tmp_path):
+    """It has no instruction that rounds to bfloat16."""
+    if 75 not in toolkit.known:
+        pytest.skip(f"{toolkit.nvcc} does not know sm_75")
+    command = nvcc.compile_command(toolkit, [75], "csrc/cuda/relation.cu", str(tmp_path / "relation.o"), "-Xptxas=-v")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = reports(done.stdout + done.stderr)
+    assert {(kernel, arch) for kernel, arch, _, _ in found} == {("RelationPass", 75), ("BroadcastPass", 75)}
+    assert not [report for report in found if report[2]], "spills"
