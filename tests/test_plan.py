@@ -1,28 +1,24 @@
 """The plan of a run against counts, real memory and closed forms."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from plan_cases import run_config, wan
 from safetensors.torch import save_file
 
 from codmd.distill import footprint as footprints
 from codmd.distill.config import DistillConfig
-from codmd.distill.footprint import LiveBytes, flash_attention, footprint
 from codmd.distill.forwards import Forwards
 from codmd.distill.job import assemble
 from codmd.distill.parallel import Processes
 from codmd.distill.plan import Layout, Sizes, describe, layouts, plan
 from codmd.distill.scaling_page import PLACEHOLDERS, TITLE, page
 from codmd.distill.sections import DataSettings, ModelSettings
-from codmd.distill.settings import RunConfig, read_config
+from codmd.distill.settings import read_config
 from codmd.models import build, options_class
-from codmd.models.lora import LoraOptions, LoraRoles, RoleView
-from codmd.models.wan_config import read_config as wan_config
-
-SIZE = {"frames": 5, "height": 8, "width": 8}
+from codmd.models.lora import LoraOptions, RoleView
 
 
 @pytest.fixture(autouse=True)
@@ -39,17 +35,6 @@ def weights_only(monkeypatch):
     monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0))
 
 
-def wan(tmp_path, layers, **options):
-    path = tmp_path / f"{layers}.json"
-    path.write_text(json.dumps({"_class_name": "WanTransformer3DModel", **wan_config("tiny"), "num_layers": layers}))
-    return ModelSettings("wan", options_class("wan")(weights="random", config=str(path), **SIZE, **options))
-
-
-def run_config(model, **changes):
-    recipe = DistillConfig(batch_size=32, micro_batch=1, guidance=3.5, ema_decay=0.99)
-    return RunConfig(out="unused", model=model, distill=recipe, **changes)
-
-
 def test_a_cycle_costs_the_published_number_of_forwards():
     recipe = DistillConfig(sigmas=(1.0, 0.9, 0.757, 0.522), guidance=3.5, critic_updates=5)
     assert Forwards.of(recipe).equivalent(recompute=True, batched_guidance=True) == 38.5
@@ -59,54 +44,6 @@ def test_a_cycle_costs_the_published_number_of_forwards():
     assert Forwards.of(fresh).equivalent(recompute=True, batched_guidance=True) == 41
     window = replace(recipe, relation_accumulate=True)
     assert Forwards.of(window, accumulate=4).student == Forwards.of(recipe).student + 1
-
-
-@pytest.mark.parametrize("lora", [None, LoraOptions(rank=4)], ids=["whole", "lora"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_on_fake_tensors_are_those_of_real_ones(tmp_path, checkpointing, lora):
-    settings = wan(tmp_path, 6, gradient_checkpointing=checkpointing)
-    predicted = footprint(settings, 2, 4, lora)
-    with LiveBytes() as live, flash_attention():
-        model = build("wan", **{**vars(settings.options), "storage": "bfloat16"})
-        roles = None if lora is None else LoraRoles(model, lora)
-        student, critic, teacher = (roles.student, roles.critic, roles.teacher) if roles else (model, model, model)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        inputs = [(torch.zeros(b, *model.latent_shape), torch.zeros(b), torch.zeros(b, 512, 32)) for b in (2, 4)]
-        start = live.restart()
-        output = student(*inputs[0])
-        kept = live.now - start
-        output.square().mean().backward()
-        training = live.peak - start
-        del output
-        start = live.restart()
-        with torch.no_grad():
-            critic(*inputs[0])
-            teacher(*inputs[1])
-        inference = live.peak - start
-    assert predicted.kept == pytest.approx(kept, rel=0.02)
-    assert predicted.training == pytest.approx(training, rel=0.02)
-    assert predicted.inference == pytest.approx(inference, rel=0.02)
-
-
-def test_checkpointing_keeps_less_and_more_samples_keep_more(tmp_path):
-    whole, saved = (footprint(wan(tmp_path, 8, gradient_checkpointing=c), 1, 1) for c in (False, True))
-    assert saved.kept < 0.2 * whole.kept
-    assert saved.training < 0.5 * whole.training
-    double = footprint(wan(tmp_path, 8, gradient_checkpointing=True), 2, 1)
-    assert double.kept == pytest.approx(2 * saved.kept, rel=0.05)
-
-
-def test_live_bytes_forget_what_is_freed():
-    with LiveBytes() as live:
-        first = torch.empty(1000)
-        view = first.view(10, 100)
-        assert live.now == 4000
-        del first
-        assert live.now == 4000, "a view keeps its storage"
-        del view
-        assert live.now == 0
-        assert live.peak == 4000
 
 
 def held(config, monkeypatch):
@@ -186,14 +123,6 @@ def test_adapters_leave_the_base_frozen_in_its_storage(tmp_path):
     assert sizes.adapted.parameters == base + 2 * sizes.adapted.trained
     assert wide.gathered == 2 * sizes.adapted.largest_block, "the bfloat16 copies of one recomputed block"
     assert narrow.gathered == 0
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_frozen_layers_keep_fewer_activations(tmp_path, checkpointing):
-    settings = wan(tmp_path, 4, gradient_checkpointing=checkpointing)
-    whole, adapted = footprint(settings, 1, 1), footprint(settings, 1, 1, LoraOptions(rank=4))
-    assert adapted.kept < 0.95 * whole.kept
-    assert adapted.training < whole.training
 
 
 @pytest.mark.usefixtures("weights_only")
