@@ -409,4 +409,6 @@ def test_the_verdict_names_what_the_term_does_in_either_direction():
     assert "unlike, so that distances" in helps
     assert "One seed cannot tell" in convergence_report.verdict(made_up([2.0], [1.0]))
     assert "std ratio (from 1)" in harms.split("every seed")[2]
-    assert convergence_report.judge(PairedDifference(0.0, 0.0, 0, 2)) == "mixed"
+    assert convergence_report.judge(PairedDifference(0.0, 0.0, 0, 2), 1.0) == "mixed"
+    assert convergence_report.judge(PairedDifference(-0.02, 0.0, 2, 2), 1.0) == "nearer"
+    assert convergence_report.judge(PairedDifference(-0.02, 0.0, 2, 2), 3.0) == "mixed"
