@@ -32,9 +32,12 @@ def _stand_in() -> None:
     Launcher.start = start  # type: ignore[method-assign]
 
 
-def microseconds(call: Callable[[], object], rounds: int, calls: int = 200) -> float:
-    """Least over ``rounds`` of the mean time of ``calls`` calls: whatever else runs can only add to it."""
-    for _ in range(calls):
+def microseconds(call: Callable[[], object], rounds: int, calls: int = 40) -> float:
+    """Least over ``rounds`` of the mean time of ``calls`` calls: whatever else runs can only add to it.
+
+    A round is shorter than a scheduler's time slice, so that some rounds have the core to themselves.
+    """
+    for _ in range(200):
         call()
     times = []
     for _ in range(rounds):
@@ -93,7 +96,7 @@ def measurements(rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=75)
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     real = torch.cuda.is_available()

@@ -39,10 +39,12 @@ def _first(
     relation: Relation,
     temperature: float,
     weights: tuple[float, float, float],
-    values: Tensor | None = None,
-) -> tuple[Pending, Tensor, Tensor, int]:
-    """The first launch: (what it left, batch gradient, counters, stream)."""
-    latents, (sigma, mask, sample_weight, layout, convention, real_scale, fake_scale) = inputs[:6], inputs[6:]
+    values: Tensor | None,
+    finish: bool,
+) -> tuple[MomentsPlan, Found, Tensor, Tensor | None]:
+    """The first launch and, to ``finish``, the second: (plan, what was found, workspace, rows to gather)."""
+    sigma, mask, sample_weight, layout, convention, real_scale, fake_scale = inputs[6:]
+    latents = inputs[:6]
     plan = forward_plan(latents, (sigma, mask, sample_weight, frame_mask), layout, convention, relation)
     student = latents[0]
     device, empty, single = student.device, torch.empty, torch.float32
@@ -60,19 +62,13 @@ def _first(
         batch_grad, rows, workspace, tickets, *plan.sizes, float(real_scale), float(fake_scale), *plan.scalars,
         temperature, *weights,
     )  # fmt: skip
-    left = Pending(workspace if rows is None else rows, plan, workspace, terms, norms, factors, frame_grad, temperature)
-    return left, batch_grad, tickets, stream
-
-
-def _rows(left: Pending, batch_grad: Tensor, tickets: Tensor, stream: int, weights: tuple[float, float, float]) -> None:
-    """The second launch of one process."""
-    plan = left.plan
-    if plan.rows is not None:
+    if finish and plan.rows is not None:
         plan.rows.launch(
-            stream, left.workspace, None, None, left.terms, left.frame_grad, batch_grad, left.workspace, tickets,
-            plan.pooled_at, plan.shares_at, *plan.rows.sizes, 0, plan.rows.sizes[-1], left.temperature,
-            weights[1], weights[2], weights[0], 1.0,
+            stream, workspace, None, None, terms, frame_grad, batch_grad, workspace, tickets, plan.pooled_at,
+            plan.shares_at, *plan.rows.sizes, 0, plan.rows.sizes[-1], temperature, weights[1], weights[2], weights[0],
+            1.0,
         )  # fmt: skip
+    return plan, (terms, norms, factors, frame_grad, batch_grad), workspace, rows
 
 
 def terms(
@@ -88,9 +84,7 @@ def terms(
     assert pool is not None
     relation = Relation(pool, batch_weight != 0, frame_weight != 0, False)
     weights = float(relation_weight), float(batch_weight), float(frame_weight)
-    left, batch_grad, tickets, stream = _first(inputs, frame_mask, relation, float(temperature), weights)
-    _rows(left, batch_grad, tickets, stream, weights)
-    return left.terms, left.norms, left.factors, left.frame_grad, batch_grad
+    return _first(inputs, frame_mask, relation, float(temperature), weights, None, True)[1]
 
 
 def stages(
@@ -105,11 +99,9 @@ def stages(
     assert pool is not None
     relation = Relation(pool, batch, frame_weight != 0, batch)
     values = torch.empty(2, dtype=torch.float32, device=inputs[0].device)
-    weights = 0.0, 0.0, 0.0
-    left, batch_grad, tickets, stream = _first(inputs, frame_mask, relation, float(temperature), weights, values)
-    _rows(left, batch_grad, tickets, stream, weights)
-    rows = left.rows if batch else batch_grad
-    return values, left.norms, left.factors, left.terms[3:], left.frame_grad, rows
+    _, found, _, rows = _first(inputs, frame_mask, relation, float(temperature), (0.0, 0.0, 0.0), values, True)
+    terms, norms, factors, frame_grad, batch_grad = found
+    return values, norms, factors, terms[3:], frame_grad, batch_grad if rows is None else rows
 
 
 def pending(
@@ -118,7 +110,10 @@ def pending(
     """The first launch before a gather."""
     assert pool is not None
     relation = Relation(pool, True, frame_weight != 0, True)
-    return _first(inputs, frame_mask, relation, float(temperature), (0.0, 0.0, 0.0))[0]
+    temperature = float(temperature)
+    plan, found, workspace, rows = _first(inputs, frame_mask, relation, temperature, (0.0, 0.0, 0.0), None, False)
+    assert rows is not None
+    return Pending(rows, plan, workspace, *found[:4], temperature)
 
 
 _gathered_plans: dict[Any, RowsPlan] = {}

@@ -6,6 +6,7 @@ the gradient of both terms at once. Nothing the size of a latent is kept but the
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -171,15 +172,14 @@ def _composed(inputs: Inputs, relation: _Relation, group: dist.ProcessGroup | No
 
 
 def _forward(
-    inputs: tuple[Any, ...], relation: _Relation, backend: str
+    run: ModuleType, inputs: tuple[Any, ...], relation: _Relation, backend: str
 ) -> tuple[Tensor | CodmdTerms, Tensor, Tensor, Tensor, Tensor]:
     """(terms, [4] where the backend computes them in its own passes; norms, factors, frame and batch gradient)."""
     student = inputs[0]
     group = distributed.resolve(relation.group_name) if relation.group_name and relation.batch_weight else None
     ranks = 1 if group is None else group.size()
-    run = _dmd_backend.select(backend, student)
     features = relation.frame_mask, pool_of(relation.grid), relation.temperature
-    weights = relation.relation_weight, relation.batch_weight, relation.frame_weight
+    weights = relation[3:6]
     scale = distributed.gradient_scale(relation.batch_grad, ranks)
     found: Any = None
     if group is None or ranks == 1:
@@ -210,39 +210,26 @@ def _forward(
     return CodmdTerms(total, values[0], batch, frame[0]), norms, factors, frame_grad, batch_grad
 
 
-def _backward(
-    out: Tensor,
-    gradients: tuple[Tensor | None, ...],
-    saved: tuple[Any, ...],
-    options: tuple[Any, ...],
-    relation: tuple[Any, ...],
-    backend: str,
-) -> None:
-    grid, relation_weight, batch_weight, frame_weight = relation
-    _dmd_backend.select(backend, out).codmd_backward(
-        out, *gradients, *saved, *options, pool_of(grid), relation_weight, batch_weight, frame_weight
-    )
-
-
 def _eager_forward(ctx: Any, inputs: Inputs, relation: _Relation, backend: str) -> Tensor | CodmdTerms:
     """The terms; what the backward pass needs goes to ``ctx``."""
     fused, student = inputs.fused, inputs.student
-    terms, *found = _forward(fused, relation, backend)
-    ctx.save_for_backward(*inputs[1:5], inputs.sigma, inputs.mask, relation.frame_mask, *found)
+    run = _dmd_backend.select(backend, student)
+    terms, norms, factors, frame_grad, batch_grad = _forward(run, fused, relation, backend)
+    ctx.save_for_backward(
+        *inputs[1:5], inputs.sigma, inputs.mask, relation.frame_mask, norms, factors, frame_grad, batch_grad
+    )
     shape = student.shape
-    ctx.student = shape, gradient_strides(shape, student.stride()), student.dtype
-    ctx.options = fused[9:], (relation.grid, *relation[3:6]), backend
+    ctx.student = run, shape, gradient_strides(shape, student.stride()), student.dtype
+    ctx.options = *fused[9:], pool_of(relation.grid), *relation[3:6]
     ctx.set_materialize_grads(False)
     return terms
 
 
-def _eager_backward(ctx: Any, *gradients: Tensor | None) -> Tensor | None:
-    if all(grad is None for grad in gradients):
-        return None
-    shape, strides, dtype = ctx.student
+def _eager_backward(ctx: Any, *gradients: Tensor | None) -> Tensor:
+    run, shape, strides, dtype = ctx.student
     saved = ctx.saved_tensors
     out = torch.empty_strided(shape, strides, dtype=dtype, device=saved[0].device)
-    _backward(out, gradients, saved, *ctx.options)
+    run.codmd_backward(out, *gradients, *saved, *ctx.options)
     return out
 
 
@@ -256,7 +243,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, total: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _eager_backward(ctx, total, None, None, None), None, None, None
+        return (None if total is None else _eager_backward(ctx, total, None, None, None)), None, None, None
 
 
 class _Terms(torch.autograd.Function):
@@ -267,7 +254,8 @@ class _Terms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _eager_backward(ctx, *gradients), None, None, None
+        wanted = any(grad is not None for grad in gradients)
+        return (_eager_backward(ctx, *gradients) if wanted else None), None, None, None
 
 
 _RELATION = (
@@ -278,7 +266,8 @@ _RELATION = (
 
 def _traced_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, relation, backend = arguments[:13], _Relation(*arguments[13:21]), arguments[21]
-    terms, *rest = _forward((*inputs[:10], conventions.decode(inputs[10]), *inputs[11:]), relation, backend)
+    run = _dmd_backend.select(backend, inputs[0])
+    terms, *rest = _forward(run, (*inputs[:10], conventions.decode(inputs[10]), *inputs[11:]), relation, backend)
     norms, factors, frame_grad, batch_grad = rest
     stacked = terms if isinstance(terms, Tensor) else torch.stack(list(terms))
     return stacked, norms, factors, frame_grad, batch_grad
@@ -318,7 +307,8 @@ def _codmd_loss_backward(grad_terms: Tensor, *arguments: Any) -> Tensor:
     saved, (size, stride, dtype), options = arguments[:11], arguments[11:14], arguments[14:18]
     out = torch.empty_strided(size, stride, dtype=dtype, device=grad_terms.device)
     rule = options[0], conventions.decode(options[1]), *options[2:]
-    _backward(out, grad_terms.unbind(), saved, rule, arguments[18:22], arguments[22])
+    grid, weights, backend = arguments[18], arguments[19:22], arguments[22]
+    _dmd_backend.select(backend, out).codmd_backward(out, *grad_terms.unbind(), *saved, *rule, pool_of(grid), *weights)
     return out
 
 
