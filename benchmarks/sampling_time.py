@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks import attention
 from benchmarks import whole_network as network
 from codmd.distill.noise import NoiseStream
-from codmd.distill.settings import ModelSettings
+from codmd.distill.sections import ModelSettings
 from codmd.models.base import VideoDenoiser
 from codmd.sample.samplers import FewStep, Guided
 

@@ -25,7 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import processor
 from codmd import models
-from codmd.distill.settings import ConfigError, ModelSettings, RunConfig, read_config
+from codmd.distill.sections import ModelSettings
+from codmd.distill.settings import RunConfig, read_config
+from codmd.distill.typed import ConfigError
 from codmd.models.base import VideoDenoiser
 
 RESULTS = Path("benchmarks/results")

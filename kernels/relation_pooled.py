@@ -67,7 +67,7 @@ class RowsPlan:
             relation_rows_kernel,
             samples * frame_blocks + batch_blocks,
             (samples > 0, batch > 0, dmd, block_i, block_j, 16),
-            warps=max(4, block_i * block_j // 256),
+            warps=max(4, min(8, block_i * block_j // 128)),
             registers=255,
         )
 
