@@ -30,6 +30,8 @@ REGISTERS = {
 COMPILED = [
     ("480p", tuple(static.TARGETS)),
     ("480p, 4 x 4 regions", ("sm_90",)),
+    ("480p float16, bcfhw, masked", ("sm_80", "sm_90")),
+    ("images", ("sm_100",)),
     ("every pixel", ("sm_80", "sm_100", "gfx942")),
     ("every pixel, 161 frames, batch 2", ("sm_90",)),
     ("gathered, 128 samples", ("sm_80", "gfx942")),
