@@ -142,6 +142,14 @@ def test_a_shard_size_that_does_not_divide_the_processes_is_refused(monkeypatch)
         pass
 
 
+@pytest.mark.parametrize("threads", [1, 3, None])
+def test_a_run_has_the_threads_that_its_settings_name_and_gives_them_back(threads):
+    before = torch.get_num_threads()
+    with processes(ParallelSettings(threads=threads)):
+        assert torch.get_num_threads() == (threads or before)
+    assert torch.get_num_threads() == before
+
+
 def test_one_process_agrees_with_itself():
     with processes(ParallelSettings()) as team:
         assert (team.rank, team.size, team.group, team.mesh) == (0, 1, None, None)

@@ -67,6 +67,7 @@ WRONG = {
     "parallel.reshard": ("always", "got 'always'; expected true or false"),
     "parallel.offload_teacher": ("2", "got 2; expected true or false"),
     "parallel.timeout_minutes": ("0", "got 0.0; expected a finite number above 0"),
+    "parallel.threads": ("0", "got 0; expected at least 1"),
     "checkpoint.every": ("0", "got 0; expected at least 1"),
     "checkpoint.keep_last": ("0", "got 0; expected at least 1"),
     "log.every": ("0", "got 0; expected at least 1"),

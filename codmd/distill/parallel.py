@@ -88,6 +88,8 @@ def check_shards(settings: ParallelSettings, size: int) -> int:
 def processes(settings: ParallelSettings) -> Iterator[Processes]:
     """Joins the processes that torchrun started; a process started by hand is alone.
 
+    Inside the block PyTorch has the settings' number of threads.
+
     Raises:
         ConfigError: the settings do not fit the number of processes or their devices.
     """
@@ -96,6 +98,15 @@ def processes(settings: ParallelSettings) -> Iterator[Processes]:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or before)
+    try:
+        yield from _joined(settings, size, shards, device)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _joined(settings: ParallelSettings, size: int, shards: int, device: torch.device) -> Iterator[Processes]:
     if size == 1:
         yield Processes(0, 1, device, None, None)
         return

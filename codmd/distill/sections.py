@@ -115,6 +115,8 @@ class ParallelSettings:
         reshard: free gathered weights between forward and backward; false is faster and takes the memory.
         offload_teacher: keep the teacher's shards in host memory.
         timeout_minutes: after which a process that waits for the others gives up.
+        threads: of the CPU, for each process; None leaves PyTorch's choice. Networks of few parameters are fastest
+            on one, and a busy machine slows several threads that wait for each other far more than one.
     """
 
     shard_size: int | None = None
@@ -122,9 +124,11 @@ class ParallelSettings:
     reshard: bool = True
     offload_teacher: bool = False
     timeout_minutes: float = 30.0
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         check_count("shard_size", self.shard_size, 1)
+        check_count("threads", self.threads, 1)
         check_number("timeout_minutes", self.timeout_minutes, positive=True)
 
 
