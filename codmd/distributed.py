@@ -22,6 +22,9 @@ from torch import Tensor
 
 BatchGrad = Literal["global", "local"]
 
+# PyTorch's newer name where it has it: the older one warns there.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 def gradient_scale(batch_grad: str, world_size: int) -> float:
     """Factor on the gradient of the local rows, see the module's docstring."""
@@ -57,7 +60,7 @@ def check_equal_rows(rows: int, columns: int, group: dist.ProcessGroup) -> None:
     """Raise the same ``ValueError`` on every rank unless all ranks bring ``[rows, columns]``."""
     host = _host_group(group)
     shapes = torch.empty(host.size(), 2, dtype=torch.int64)
-    dist.all_gather_into_tensor(shapes, torch.tensor([[rows, columns]]), group=host)
+    all_gather(shapes, torch.tensor([[rows, columns]]), group=host)
     found = shapes.tolist()
     if any(shape != found[0] for shape in found):
         listing = ", ".join(f"rank {rank}: {b} x {k}" for rank, (b, k) in enumerate(found))
@@ -76,5 +79,5 @@ def gather_rows(rows: Tensor, group_name: str) -> Tensor:
     group = resolve(group_name)
     check_equal_rows(rows.shape[0], rows.shape[1], group)
     gathered = rows.new_empty(group.size() * rows.shape[0], rows.shape[1])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    all_gather(gathered, rows.contiguous(), group=group)
     return gathered

@@ -7,7 +7,7 @@ from cases import latents, relative_error
 from torch.nn.parallel import DistributedDataParallel
 from workers import run_processes
 
-from codmd import backends, compat, ops
+from codmd import backends, compat, distributed, ops
 
 BACKENDS = [name for name in ("reference", "cpp") if backends.load(name)[0] is not None]
 LOCAL = 2
@@ -106,8 +106,8 @@ def test_without_a_group_or_a_batch_weight_nothing_is_communicated():
 
 def count_collectives(rank, world):
     calls = []
-    original = dist.all_gather_into_tensor
-    dist.all_gather_into_tensor = lambda out, *a, **k: calls.append(out.dtype) or original(out, *a, **k)
+    original = distributed.all_gather
+    distributed.all_gather = lambda out, *a, **k: calls.append(out.dtype) or original(out, *a, **k)
     ops.relation_loss(*latents((2, 3, 2, 4, 4), seed=rank), group=dist.group.WORLD)
     assert [dtype for dtype in calls if dtype.is_floating_point] == [torch.float32], calls
 
