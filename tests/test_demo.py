@@ -368,8 +368,15 @@ def test_what_a_killed_demo_left_is_removed_but_not_that_of_a_living_one(tmp_pat
 
 
 def start_demo(out, *options):
+    """A demo that hears SIGINT, also where these tests run in the background of a shell that ignores it."""
     arguments = [sys.executable, "-m", "codmd", "demo", "--threads", "2", "--out", str(out), *options]
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def read_until(stream, text):
