@@ -27,7 +27,7 @@ CEILINGS = {"H100": 3.35e12, "H200": 4.3e12}
 
 RESULTS = Path("docs/results/gpu.json")
 
-BACKWARD = ("broadcast_kernel", "apply_kernel", "gradient_kernel")
+BACKWARD = ("broadcast_kernel", "apply_kernel", "apply_batch_kernel", "gradient_kernel")
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ The losses are bound by memory: what they must do is read every latent that ente
 floor is that many bytes over the device's bandwidth, {h100} TB/s (H100, data sheet) and {h200} TB/s (H200, a measured
 copy). All rows are bfloat16, forward and backward, with the teacher's unconditional prediction for `dmd_loss` and
 `codmd_loss`. `moved / required` counts the elements that the programs of the launched grid cover and all scratch memory
-once written and once read; `tests/test_static.py` asserts at most 1.05 for everything but `pool=None` with several
-samples of several frames. The 14B model has the latents of the 1.3B model, so its rows are the same.
+once written and once read; `tests/test_static.py` asserts at most 1.05 for everything but `pool=None` with more samples
+of several frames than one program holds. The 14B model has the latents of the 1.3B model, so its rows are the same.
 
 {table}
 
@@ -106,10 +106,11 @@ samples of several frames. The 14B model has the latents of the 1.3B model, so i
   relation, the last sample's the batch relation. Beyond, a second launch spreads the rows of the relation over blocks.
 * `codmd_loss` likewise, total included. With a process group: one launch before the gather and one after it.
 * `pool=None` streams the latents once for the Gram matrices and once for the gradient. One relation kind, be it of
-  frames (one sample) or of samples (images), is one launch and one. Frames *and* samples: the batch term keeps the
-  time averages in float32, 36 bytes for each pixel of a sample (x, r and d written and read, x read and its gradient
-  written, that read backward) beside the 10 bytes for each pixel of a frame: 36/(10 x frames), 0.171 at 21 frames and
-  0.088 at 41, and two launches more.
+  frames (one sample) or of samples (images), is one launch and one. Frames *and* samples are two launches and one: a
+  program takes all samples of its columns, whose time averages it then has in registers. That holds up to 8 samples of
+  32 frames, 16 of 16 or 2 of 64, from Triton 3.8 on. Beyond, the batch term keeps the time averages in float32, 36
+  bytes for each pixel of a sample (x, r and d written and read, x read and its gradient written, that read backward)
+  beside the 10 bytes for each pixel of a frame: 36/(10 x frames), 0.088 at 41 frames, and one launch more.
 * What the compiler makes of every kernel (registers, spills, vector accesses): `python -m benchmarks.static`.
 * Host time a call: `python -m benchmarks.launch`.
 * Measuring: `python -m benchmarks.gpu_suite` on a GPU writes the results file that fills the empty columns. A row whose

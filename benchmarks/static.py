@@ -245,6 +245,15 @@ CASES: dict[str, Callable[[], list[Launch]]] = {
     "images": lambda: relation_launches((64, 1, 16, 128, 128)),
     "odd sizes": lambda: relation_launches((2, 5, 3, 7, 13), torch.float32),
     "every pixel": lambda: relation_launches((1, 21, 16, 60, 104), pool=None),
+    "every pixel, batch 8": lambda: relation_launches((8, 21, 16, 60, 104), pool=None),
+    "every pixel float32, batch 8": lambda: relation_launches((8, 21, 16, 60, 104), torch.float32, pool=None),
+    "every pixel float16, bcfhw, batch 4, masked": lambda: relation_launches(
+        (4, 16, 21, 60, 104), torch.float16, pool=None, layout="bcfhw", masked=True
+    ),
+    "every pixel, batch 2": lambda: relation_launches((2, 21, 16, 60, 104), pool=None),
+    "every pixel, odd sizes, batch 8": lambda: relation_launches((8, 21, 3, 7, 13), pool=None),
+    "every pixel, 16 frames, batch 16": lambda: relation_launches((16, 16, 16, 60, 104), pool=None),
+    "every pixel, 161 frames, batch 8": lambda: relation_launches((8, 41, 16, 60, 104), pool=None),
     "every pixel, 161 frames, batch 2": lambda: relation_launches((2, 41, 16, 60, 104), pool=None),
     "every pixel, 120 frames": lambda: relation_launches((1, 120, 16, 60, 104), torch.float32, pool=None),
     "codmd, 480p": lambda: codmd_launches((1, 21, 16, 60, 104)),

@@ -144,6 +144,16 @@ def alignment(*tensors: Tensor | None) -> Any:
     return not together % 16 or tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
+def mask_strides(frame_mask: Tensor | None) -> tuple[int, int]:
+    """Strides of a frame mask, of b and f."""
+    return (0, 0) if frame_mask is None else (frame_mask.stride(0), frame_mask.stride(1))
+
+
+def mask_key(frame_mask: Tensor | None) -> tuple[Any, ...] | None:
+    """What launches specialise on in a frame mask."""
+    return None if frame_mask is None else (frame_mask.stride(), frame_mask.dtype)
+
+
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 _capture_pool: dict[torch.device, tuple[Tensor, int]] = {}
 

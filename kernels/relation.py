@@ -59,9 +59,9 @@ def relation_forward(
 
 
 def batch_grad_shape(samples: int, frames: int, features: int, pool: Pool) -> tuple[int, ...]:
-    """Shape of the batch term's gradient: ``[B, K]``, or M ``[1, B, B]`` of whole latents of one frame."""
-    exchanged = pool is None and relation_whole.is_exchanged(samples, frames)
-    return (1, samples, samples) if exchanged else (samples, features)
+    """Shape of the batch term's gradient: ``[B, K]``, or M ``[1, B, B]`` of whole latents where that serves."""
+    matrix = pool is None and relation_whole.keeps_matrix(samples, frames)
+    return (1, samples, samples) if matrix else (samples, features)
 
 
 def relation_frames(

@@ -26,13 +26,13 @@ def load_rows(base, row, valid, column, inside, stride, step):
 
 
 @triton.jit
-def add_pieces(total, pieces, first, last, size, BLOCK: tl.constexpr):
-    """total[:size] = Σ pieces[p·size : (p + 1)·size] for first ≤ p < last, in order."""
+def add_pieces(total, pieces, first, last, size, step, BLOCK: tl.constexpr):
+    """total[:size] = Σ pieces[p·step : p·step + size] for first ≤ p < last, in order."""
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value = tl.zeros([BLOCK], tl.float32)
         for piece in tl.range(first, last, loop_unroll_factor=4):
-            value += tl.load(pieces + tl.cast(piece, tl.int64) * size + at, mask=at < size, other=0.0)
+            value += tl.load(pieces + tl.cast(piece, tl.int64) * step + at, mask=at < size, other=0.0)
         tl.store(total + at, value, mask=at < size)
 
 
@@ -353,12 +353,12 @@ def gram_kernel(
         tl.debug_barrier()
         if tl.atomic_add(ticket, 1) == (last - group * GROUP) * PAIRS - 1:
             tl.store(ticket, 0)
-            add_pieces(own_sum, pieces, group * GROUP, last, piece_size, 1024)
+            add_pieces(own_sum, pieces, group * GROUP, last, piece_size, piece_size, 1024)
             tl.debug_barrier()
             if tl.atomic_add(tickets + GROUPS, 1) == GROUPS - 1:
                 tl.store(tickets + GROUPS, 0)
-                add_pieces(grams, sums, 0, GROUPS_X, half, 1024)
-                add_pieces(grams + half, sums + GROUPS_X * half, 0, GROUPS_S, scores_size, 1024)
+                add_pieces(grams, sums, 0, GROUPS_X, half, half, 1024)
+                add_pieces(grams + half, sums + GROUPS_X * half, 0, GROUPS_S, scores_size, scores_size, 1024)
                 tl.debug_barrier()
                 loss = relation_of_grams(
                     grams, frame_mask, sample, frames, mask_b, mask_f, temperature, scratch,

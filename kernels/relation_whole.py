@@ -2,7 +2,8 @@
 
 The frame term takes one launch. The batch term takes two more: the Grams of the time averages that the first launch
 leaves in ``pooled``, and the product of their small matrix with those averages. Samples of one frame are their own
-averages: with the axes exchanged, their batch relation is a frame relation, in one launch and without tables.
+averages: with the axes exchanged, their batch relation is a frame relation, in one launch and without tables. Few
+samples of few frames take :mod:`.relation_together`.
 """
 
 from __future__ import annotations
@@ -12,64 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import limits
-from .launch import Launcher, alignment, counters, current_stream, multiprocessors
+from . import limits, relation_together
+from .launch import Launcher, alignment, counters, current_stream, mask_key, mask_strides, multiprocessors
 from .relation_apply import apply_kernel
 from .relation_gram import gram_kernel
-from .tiling import Geometry, cdiv, next_power_of_2
-
-GROUP = 16
-"""Splits of the long axis that one block adds up."""
+from .runs import Runs
+from .tiling import GROUP, Geometry, cdiv, next_power_of_2
 
 APPLY_TILE = 4096
 """Elements of a tile of the gradient, by eight warps."""
 
 BLOCK_J = 16
 """Depth of a dot: an IEEE float32 dot holds its operands in registers."""
-
-
-class Runs:
-    """The (c, h, w) part of equally shaped tensors as runs along which every tensor steps evenly.
-
-    Attributes:
-        lines: runs [channels, lines] of ``length`` elements; (1, 1) when a frame is one run.
-        vec: elements of the widest access.
-        strides: (b, f, c, h, w) a tensor, the first four in units of ``vec``.
-    """
-
-    def __init__(self, geometries: tuple[Geometry, ...], itemsizes: tuple[int, ...], aligned: bool) -> None:
-        _, _, channels, height, width = geometries[0].sizes
-        rows_join = all(g.strides[3] == width * g.strides[4] or height == 1 for g in geometries)
-        planes_join = rows_join and all(
-            g.strides[2] == height * width * g.strides[4] or channels == 1 for g in geometries
-        )
-        if all(g.strides[4] == 1 or width == 1 for g in geometries):
-            step = [1] * len(geometries)
-        else:
-            step = [g.strides[4] for g in geometries]
-        if width == 1:
-            rows_join = planes_join = False
-        self.channels = 1 if planes_join else channels
-        self.lines = 1 if rows_join else height
-        self.length = width * (height if rows_join else 1) * (channels if planes_join else 1)
-        self.count = self.channels * self.lines
-        self.vec = 1
-        if aligned and all(s == 1 for s in step):
-            used = [s for g in geometries for s in (*g.strides[:2], *self._inner(g))]
-            self.vec = 16 // max(itemsizes)
-            while any(s % self.vec for s in (self.length, *used)):
-                self.vec //= 2
-        self.strides = tuple(
-            (*(s // self.vec for s in (*g.strides[:2], *self._inner(g))), w)
-            for g, w in zip(geometries, step, strict=True)
-        )
-
-    def _inner(self, geometry: Geometry) -> tuple[int, int]:
-        c, h = geometry.strides[2:4]
-        return (c if self.channels > 1 else 0), (h if self.lines > 1 else 0)
-
-    def tiles(self, block: int) -> int:
-        return self.count * cdiv(self.length, block)
 
 
 class GramPlan:
@@ -134,14 +89,6 @@ class ApplyPlan:
 _plans: dict[Any, Any] = {}
 
 
-def _mask(frame_mask: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if frame_mask is None else (frame_mask.stride(0), frame_mask.stride(1))
-
-
-def _mask_key(frame_mask: Tensor | None) -> tuple[Any, ...] | None:
-    return None if frame_mask is None else (frame_mask.stride(), frame_mask.dtype)
-
-
 def _gram_plan(
     student: Tensor,
     real: Tensor,
@@ -157,7 +104,7 @@ def _gram_plan(
     aligned = alignment(student, real, fake)
     key = (
         "gram", student.shape, strides, aligned, student.dtype, student.device, layout, grams, means, batch,
-        exchanged, _mask_key(frame_mask),
+        exchanged, mask_key(frame_mask),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -207,14 +154,19 @@ def _first_stage(
     weights = (float(weight), 0.0) if exchanged else (0.0, float(weight))
     plan.launch(
         stream, student, real, fake, frame_mask, None, terms, matrices, pooled, workspace,
-        counters(student, stream, plan.counters), *plan.sizes, *_mask(frame_mask), float(temperature), *weights,
+        counters(student, stream, plan.counters), *plan.sizes, *mask_strides(frame_mask), float(temperature), *weights,
     )  # fmt: skip
     return terms, matrices, pooled
 
 
 def is_exchanged(samples: int, frames: int) -> bool:
-    """Whether one-frame samples take the place of frames, so that the batch gradient is the matrix M ``[1, B, B]``."""
+    """Whether one-frame samples take the place of frames."""
     return frames == 1 and 1 < samples <= limits.MOST_WHOLE
+
+
+def keeps_matrix(samples: int, frames: int) -> bool:
+    """Whether the batch gradient is the matrix M ``[1, B, B]``, not the gradient of the time averages ``[B, K]``."""
+    return is_exchanged(samples, frames) or relation_together.is_together(samples, frames)
 
 
 def _exchange(tensor: Tensor, layout: str) -> Tensor:
@@ -233,7 +185,7 @@ def relation_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """float32 terms ``[3]``, M / B of the frame relation ``[B, F, F]``, gradient of the batch term.
 
-    That is ``[B, K]``, or M of the batch relation ``[1, B, B]`` where :func:`is_exchanged`.
+    That is ``[B, K]``, or M of the batch relation ``[1, B, B]`` where :func:`keeps_matrix`.
     """
     samples, frames = student.shape[0], student.shape[1 if layout == "bfchw" else 2]
     means = batch_weight != 0 and samples > 1
@@ -244,6 +196,10 @@ def relation_forward(
         terms, matrix, _ = _first_stage(*latents, mask, layout, temperature, batch_weight, False, True, True)
         assert terms is not None
         return terms, nothing, matrix
+    if means and relation_together.is_together(samples, frames):
+        return relation_together.relation_forward(
+            student, real, fake, frame_mask, layout, temperature, batch_weight, frame_weight
+        )
     terms, matrices, pooled = _first_stage(
         student, real, fake, frame_mask, layout, temperature, frame_weight, means, means
     )
@@ -328,6 +284,13 @@ def relation_backward(
     frame_weight: float,
 ) -> None:
     """Write the gradient of the student's latents into ``out``, from the student's values and M."""
+    frames = student.shape[1 if layout == "bfchw" else 2]
+    if batch_grad.ndim == 3 and frames > 1:
+        relation_together.relation_backward(
+            out, grad_total, grad_batch, grad_frame, student, frame_mask, matrices, batch_grad, layout, batch_weight,
+            frame_weight,
+        )  # fmt: skip
+        return
     if batch_grad.ndim == 3:
         mask = None if frame_mask is None else frame_mask.t()
         relation_backward(
@@ -340,7 +303,7 @@ def relation_backward(
     has_batch = batch_grad.numel() > 0 and not (grad_total is None and grad_batch is None)
     key = (
         "apply", out.shape, out.stride(), student.stride(), aligned, out.dtype, out.device, layout, has_frames,
-        has_batch, _mask_key(frame_mask), *(g is None or g.dtype for g in (grad_total, grad_batch, grad_frame)),
+        has_batch, mask_key(frame_mask), *(g is None or g.dtype for g in (grad_total, grad_batch, grad_frame)),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -352,5 +315,5 @@ def relation_backward(
     plan.launch(
         current_stream(out), out, student, frame_mask, grad_total, grad_batch, grad_frame,
         matrices if has_frames else None, batch_grad if has_batch else None,
-        *plan.sizes, 0, plan.rows, *plan.strides, *_mask(frame_mask), float(batch_weight), float(frame_weight),
+        *plan.sizes, 0, plan.rows, *plan.strides, *mask_strides(frame_mask), float(batch_weight), float(frame_weight),
     )  # fmt: skip

@@ -16,6 +16,9 @@ WAVES = 8
 
 MOST_SPLITS = 16
 
+GROUP = 16
+"""Splits of the long axis of whole latents that one block adds up."""
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -107,6 +107,23 @@ def _apply(v: dict[str, Any], grid: int) -> Traffic:
     return Traffic(samples * (v["rows"] * per_row + reads), _size(v["matrices"]) + _size(v["batch_grad"]))
 
 
+def _gram_batch(v: dict[str, Any], grid: int) -> Traffic:
+    elements = run_elements(v, v["SPLITS_X"]) + 2 * run_elements(v, v["SPLITS_S"])
+    read = v["samples"] * v["frames"] * elements * v["student"].element_size()
+    return Traffic(read, 2 * _size(v["workspace"]))
+
+
+def _relations(v: dict[str, Any], grid: int) -> Traffic:
+    # The workspace is counted by the launch that made it.
+    return Traffic(0, _size(v["matrices"]) + _size(v["batch_matrix"]))
+
+
+def _apply_batch(v: dict[str, Any], grid: int) -> Traffic:
+    elements = v["samples"] * v["frames"] * run_elements(v, v["SPLITS"])
+    widths = v["out"].element_size() + v["student"].element_size()
+    return Traffic(elements * widths, _size(v["matrices"]) + _size(v["batch_matrix"]))
+
+
 def _moments(v: dict[str, Any], grid: int) -> Traffic:
     planes = grid // (v["GRID_H"] * v["SPLITS"])
     names = "student", "fake", "real", "real_uncond", "fake_uncond", "noisy", "mask"
@@ -130,6 +147,9 @@ _KERNELS: dict[str, Callable[[dict[str, Any], int], Traffic]] = {
     "moments_kernel": _moments,
     "gradient_kernel": _gradient,
     "apply_kernel": _apply,
+    "gram_batch_kernel": _gram_batch,
+    "relations_kernel": _relations,
+    "apply_batch_kernel": _apply_batch,
 }
 
 

@@ -29,7 +29,7 @@ if not INTERPRETED:
         assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 else:
-    from codmd.kernels import launch, relation_pooled, tiling
+    from codmd.kernels import launch, relation_pooled, relation_together, tiling
 
     from codmd import kernels
     from codmd.ops import _reference, relation_loss
@@ -90,6 +90,14 @@ else:
             allowed = (factor * other + rounding) * exact.norm() + rounding**2
             assert error <= allowed, f"{error:.1e} > {allowed:.1e}: {tuple(student.shape)} {pool} {kwargs}"
 
+    def averages_gradient(batch_grad, student, mask=None):
+        """∂(batch term)/∂ψ ``[B, K]``, which whole latents may keep as its matrix M ``[1, B, B]``."""
+        if batch_grad.ndim != 3:
+            return batch_grad
+        valid = torch.ones(student.shape[:2]) if mask is None else mask.float()
+        totals = torch.einsum("bf,bfk->bk", valid, student.detach().float().flatten(2))
+        return batch_grad[0] @ (totals / valid.sum(1, keepdim=True).clamp(min=1))
+
     CASES = [(dtype, layout, pool) for dtype in DTYPES for layout in LAYOUTS for pool in ("mean", (2, 1), (3, 2), None)]
 
     @pytest.mark.parametrize("number", range(len(CASES)))
@@ -130,9 +138,9 @@ else:
         assert plan.tiling.splits > 1
 
     @pytest.mark.parametrize("perturbation", [1e-2, 1e-4])
-    @pytest.mark.parametrize("pool", ["mean", None])
-    def test_a_critic_close_to_the_teacher_keeps_its_digits(perturbation, pool):
-        student, real, fake = latents((1, 5, 4, 4, 8), perturbation=perturbation)
+    @pytest.mark.parametrize(("samples", "pool"), [(1, "mean"), (1, None), (3, None)])
+    def test_a_critic_close_to_the_teacher_keeps_its_digits(perturbation, samples, pool):
+        student, real, fake = latents((samples, 5, 4, 4, 8), perturbation=perturbation)
         expected = truth(student, real, fake, pool=pool)
         found = loss_and_gradient(triton_loss, student, real, fake, pool=pool)
         assert relative_error(found[0], expected[0]) < 2e-6
@@ -211,8 +219,9 @@ else:
     @pytest.mark.parametrize("pool", ["mean", None])
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("index", [0, 1, 2])
-    def test_non_finite_values_travel_to_the_loss(index, value, pool):
-        inputs = [v.detach().clone() for v in latents((1, 3, 1, 3, 4))]
+    @pytest.mark.parametrize("samples", [1, 2])
+    def test_non_finite_values_travel_to_the_loss(samples, index, value, pool):
+        inputs = [v.detach().clone() for v in latents((samples, 3, 1, 3, 4))]
         inputs[index][0, 1, 0, 0, 0] = value
         terms, frame_grad, _ = kernels.relation_forward(*inputs, None, "bfchw", pool, 0.1, 1.0, 1.0)
         assert not terms[0].isfinite()
@@ -241,6 +250,7 @@ else:
         inputs = [v.detach() for v in latents((4, 3, 1, 3, 5))]
         mask = frame_mask(4, 3)
         whole = kernels.relation_forward(*inputs, mask, "bfchw", pool, 0.1, 0.6, 1.3)
+        expected = averages_gradient(whole[2], inputs[0], mask)
         stages = [
             kernels.relation_frames(*(v[i : i + 2] for v in inputs), mask[i : i + 2], "bfchw", pool, 0.1, 1.3)
             for i in (0, 2)
@@ -251,7 +261,7 @@ else:
             torch.testing.assert_close(terms[1], whole[0][1], rtol=1e-5, atol=1e-9)
             torch.testing.assert_close(terms[2], frame[0])
             torch.testing.assert_close(terms[0], 0.6 * terms[1] + 1.3 * frame[0])
-            torch.testing.assert_close(gradient, 2 * whole[2][2 * rank : 2 * rank + 2], rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(gradient, 2 * expected[2 * rank : 2 * rank + 2], rtol=1e-4, atol=1e-7)
         frames = torch.stack([frame for frame, _, _ in stages]).mean()
         torch.testing.assert_close(frames, whole[0][2], rtol=1e-6, atol=0)
 
@@ -264,9 +274,10 @@ else:
         upstream = [torch.tensor(g) if wanted else None for g, wanted in zip((0.5, -0.7, 0.9), given, strict=True)]
         _, *grads = kernels.relation_forward(*inputs, None, "bfchw", pool, 0.1, 0.6, 1.3)
         found, expected = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-        tail = inputs[0], None, *grads, "bfchw", pool, 0.6, 1.3
-        kernels.relation_backward(found, *upstream, *tail)
-        _reference.relation_backward(expected, *upstream, *tail)
+        tail = "bfchw", pool, 0.6, 1.3
+        kernels.relation_backward(found, *upstream, inputs[0], None, *grads, *tail)
+        grads[1] = averages_gradient(grads[1], inputs[0])
+        _reference.relation_backward(expected, *upstream, inputs[0], None, *grads, *tail)
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-9)
 
     @pytest.mark.parametrize(("batch_weight", "frame_weight"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
@@ -293,6 +304,53 @@ else:
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b)
         assert all(not buffer.any() for buffer in launch._counters.values())
+
+    TOGETHER = ["gram_batch_kernel", "relations_kernel", "apply_batch_kernel"]
+    WITH_TABLES = ["gram_kernel", "gram_kernel", "apply_kernel", "apply_kernel"]
+
+    @pytest.mark.parametrize(
+        ("shape", "names"),
+        [
+            ((2, 5, 2, 3, 7), TOGETHER),
+            ((3, 20, 1, 3, 8), TOGETHER),
+            ((7, 17, 2, 1, 9), TOGETHER),
+            ((9, 3, 1, 2, 8), TOGETHER),
+            ((2, 35, 1, 2, 8), TOGETHER),
+            ((9, 17, 1, 2, 8), WITH_TABLES),
+            ((3, 33, 1, 2, 8), WITH_TABLES),
+            ((17, 2, 1, 2, 8), WITH_TABLES),
+        ],
+    )
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_samples_whose_grams_fit_one_program_keep_no_averages(shape, names, number):
+        layout, dtype = LAYOUTS[number], (torch.float32, torch.float16)[number]
+        student, real, fake = latents(shape, dtype, layout, seed=number)
+        mask = frame_mask(*shape[:2]) if number else None
+        with launch.recording(run=True) as recorded:
+            assert_as_accurate_as_pytorch(student, real, fake, pool=None, layout=layout, frame_mask=mask)
+        assert [launched.name for launched in recorded] == names
+
+    @pytest.mark.parametrize("number", [0, 1])
+    def test_older_releases_of_triton_keep_tables_of_averages(monkeypatch, number):
+        monkeypatch.setattr(relation_together, "DOTS_OF_EIGHT", False)
+        student, real, fake = latents((3, 3, 1, 5, 9), seed=number)
+        mask = frame_mask(3, 3) if number else None
+        with launch.recording(run=True) as recorded:
+            assert_as_accurate_as_pytorch(student, real, fake, pool=None, frame_mask=mask)
+        assert [launched.name for launched in recorded] == WITH_TABLES
+
+    @pytest.mark.parametrize("strided_height", [False, True])
+    def test_splits_and_groups_of_a_long_axis_add_up(monkeypatch, strided_height):
+        monkeypatch.setattr(relation_together, "GROUP", 2)
+        monkeypatch.setattr(relation_together, "_plans", {})
+        student, real, fake = (v.detach() for v in latents((3, 4, 2, 12, 25)))
+        if strided_height:
+            student, fake = (torch.nn.functional.pad(v, (0, 3))[..., :25] for v in (student, fake))
+        assert_as_accurate_as_pytorch(student, real, fake, pool=None)
+        plan = next(iter(relation_together._plans.values()))
+        splits_x, splits_s, *_ = plan.grams.constants
+        assert min(splits_x, splits_s) > 4
+        assert plan.counters > 4
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("masked", [False, True])

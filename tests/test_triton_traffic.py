@@ -81,6 +81,25 @@ else:
         passes = 2 if pool is None else 1
         assert counted(monkeypatch, (student, out), backward) == (passes * 4 * student.numel(),) * 2
 
+    @pytest.mark.parametrize("shape", [(2, 3, 2, 5, 8), (3, 20, 1, 3, 7)])
+    @pytest.mark.parametrize("frame_weight", [0.0, 1.0])
+    def test_frame_and_batch_relations_of_whole_latents(monkeypatch, shape, frame_weight):
+        student, real, fake = (v.detach() for v in latents(shape))
+        weights = 1.0, frame_weight
+        grads = kernels.relation_forward(student, real, fake, None, "bfchw", None, 0.1, *weights)[1:]
+
+        def forward():
+            kernels.relation_forward(student, real, fake, None, "bfchw", None, 0.1, *weights)
+
+        assert counted(monkeypatch, (student, real, fake), forward) == (3 * 4 * student.numel(),) * 2
+        out = torch.empty_like(student)
+
+        def backward():
+            one = torch.ones(())
+            kernels.relation_backward(out, one, None, None, student, None, *grads, "bfchw", None, *weights)
+
+        assert counted(monkeypatch, (student, out), backward) == (2 * 4 * student.numel(),) * 2
+
     def test_dmd(monkeypatch):
         student, real, fake = (v.detach() for v in latents((2, 2, 2, 5, 8), torch.float16))
         uncond = real.clone()

@@ -1,0 +1,79 @@
+"""The gradient of frame and batch relations of whole latents from their matrices alone, in one streaming pass.
+
+With M_b of the frame relations and N of the batch relation, ψ_b = (1/n_b) Σ_f x_bf over the n_b valid frames:
+
+    ∂L/∂x_bf = c_F Σ_g M_b,fg x_bg + (c_B/n_b)·valid_bf Σ_b' N_bb' ψ_b'
+
+A program takes all samples of its columns, so that it has their time averages as soon as it has read them. Dots are
+IEEE float32, over samples as their batch axis.
+"""
+
+import triton
+import triton.language as tl
+
+from .relation_broadcast import upstream
+from .relation_gram import tile_address
+from .relation_gram_batch import load_samples, valid_count, valid_rows
+
+
+@triton.jit(
+    do_not_specialize=["samples", "frames", "run_lines"],
+    do_not_specialize_on_alignment=[
+        "frame_mask", "grad_total", "grad_batch", "grad_frame", "matrices", "batch_matrix"
+    ],
+)  # fmt: skip
+def apply_batch_kernel(
+    out,  # [B, F, runs of `length` elements]
+    student,  # the same
+    frame_mask,  # [B, F], != 0 is valid, or None
+    grad_total, grad_batch, grad_frame,  # scalars or None
+    matrices,  # [B, F, F] or None
+    batch_matrix,  # [1, B, B]
+    samples, frames, run_lines, length, tiles,
+    o_b, o_f, o_c, o_h, o_w, x_b, x_f, x_c, x_h, x_w, mask_b, mask_f,
+    batch_weight, frame_weight,
+    SPLITS: tl.constexpr, VEC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Grid [SPLITS]. Strides of b, f, c, h are in units of VEC elements."""
+    split = tl.program_id(0)
+    b = tl.arange(0, BLOCK_B)
+    i = tl.arange(0, BLOCK_N)
+    valid = valid_rows(frame_mask, b, i, samples, frames, mask_b, mask_f)
+    count = valid_count(valid)
+    frame_scale = upstream(grad_total, frame_weight, grad_frame)
+    pair = (b < samples)[:, None] & (b < samples)[None, :]
+    shared = tl.load(batch_matrix + b[:, None] * samples + b[None, :], mask=pair, other=0.0)
+    shared *= upstream(grad_total, batch_weight, grad_batch) / count
+
+    per_run = tl.cdiv(length, BLOCK_L)
+    share = tl.cdiv(tiles, SPLITS)
+    lane = tl.arange(0, BLOCK_L)
+    for tile in range(split * share, tl.minimum(tiles, split * share + share)):
+        start = tile % per_run * BLOCK_L
+        column = start + lane
+        inside = lane // VEC < (length - start) // VEC
+        x_at = tile_address(student, tile, per_run, run_lines, 0, x_b, x_c, x_h, VEC)
+        value = tl.zeros([BLOCK_B, BLOCK_N, BLOCK_L], tl.float32)
+        average = tl.zeros([BLOCK_B, BLOCK_L], tl.float32)
+        for first in range(0, frames, BLOCK_J):
+            j = first + tl.arange(0, BLOCK_J)
+            # A masked frame's row of M is 0, and 0 times its values may be NaN: they are not read.
+            kept = valid_rows(frame_mask, b, j, samples, frames, mask_b, mask_f)
+            x = load_samples(x_at, b, j, kept, column, inside, x_b * VEC, x_f * VEC, x_w)
+            average += tl.sum(x, 1)
+            if matrices is not None:
+                at = (b * frames)[:, None, None] + i[None, :, None]
+                known = (b < samples)[:, None, None] & (i < frames)[None, :, None] & (j < frames)[None, None, :]
+                m = tl.load(matrices + at * frames + j[None, None, :], mask=known, other=0.0)
+                value = tl.dot(m, x, value, input_precision="ieee")
+        if matrices is not None:
+            value *= frame_scale
+        average /= count
+        value += tl.sum(shared[:, :, None] * average[None, :, :], 1)[:, None, :]
+        value = tl.where(valid[:, :, None], value, 0.0).to(out.dtype.element_ty)
+        o_at = tile_address(out, tile, per_run, run_lines, 0, o_b, o_c, o_h, VEC)
+        o_at += b.to(tl.int64)[:, None, None] * (o_b * VEC) + i.to(tl.int64)[None, :, None] * (o_f * VEC)
+        o_at += column.to(tl.int64)[None, None, :] * o_w
+        written = (b < samples)[:, None, None] & (i < frames)[None, :, None] & inside[None, None, :]
+        tl.store(o_at, value, mask=written)

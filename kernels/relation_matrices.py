@@ -1,0 +1,81 @@
+"""Losses and matrices M of the frame relations and of the batch relation of whole latents, one program a relation.
+
+A program adds its relation's Grams over the groups that :mod:`.relation_gram_batch` left, in order, and computes the
+loss and M (see :mod:`.relation_gram`). The last program writes the terms.
+"""
+
+import triton
+import triton.language as tl
+
+from .relation_gram import add_pieces, relation_of_grams
+from .relation_gram_batch import valid_rows
+from .relation_pool import ordered_sum, store_terms
+
+
+@triton.jit
+def gather_grams(
+    grams, sums, count, x_at, s_at, x_size, s_size, GROUPS_X: tl.constexpr, GROUPS_S: tl.constexpr
+):  # fmt: skip
+    """X, R, T, ‖f‖² of a relation of ``count`` vectors, at ``x_at`` and ``s_at`` of the groups' sums."""
+    half = count * (count + 1) // 2
+    add_pieces(grams, sums + x_at, 0, GROUPS_X, half, x_size, 1024)
+    add_pieces(grams + half, sums + GROUPS_X * x_size + s_at, 0, GROUPS_S, 2 * half + count, s_size, 1024)
+
+
+@triton.jit(
+    do_not_specialize=["samples", "frames", "results_at"],
+    do_not_specialize_on_alignment=["frame_mask", "terms", "matrices", "batch_matrix", "workspace", "counters"],
+)
+def relations_kernel(
+    frame_mask,  # [B, F], != 0 is valid, or None
+    terms,  # [3]
+    matrices,  # [B, F, F]: M / B of the frame relations
+    batch_matrix,  # [1, B, B]: M of the batch relation
+    workspace,  # sums of groups; from results_at on losses [B + 1], valid samples [B], and [B + 1, ...]: grams, scratch
+    counters,  # [1], zero before and after
+    samples, frames, results_at, mask_b, mask_f, temperature, batch_weight, frame_weight,
+    GROUPS_X: tl.constexpr, GROUPS_S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    FRAMES: tl.constexpr,
+):  # fmt: skip
+    """Grid [B + 1] if FRAMES, else [1]: the batch relation, then the frame relation of each sample."""
+    relation = tl.program_id(0)
+    half = frames * (frames + 1) // 2
+    half_b = samples * (samples + 1) // 2
+    x_frames = samples * half if FRAMES else 0
+    s_frames = samples * (2 * half + frames) if FRAMES else 0
+    x_size = x_frames + half_b
+    s_size = s_frames + 2 * half_b + samples
+    losses = workspace + results_at
+    valid_samples = losses + samples + 1
+    most = tl.maximum(samples, frames)
+    room = valid_samples + samples + relation * (3 * most * (most + 1) // 2 + most + (most + 2) * most)
+    scratch = room + 3 * most * (most + 1) // 2 + most
+    if relation == 0:
+        gather_grams(room, workspace, samples, x_frames, s_frames, x_size, s_size, GROUPS_X, GROUPS_S)
+        b = tl.arange(0, BLOCK_B)
+        valid = valid_rows(frame_mask, b, tl.arange(0, BLOCK_N), samples, frames, mask_b, mask_f)
+        tl.store(valid_samples + b, tl.max(valid.to(tl.float32), 1), mask=b < samples)
+        # All threads wrote the grams and the samples that take part, and all read them.
+        tl.debug_barrier()
+        loss = relation_of_grams(
+            room, valid_samples, relation, samples, 0, 1, temperature, scratch, batch_matrix, 1.0, 16, BLOCK_B
+        )
+        tl.store(losses, loss)
+    else:
+        sample = relation - 1
+        x_at = sample * half
+        s_at = sample * (2 * half + frames)
+        gather_grams(room, workspace, frames, x_at, s_at, x_size, s_size, GROUPS_X, GROUPS_S)
+        tl.debug_barrier()
+        loss = relation_of_grams(
+            room, frame_mask, sample, frames, mask_b, mask_f, temperature, scratch,
+            matrices + sample * frames * frames, 1.0 / samples, 16, BLOCK_N,
+        )  # fmt: skip
+        tl.store(losses + relation, loss)
+    tl.debug_barrier()
+    if tl.atomic_add(counters, 1) == tl.num_programs(0) - 1:
+        tl.store(counters, 0)
+        frame = 0.0
+        if FRAMES:
+            frame = ordered_sum(losses + 1, samples, 16) / samples
+        store_terms(terms, tl.load(losses), frame, batch_weight, frame_weight)
