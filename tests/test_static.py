@@ -24,8 +24,8 @@ REGISTERS = {
     "gram_kernel": 255,
     "apply_kernel": 128,
     "gram_batch_kernel": 256,
-    "relations_kernel": 168,
-    "apply_batch_kernel": 160,
+    "relations_kernel": 255,
+    "apply_batch_kernel": 224,
     "moments_kernel": 176,
     "gradient_kernel": 48,
 }
