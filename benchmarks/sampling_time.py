@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -218,20 +217,10 @@ def draw(found: dict[str, Any]) -> Callable[[Any], Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="wan_1.3b", help="of codmd train: a packaged name or a YAML file, of a Wan")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to it, such as model.height=90")
-    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results/<gpu>-<date>)")
+    parser = network.arguments(__doc__, "model.height=90")
     parser.add_argument("--budget", type=float, default=420, help="seconds after which no new measurement begins (420)")
-    parser.add_argument("--tiny", action="store_true", help="a tiny network on the CPU, to check that everything runs")
     options = parser.parse_intermixed_args(argv)
-    device = network.pick_device(options.tiny)
-    with tempfile.TemporaryDirectory() as folder:
-        found = network.environment(device, "benchmarks.sampling_time", argv) | measure(options, device, Path(folder))
-    text = markdown(found)
-    print(text)
-    network.write(network.results_folder(options.out, found, options.tiny), "sampling_time", found, text, draw(found))
-    return 0
+    return network.report("sampling_time", options, argv, measure, markdown, draw)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -227,22 +226,12 @@ def _gigabytes(count: int | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="wan_1.3b", help="of codmd train: a packaged name or a YAML file, of a Wan")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to it, such as model.compile=true")
-    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results/<gpu>-<date>)")
+    parser = network.arguments(__doc__, "model.compile=true")
     parser.add_argument("--budget", type=float, help="seconds after which no new round begins (200; 0 tiny)")
-    parser.add_argument("--tiny", action="store_true", help="a tiny network on the CPU, to check that everything runs")
     options = parser.parse_intermixed_args(argv)
     if options.budget is None:
         options.budget = 0 if options.tiny else 200
-    device = network.pick_device(options.tiny)
-    with tempfile.TemporaryDirectory() as folder:
-        found = network.environment(device, "benchmarks.training_step", argv) | measure(options, device, Path(folder))
-    text = markdown(found)
-    print(text)
-    network.write(network.results_folder(options.out, found, options.tiny), "training_step", found, text, draw(found))
-    return 0
+    return network.report("training_step", options, argv, measure, markdown, draw)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gc
 import json
@@ -10,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -203,3 +205,31 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def arguments(description: str | None, example: str) -> argparse.ArgumentParser:
+    """The options that every measurement of a whole network takes; `example` is of an override."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="wan_1.3b", help="of codmd train: a packaged name or a YAML file, of a Wan")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=f"changes to it, such as {example}")
+    parser.add_argument("--out", type=Path, help="folder of the results (benchmarks/results/<gpu>-<date>)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network on the CPU, to check that everything runs")
+    return parser
+
+
+def report(
+    name: str,
+    options: argparse.Namespace,
+    argv: Sequence[str] | None,
+    measure: Callable[[argparse.Namespace, torch.device, Path], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str],
+    draw: Callable[[dict[str, Any]], Callable[[Any], Any]],
+) -> int:
+    """Measures, prints the page, and writes record, page and picture; the exit status."""
+    device = pick_device(options.tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        found = environment(device, f"benchmarks.{name}", argv) | measure(options, device, Path(folder))
+    text = markdown(found)
+    print(text)
+    write(results_folder(options.out, found, options.tiny), name, found, text, draw(found))
+    return 0

@@ -13,10 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-pytest.importorskip("skimage")
-pytest.importorskip("cv2")
 from diffusers import WanTransformer3DModel
 
 from benchmarks import (

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
-torch = pytest.importorskip("torch")
 
-from codmd.kernels.launch import INTERPRETING  # noqa: E402
-from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic  # noqa: E402
+from codmd.kernels.launch import INTERPRETING
+from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic
 
-from benchmarks import roofline, static  # noqa: E402
-from benchmarks.shapes import SHAPES  # noqa: E402
+from benchmarks import roofline, static
+from benchmarks.shapes import SHAPES
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
 
