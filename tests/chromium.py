@@ -96,13 +96,14 @@ class Page:
         self.js(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
         middle = "(r => [r.x + r.width / 2, r.y + r.height / 2])"
         x, y = self.js(f"{middle}(document.querySelector({selector!r}).getBoundingClientRect())")
+        assert self.js(f"document.querySelector({selector!r}).contains(document.elementFromPoint({x}, {y}))"), selector
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def downloaded(self, seconds=30):
         """The content of the latest complete download; it is removed."""
         end = time.monotonic() + seconds
-        while not (files := list(self.downloads.glob("*.json"))):
+        while not (files := [file for file in self.downloads.glob("*.json") if file.stat().st_size]):
             assert time.monotonic() < end, "nothing was downloaded"
             time.sleep(0.05)
         text = files[0].read_text()

@@ -268,6 +268,15 @@ def test_the_mouse_does_what_the_keys_do_and_leaves_enter_free(page):
     assert len(json.loads(page.downloaded()[1])["answers"]) == 1
 
 
+def test_no_button_moves_when_a_video_has_loaded(page):
+    places = "JSON.stringify([...document.querySelectorAll('button')].map(b => b.getBoundingClientRect()))"
+    page.wait("left.readyState > 0 && right.readyState > 0")
+    loaded = page.js(places)
+    page.js("for (const video of sides) { video.removeAttribute('src'); video.load() }")
+    page.wait("left.readyState === 0 && right.readyState === 0")
+    assert page.js(places) == loaded
+
+
 def test_buttons_are_reached_and_pressed_by_tab_and_enter(page):
     page.press("Tab")
     assert page.js("document.activeElement.value") == "left"
