@@ -13,16 +13,18 @@ inline const T* row_of(const Plane& plane, int64_t y) {
   return static_cast<const T*>(plane.data) + y * plane.row;
 }
 
+// The third latent is fake - real in half precision. In float32 it is fake: float64 sums of fake and of real lose
+// nothing that matters in their difference, and the pass needs no subtraction.
 struct RegionSums {
-  V::Sum student{}, real{}, difference{};
+  V::Sum student{}, real{}, third{};
 };
 
 struct Vectors {
-  V::Float student, real, difference;
+  V::Float student, real, third;
 };
 
 inline Vectors operator+(const Vectors& a, const Vectors& b) {
-  return {V::add(a.student, b.student), V::add(a.real, b.real), V::add(a.difference, b.difference)};
+  return {V::add(a.student, b.student), V::add(a.real, b.real), V::add(a.third, b.third)};
 }
 
 // Sums of 4 W elements, W to a vector, in two roundings.
@@ -43,16 +45,16 @@ inline Vectors add_four(const T* x, const T* r, const T* f) {
 inline void add_to(RegionSums& sums, const Vectors& values) {
   V::add_to(sums.student, values.student);
   V::add_to(sums.real, values.real);
-  V::add_to(sums.difference, values.difference);
+  V::add_to(sums.third, values.third);
 }
 
-template <class T>
-inline Vectors load_one(const T* x, const T* r, const T* f) {
-  const V::Float real = V::load(r);
-  return {V::load(x), real, V::sub(V::load(f), real)};
+inline V::Float third_of(float, V::Float, V::Float fake) { return fake; }
+template <class Half>
+inline V::Float third_of(Half, V::Float real, V::Float fake) {
+  return V::sub(fake, real);
 }
 
-// float64 lanes throughout, so that a mean that nearly cancels keeps its digits. Half precision has few bits: a
+// Float64 lanes throughout, so that a mean that nearly cancels keeps its digits. Half precision has few bits: a
 // float32 tree over eight vectors comes first and rounds next to nothing.
 template <class T>
 inline void reduce_row(const T* x, const T* r, const T* f, int64_t n, RegionSums& sums) {
@@ -61,13 +63,22 @@ inline void reduce_row(const T* x, const T* r, const T* f, int64_t n, RegionSums
   if constexpr (sizeof(T) == 2) {
     for (; k + 8 * W <= n; k += 8 * W)
       add_to(sums, add_four(x + k, r + k, f + k) + add_four(x + k + 4 * W, r + k + 4 * W, f + k + 4 * W));
+    for (; k + W <= n; k += W) {
+      const V::Float real = V::load(r + k);
+      add_to(sums, {V::load(x + k), real, V::sub(V::load(f + k), real)});
+    }
+  } else {
+    for (; k + W <= n; k += W) {
+      V::add_to(sums.student, x + k);
+      V::add_to(sums.real, r + k);
+      V::add_to(sums.third, f + k);
+    }
   }
-  for (; k + W <= n; k += W) add_to(sums, load_one(x + k, r + k, f + k));
   if (k < n) {
     const int64_t left = n - k;
     const bool room = k > 0;  // a whole vector lies before the end
-    const V::Float real = V::load_tail(r + k, left, room);
-    add_to(sums, {V::load_tail(x + k, left, room), real, V::sub(V::load_tail(f + k, left, room), real)});
+    const V::Float real = V::load_tail(r + k, left, room), fake = V::load_tail(f + k, left, room);
+    add_to(sums, {V::load_tail(x + k, left, room), real, third_of(T{}, real, fake)});
   }
 }
 
@@ -80,7 +91,7 @@ void reduce(const Plane& student, const Plane& real, const Plane& fake, int64_t 
       reduce_row(row_of<T>(student, y), row_of<T>(real, y), row_of<T>(fake, y), columns, total);
     sums[0] = V::total(total.student);
     sums[1] = V::total(total.real);
-    sums[2] = V::total(total.difference);
+    sums[2] = V::total(total.third) - (sizeof(T) == 2 ? 0.0 : sums[1]);
     return;
   }
   double x_sum = 0, r_sum = 0, d_sum = 0;
@@ -90,7 +101,7 @@ void reduce(const Plane& student, const Plane& real, const Plane& fake, int64_t 
       const float rv = to_float(r[k * real.column]);
       x_sum += double(to_float(x[k * student.column]));
       r_sum += double(rv);
-      d_sum += double(to_float(f[k * fake.column]) - rv);
+      d_sum += double(to_float(f[k * fake.column])) - double(rv);
     }
   }
   sums[0] = x_sum;

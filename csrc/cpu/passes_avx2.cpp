@@ -71,6 +71,11 @@ struct V {
     sum.low = _mm256_add_pd(sum.low, _mm256_cvtps_pd(_mm256_castps256_ps128(value)));
     sum.high = _mm256_add_pd(sum.high, _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1)));
   }
+  // W elements, converted as they are loaded.
+  static void add_to(Sum& sum, const float* from) {
+    sum.low = _mm256_add_pd(sum.low, _mm256_cvtps_pd(_mm_loadu_ps(from)));
+    sum.high = _mm256_add_pd(sum.high, _mm256_cvtps_pd(_mm_loadu_ps(from + kWidth / 2)));
+  }
   static double total(const Sum& sum) {
     const __m256d four = _mm256_add_pd(sum.low, sum.high);
     const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));

@@ -67,6 +67,11 @@ struct V {
     sum.low = _mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(value)));
     sum.high = _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(value, 1)));
   }
+  // W elements, converted as they are loaded.
+  static void add_to(Sum& sum, const float* from) {
+    sum.low = _mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm256_loadu_ps(from)));
+    sum.high = _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm256_loadu_ps(from + kWidth / 2)));
+  }
   static double total(const Sum& sum) { return _mm512_reduce_add_pd(_mm512_add_pd(sum.low, sum.high)); }
   static float total(Float value) { return _mm512_reduce_add_ps(value); }
 };

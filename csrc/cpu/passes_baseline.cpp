@@ -111,6 +111,7 @@ struct V {
   static void add_to(Sum& sum, Float value) {
     for (int k = 0; k < kWidth; ++k) sum.lane[k] += double(value[k]);
   }
+  static void add_to(Sum& sum, const float* from) { add_to(sum, load(from)); }
   static double total(const Sum& sum) { return (sum.lane[0] + sum.lane[1]) + (sum.lane[2] + sum.lane[3]); }
   static float total(Float value) { return (value[0] + value[1]) + (value[2] + value[3]); }
 };
