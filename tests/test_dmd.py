@@ -158,7 +158,11 @@ def assert_terms(convention, backend):
     """The terms beside the loss, against the reference's direction and guidance and the distances' means."""
     student, arguments = scores((2, 6, 3, 5, 9), dtype=torch.bfloat16, layout=convention.layout)
     arguments.pop("fake_uncond")
-    terms = ops.dmd_loss(student, **arguments, convention=convention, backend=backend, return_terms=True)
+    options = {"convention": convention, "backend": backend, "return_terms": True}
+    terms = ops.dmd_loss(student, **arguments, **options, return_real=True)
+    scalars = ops.dmd_loss(student, **arguments, **options)
+    assert scalars.real is None
+    assert all(torch.equal(a, b) for a, b in zip(scalars[:3], terms[:3], strict=True))
     alone = ops.dmd_loss(student, **arguments, convention=convention, backend=backend)
     assert torch.equal(terms.loss, alone)
     g = reference.dmd_direction(

@@ -81,8 +81,9 @@ def test_it_compiles_without_a_graph_break(name, arithmetic):
 def test_terms_compile_too():
     student, arguments = scores()
     compiled = torch.compile(ops.dmd_loss, fullgraph=True, backend="aot_eager")
-    terms = compiled(student.requires_grad_(), **arguments, return_terms=True)
-    expected = ops.dmd_loss(student, **arguments, return_terms=True)
+    options = {"return_terms": True, "return_real": True}
+    terms = compiled(student.requires_grad_(), **arguments, **options)
+    expected = ops.dmd_loss(student, **arguments, **options)
     for found, wanted in zip(terms, expected, strict=True):
         torch.testing.assert_close(found, wanted)
 
@@ -157,6 +158,12 @@ WRONG = [
         "backend='cpp' cannot serve this convention: arithmetic='emulate' is computed step by step",
     ),
 ]
+
+
+def test_the_guided_real_is_one_of_the_terms():
+    student, arguments = scores()
+    with pytest.raises(ValueError, match="return_real=True needs return_terms=True"):
+        ops.dmd_loss(student, **arguments, return_real=True)
 
 
 @pytest.mark.parametrize("operator", [ops.dmd_loss, ops.codmd_loss])

@@ -23,13 +23,14 @@ class DmdTerms(NamedTuple):
     """What ``dmd_loss(..., return_terms=True)`` returns; only ``loss`` has a gradient.
 
     ``magnitude`` is mean|g| over the selected elements, ``norm`` has one value per sample ``[B]``, per block
-    ``[B, blocks]`` or for the whole batch ``[1]``, ``real`` is the guided x0 prediction in the student's dtype.
+    ``[B, blocks]`` or for the whole batch ``[1]``, ``real`` is the guided x0 prediction in the student's dtype, or
+    ``None`` without ``return_real=True``.
     """
 
     loss: Tensor
     magnitude: Tensor
     norm: Tensor
-    real: Tensor
+    real: Tensor | None
 
 
 def dmd_loss(
@@ -50,6 +51,7 @@ def dmd_loss(
     sigma: Tensor | None = None,
     backend: str = "auto",
     return_terms: bool = False,
+    return_real: bool = False,
 ) -> Tensor | DmdTerms:
     """Distribution matching: L = ½ mean(g²) in value and ∂L/∂student = g/numel, g = (fake - real)/mean|student - real|.
 
@@ -75,7 +77,8 @@ def dmd_loss(
         noisy: x_t, like ``student``; for ``"flow"``.
         sigma: noise level, ``[B]`` or ``[B, F]``; for ``"flow"``.
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
-        return_terms: return :class:`DmdTerms`.
+        return_terms: return :class:`DmdTerms`: mean|g| and the norms come from the same pass.
+        return_real: the terms also hold the guided ``real``; a pass of its own writes it.
 
     Returns:
         The 0-dim loss: float32, or float64 where inputs or the convention's reduction are float64. A non-finite
@@ -92,11 +95,15 @@ def dmd_loss(
         layout, prediction, noisy, sigma, backend,
     )  # fmt: skip
     if not return_terms:
+        if return_real:
+            raise ValueError("return_real=True needs return_terms=True: the guided real is one of the terms")
         return loss_of(inputs, backend)
     if inputs.convention.fusable:
         loss, magnitude, norm = _fused_terms(inputs, backend)
     else:
         loss, magnitude, norm = _stepwise.loss_and_terms(inputs, backend, True)
+    if not return_real:
+        return DmdTerms(loss, magnitude, norm, None)
     guided = _stepwise.guided(_stepwise.teacher_prediction, inputs)
     return DmdTerms(loss, magnitude, norm, guided.squeeze(1) if student.ndim == 4 else guided)
 
@@ -157,7 +164,7 @@ def _eager_forward(ctx: Any, inputs: Inputs, magnitude: bool, backend: str) -> t
     values, norms, factors = run.dmd_forward(*inputs.fused, magnitude)
     ctx.save_for_backward(*inputs[1:5], inputs.sigma, inputs.mask, norms, factors)
     shape = student.shape
-    ctx.student = run, shape, gradient_strides(shape, student.stride()), student.dtype
+    ctx.student = run, shape, gradient_strides(student), student.dtype
     ctx.options = inputs.fused[9:]
     return values, norms
 
