@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -46,6 +47,13 @@ class Rounding:
     target: Precision = "float64"
     split_target: bool = False
     loss: Precision = "float64"
+
+    def __post_init__(self) -> None:
+        _check_choice("guidance_base", self.guidance_base, get_args(GuidanceForm))
+        for name in ("norm", "direction", "target", "loss"):
+            _check_choice(name, getattr(self, name), get_args(Precision))
+        for name in ("reciprocal", "split_target"):
+            _check_flag(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,9 @@ class Convention:
             _check_number(name, getattr(self, name), positive=name != "eps")
         if (self.guard == "none") != (self.eps == 0):
             raise ValueError(f'guard={self.guard!r} does not go with eps={self.eps}: "none" has 0, the others more')
+        _check_flag("independent_first_frame", self.independent_first_frame)
+        if not isinstance(self.rounding, Rounding):
+            raise ValueError(f"rounding must be a codmd.conventions.Rounding, got {self.rounding!r}")
         if self.independent_first_frame and self.norm_scope != "block":
             raise ValueError('independent_first_frame=True needs norm_scope="block"')
         if self.norm_divides == "loss" and self.nan != "keep":
@@ -115,8 +126,14 @@ class Convention:
         object.__setattr__(self, "encoded", json.dumps({**values, "rounding": asdict(self.rounding)}))
 
     def guidance_scale(self, scale: float, form: str = "uncond") -> float:
-        """What ``scale`` of ``form`` is called in this convention: cond-form s is uncond-form s + 1."""
+        """What ``scale`` of ``form`` is called in this convention: cond-form s is uncond-form s + 1.
+
+        Raises:
+            ValueError: ``form`` is neither ``"cond"`` nor ``"uncond"``, or ``scale`` is not a finite number.
+        """
         _check_choice("form", form, get_args(GuidanceForm))
+        if not _is_number(scale) or not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number, got {scale!r}")
         cond = scale if form == "cond" else scale - 1
         return cond if self.guidance_form == "cond" else cond + 1
 
@@ -153,9 +170,17 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
 
 
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_number(name: str, value: Any, positive: bool) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (0 < value < float("inf") if positive else 0 <= value < float("inf")):
+    if not _is_number(value) or not (0 < value < float("inf") if positive else 0 <= value < float("inf")):
         raise ValueError(f"{name} must be a finite number {'above 0' if positive else 'of at least 0'}, got {value!r}")
 
 

@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> int:
     source, target = conventions.NAMED[vars(args)["from"]], conventions.NAMED[args.to]
     scale = target.guidance_scale(args.scale, form=source.guidance_form)
     width = max(len(vars(args)["from"]), len(args.to))
-    print(f"{vars(args)['from']:<{width}}  s = {args.scale:<8g} {FORMULAS[source.guidance_form]}")
-    print(f"{args.to:<{width}}  s = {scale:<8g} {FORMULAS[target.guidance_form]}")
+    for name, convention, value in ((vars(args)["from"], source, args.scale), (args.to, target, scale)):
+        print(f"{name:<{width}}  s = {value:<8.12g} {FORMULAS[convention.guidance_form]}")
     return 0
 
 

@@ -215,6 +215,8 @@ def test_an_unknown_name_lists_the_known_ones():
         ({"eps": -1.0, "guard": "add"}, "eps must be a finite number of at least 0, got -1.0"),
         ({"guard": "clamp"}, "guard='clamp' does not go with eps=0.0"),
         ({"eps": 1e-5}, "guard='none' does not go with eps=1e-05"),
+        ({"independent_first_frame": "no", "norm_scope": "block"}, "independent_first_frame must be True or False"),
+        ({"rounding": "input"}, "rounding must be a codmd.conventions.Rounding, got 'input'"),
         ({"independent_first_frame": True}, 'independent_first_frame=True needs norm_scope="block"'),
         ({"norm_divides": "loss"}, 'norm_divides="loss" needs nan="keep"'),
         ({"weight_on": "direction", "penalty": "huber"}, 'weight_on="direction" needs penalty="l2"'),
@@ -226,9 +228,26 @@ def test_a_wrong_field_is_named_with_what_is_allowed(change, message):
     assert message in str(error.value)
 
 
-def test_an_unknown_form_is_named():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"guidance_base": "both"}, "guidance_base='both' is not known; allowed: cond, uncond"),
+        ({"norm": "bfloat16"}, "norm='bfloat16' is not known; allowed: input, float32, float64"),
+        ({"reciprocal": 1}, "reciprocal must be True or False, got 1"),
+    ],
+)
+def test_a_wrong_step_of_the_rounding_is_named(change, message):
+    with pytest.raises(ValueError) as error:
+        conventions.Rounding(**change)
+    assert message in str(error.value)
+
+
+def test_an_unknown_form_and_a_scale_that_is_no_number_are_named():
     with pytest.raises(ValueError, match="form='both' is not known; allowed: cond, uncond"):
         conventions.self_forcing.guidance_scale(3.5, form="both")
+    for scale in ("3.5", None, True, float("nan")):
+        with pytest.raises(ValueError, match="scale must be a finite number, got"):
+            conventions.self_forcing.guidance_scale(scale)
 
 
 def test_what_the_fused_kernels_serve():
@@ -253,6 +272,8 @@ def test_the_command_converts_a_scale_and_prints_both_formulas(capsys):
     ]
     assert cli.main(["guidance", "-0.5", "--from", "tdm", "--to", "rcm"]) == 0
     assert "rcm  s = -1.5" in capsys.readouterr().out
+    assert cli.main(["guidance", "3.1234567", "--from", "self_forcing", "--to", "fastgen"]) == 0
+    assert "s = 4.1234567 uncond" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
