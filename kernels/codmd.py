@@ -132,6 +132,7 @@ def codmd_terms(
     relation_weight: float,
     batch_weight: float,
     frame_weight: float,
+    separate: bool = True,
 ) -> codmd_pooled.Found | None:
     """The CoDMD loss of one process.
 
@@ -139,12 +140,14 @@ def codmd_terms(
         inputs: the arguments of :func:`dmd_forward` but ``magnitude``.
         frame_mask, pool, temperature, relation_weight, batch_weight, frame_weight: as in
             :func:`codmd.ops.codmd_loss`.
+        separate: give every result its shape and memory of its own, as an operator must. Otherwise they are flat,
+            padded pieces of one allocation, for :func:`codmd_backward` alone.
 
     Returns:
         float32 (total, dmd, batch, frame) ``[4]``; norms and factors as :func:`dmd_forward`; the gradients of the
         relation's terms as :func:`codmd.kernels.relation_forward`. None where the kernels do not take the sizes.
     """
-    arguments = inputs, frame_mask, pool, temperature, relation_weight, batch_weight, frame_weight
+    arguments = inputs, frame_mask, pool, temperature, relation_weight, batch_weight, frame_weight, separate
     if elsewhere(inputs[0]):
         with torch.cuda.device(inputs[0].device):
             return codmd_terms(*arguments)

@@ -41,19 +41,27 @@ def _first(
     weights: tuple[float, float, float],
     values: Tensor | None,
     finish: bool,
+    separate: bool = True,
 ) -> tuple[MomentsPlan, Found, Tensor, Tensor | None]:
-    """The first launch and, to ``finish``, the second: (plan, what was found, workspace, rows to gather)."""
+    """The first launch and, to ``finish``, the second: (plan, what was found, workspace, rows to gather).
+
+    Not ``separate``, what was found are flat, padded pieces of one allocation: less host time.
+    """
     sigma, mask, sample_weight, layout, convention, real_scale, fake_scale = inputs[6:]
     latents = inputs[:6]
     plan = forward_plan(latents, (sigma, mask, sample_weight, frame_mask), layout, convention, relation)
     student = latents[0]
     device, empty, single = student.device, torch.empty, torch.float32
-    terms = empty(4, dtype=single, device=device)
-    norms = empty(plan.norm_shape, dtype=single, device=device)
-    factors = empty(plan.samples, dtype=single, device=device)
-    frame_grad = empty(plan.frame_grad_shape, dtype=single, device=device)
-    batch_grad = empty(plan.batch_grad_shape, dtype=single, device=device)
-    workspace = empty(plan.workspace, dtype=single, device=device)
+    if separate:
+        terms = empty(4, dtype=single, device=device)
+        norms = empty(plan.norm_shape, dtype=single, device=device)
+        factors = empty(plan.samples, dtype=single, device=device)
+        frame_grad = empty(plan.frame_grad_shape, dtype=single, device=device)
+        batch_grad = empty(plan.batch_grad_shape, dtype=single, device=device)
+        workspace = empty(plan.workspace, dtype=single, device=device)
+    else:
+        memory = empty(plan.room, dtype=single, device=device)
+        terms, norms, factors, frame_grad, batch_grad, workspace = memory.split_with_sizes(plan.pieces)
     rows = empty(plan.pooled_shape, dtype=single, device=device) if relation.gather else None
     stream = current_stream(student)
     tickets = counters(student, stream, plan.counters)
@@ -79,12 +87,13 @@ def terms(
     relation_weight: float,
     batch_weight: float,
     frame_weight: float,
+    separate: bool,
 ) -> Found:
     """The loss of one process, in one launch or two."""
     assert pool is not None
     relation = Relation(pool, batch_weight != 0, frame_weight != 0, False)
     weights = float(relation_weight), float(batch_weight), float(frame_weight)
-    return _first(inputs, frame_mask, relation, float(temperature), weights, None, True)[1]
+    return _first(inputs, frame_mask, relation, float(temperature), weights, None, True, separate)[1]
 
 
 def stages(

@@ -87,6 +87,10 @@ def _scope(convention: Any) -> tuple[Any, ...]:
     return convention.norm_scope, block, convention.independent_first_frame
 
 
+def _size(shape: int | tuple[int, ...]) -> torch.Size:
+    return torch.Size([shape] if isinstance(shape, int) else shape)
+
+
 class Relation(NamedTuple):
     """What of the relation a forward pass computes; ``gather``: the batch relation waits for other processes' rows."""
 
@@ -97,7 +101,11 @@ class Relation(NamedTuple):
 
 
 class MomentsPlan:
-    """Sizes, offsets and launches of a forward pass; ``relation`` is None for the DMD loss alone."""
+    """Sizes, offsets and launches of a forward pass; ``relation`` is None for the DMD loss alone.
+
+    ``pieces`` are the floats of a CoDMD pass's results and of its workspace within one allocation of ``room``, each
+    16-byte aligned: terms, norms, factors, frame gradient, batch gradient, workspace.
+    """
 
     def __init__(
         self,
@@ -139,6 +147,9 @@ class MomentsPlan:
         self.frame_grad_shape = (samples, frames, features) if has_frames else 0
         self.batch_grad_shape = (samples, features) if has_batch else 0
         self.pooled_shape = samples, row
+        found = torch.Size([4]), *map(_size, (self.norm_shape, samples, self.frame_grad_shape, self.batch_grad_shape))
+        self.pieces = [size.numel() + -size.numel() % 4 for size in found] + [self.workspace]
+        self.room = sum(self.pieces)
         self.counters = samples + 2
         self.sizes = (
             scratch_at, self.shares_at, moments_at, sums_at,

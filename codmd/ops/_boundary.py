@@ -68,10 +68,10 @@ def pool_of(grid: list[int] | None) -> Pool:
     return "mean" if grid == [1, 1] else (grid[0], grid[1])
 
 
-@remembered
-def gradient_strides(shape: Any, strides: Any) -> tuple[int, ...]:
+def gradient_strides(student: Tensor) -> tuple[int, ...]:
     """:func:`dense_strides` of an eager call."""
-    return dense_strides(shape, strides)
+    strides = student.stride()
+    return strides if student.is_contiguous() else _dense_strides(student.shape, strides)
 
 
 def dense_strides(shape: Any, strides: Any) -> tuple[int, ...]:
@@ -85,3 +85,6 @@ def dense_strides(shape: Any, strides: Any) -> tuple[int, ...]:
     for size in reversed(shape[1:]):
         contiguous.append(contiguous[-1] * size)
     return tuple(reversed(contiguous))
+
+
+_dense_strides = remembered(dense_strides)

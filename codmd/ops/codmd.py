@@ -172,9 +172,12 @@ def _composed(inputs: Inputs, relation: _Relation, group: dist.ProcessGroup | No
 
 
 def _forward(
-    run: ModuleType, inputs: tuple[Any, ...], relation: _Relation, backend: str
+    run: ModuleType, inputs: tuple[Any, ...], relation: _Relation, backend: str, separate: bool
 ) -> tuple[Tensor | CodmdTerms, Tensor, Tensor, Tensor, Tensor]:
-    """(terms, [4] where the backend computes them in its own passes; norms, factors, frame and batch gradient)."""
+    """(terms, [4] where the backend computes them in its own passes; norms, factors, frame and batch gradient).
+
+    Unless ``separate``, a backend may return them as pieces of one allocation that only its own backward pass reads.
+    """
     student = inputs[0]
     group = distributed.resolve(relation.group_name) if relation.group_name and relation.batch_weight else None
     ranks = 1 if group is None else group.size()
@@ -183,7 +186,7 @@ def _forward(
     scale = distributed.gradient_scale(relation.batch_grad, ranks)
     found: Any = None
     if group is None or ranks == 1:
-        found = run.codmd_terms(inputs, *features, *weights) if hasattr(run, "codmd_terms") else None
+        found = run.codmd_terms(inputs, *features, *weights, separate) if hasattr(run, "codmd_terms") else None
     elif hasattr(run, "codmd_rows"):
         found = run.codmd_rows(inputs, *features, relation.frame_weight, ranks)
         if found is not None:
@@ -214,12 +217,11 @@ def _eager_forward(ctx: Any, inputs: Inputs, relation: _Relation, backend: str) 
     """The terms; what the backward pass needs goes to ``ctx``."""
     fused, student = inputs.fused, inputs.student
     run = _dmd_backend.select(backend, student)
-    terms, norms, factors, frame_grad, batch_grad = _forward(run, fused, relation, backend)
-    ctx.save_for_backward(
-        *inputs[1:5], inputs.sigma, inputs.mask, relation.frame_mask, norms, factors, frame_grad, batch_grad
-    )
+    # What is found beside the terms is neither input nor output of the graph: ctx may hold it and makes no cycle.
+    terms, *ctx.found = _forward(run, fused, relation, backend, False)
+    ctx.save_for_backward(*inputs[1:5], inputs.sigma, inputs.mask, relation.frame_mask)
     shape = student.shape
-    ctx.student = run, shape, gradient_strides(shape, student.stride()), student.dtype
+    ctx.student = run, shape, gradient_strides(student), student.dtype
     ctx.options = *fused[9:], pool_of(relation.grid), *relation[3:6]
     ctx.set_materialize_grads(False)
     return terms
@@ -229,7 +231,7 @@ def _eager_backward(ctx: Any, *gradients: Tensor | None) -> Tensor:
     run, shape, strides, dtype = ctx.student
     saved = ctx.saved_tensors
     out = torch.empty_strided(shape, strides, dtype=dtype, device=saved[0].device)
-    run.codmd_backward(out, *gradients, *saved, *ctx.options)
+    run.codmd_backward(out, *gradients, *saved, *ctx.found, *ctx.options)
     return out
 
 
@@ -267,7 +269,7 @@ _RELATION = (
 def _traced_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs, relation, backend = arguments[:13], _Relation(*arguments[13:21]), arguments[21]
     run = _dmd_backend.select(backend, inputs[0])
-    terms, *rest = _forward(run, (*inputs[:10], conventions.decode(inputs[10]), *inputs[11:]), relation, backend)
+    terms, *rest = _forward(run, (*inputs[:10], conventions.decode(inputs[10]), *inputs[11:]), relation, backend, True)
     norms, factors, frame_grad, batch_grad = rest
     stacked = terms if isinstance(terms, Tensor) else torch.stack(list(terms))
     return stacked, norms, factors, frame_grad, batch_grad

@@ -204,7 +204,7 @@ def _eager_forward(ctx: Any, scores: tuple[Any, ...], options: tuple[Any, ...], 
     terms, frame_grad, batch_grad = _run_forward(run, *scores, *options)
     ctx.save_for_backward(frame_grad, batch_grad, frame_mask, student if grid is None else None)
     shape = student.shape
-    ctx.student = run, shape, gradient_strides(shape, student.stride()), student.dtype
+    ctx.student = run, shape, gradient_strides(student), student.dtype
     ctx.options = options[3], pool_of(grid), options[1], options[2]
     ctx.set_materialize_grads(False)
     return terms
