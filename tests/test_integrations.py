@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dmd_formulas import FORMULAS
+from workers import run_processes
 
 import codmd
 from codmd import conventions
@@ -78,11 +79,11 @@ def expected(formula, tensors, scale, form, layout, weight=0.1, divide=1.0):
     return total.detach(), torch.autograd.grad(total, leaf)[0]
 
 
-def check(section, namespace, student_name, wanted):
+def check(section, namespace, student_name, wanted, call=None):
     """Run the recipe's call; its value and gradient are the formula's within float32 and one output rounding."""
     leaf = namespace[student_name].clone().requires_grad_()
     scope = {"codmd": codmd, "dataclasses": dataclasses, "group": None, **namespace, student_name: leaf}
-    result = eval(recipe(section), scope)
+    result = eval(call or recipe(section), scope)
     total = result.total if isinstance(result, tuple) else result
     (gradient,) = torch.autograd.grad(total, leaf)
     value, true_gradient = wanted
@@ -112,10 +113,29 @@ def test_self_forcing_and_causvid(section, masked):
 
     namespace = {
         "original_latent": x, "self": SimpleNamespace(real_guidance_scale=3.0),
-        "gradient_mask": mask if masked else None, "fake": f, "real": c, "real_uncond": u, "pred_fake_image": f,
-        "pred_real_image_cond": c, "pred_real_image_uncond": u,
+        "gradient_mask": mask if masked else None, "fake": f, "real": c, "real_uncond": u,
     }  # fmt: skip
     check(section, namespace, "original_latent", expected(formula, tensors, 3.0, "cond", "bfchw"))
+
+
+@pytest.mark.parametrize("section", ["Self-Forcing", "CausVid", "LongLive"])
+def test_the_log_keeps_the_gradient_norm_that_the_trainer_reads(section):
+    x, f, c, u = draw((2, 6, 4, 6, 8), torch.float32)
+    text = PAGE.read_text().split(f"## {section}\n")[1].split("```")[1]
+    added = textwrap.dedent("\n".join(line[1:] for line in text.splitlines() if line.startswith("+")))
+    lines = added[added.index("terms = codmd") :]
+    own = SimpleNamespace(real_guidance_scale=3.0, num_frame_per_block=6, independent_first_frame=False)
+    scope = {
+        "codmd": codmd, "dataclasses": dataclasses, "group": None, "self": own, "gradient_mask": None,
+        "original_latent": x.requires_grad_(), "fake": f, "real": c, "real_uncond": u, "dmd_log_dict": {},
+    }  # fmt: skip
+    exec(textwrap.dedent(lines), scope)
+    r = c + 3.0 * (c - u)
+    g = (f - r) / (x - r).abs().mean((1, 2, 3, 4), keepdim=True)
+    logged = scope["dmd_log_dict"]["dmdtrain_gradient_norm"]
+    torch.testing.assert_close(logged, g.detach().square().mean().sqrt(), rtol=1e-5, atol=0)
+    assert not logged.requires_grad
+    assert scope["dmd_loss"].requires_grad
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["blocks", "independent first frame"])
@@ -138,7 +158,7 @@ def test_longlive(first):
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_rcm_with_its_sum_and_its_mean_over_the_batch(samples):
-    tensors = draw((samples, 4, 6, 6, 8), torch.float32)
+    tensors = draw((samples, 4, 6, 6, 8), torch.float64)
     x, f, c, u = tensors
     per_sample = x[0].numel()
     namespace = {
@@ -206,9 +226,7 @@ def test_fastvideo(name):
         check("FastVideo", namespace, "generator_pred_x0", wanted)
         return
     call = recipe("FastVideo").replace('"fastvideo"', '"fastvideo_legacy"')
-    leaf = x.clone().requires_grad_()
-    total = eval(call, {"codmd": codmd, "group": None, **namespace, "generator_pred_x0": leaf})
-    torch.testing.assert_close(total.detach().double(), wanted[0], rtol=2e-5, atol=0)
+    check("FastVideo", namespace, "generator_pred_x0", wanted, call)
 
 
 @pytest.mark.parametrize("minimum", [None, 3.0])
@@ -250,6 +268,28 @@ def test_diffsynth_on_images():
     check("DiffSynth", namespace, "gen_data", expected(formula, (x, f, c, c), 1.0, "uncond", "bchw"))
 
 
+def frames_on_two_ranks(rank, world):
+    """The page's gather, on latents cut into frames."""
+    text = PAGE.read_text().split("```python\n")[1].split("```")[0]
+    x, f, c, u = draw((2, 6, 4, 6, 8), torch.float32)
+    own = slice(3 * rank, 3 * rank + 3)
+    scope = {
+        "torch": torch, "codmd": codmd, "cp_group": torch.distributed.group.WORLD, "group": None, "frame_axis": 1,
+        "student": x[:, own].clone().requires_grad_(), "fake": f[:, own], "real": c[:, own], "real_uncond": u[:, own],
+    }  # fmt: skip
+    exec(textwrap.dedent(text), scope)
+    scope["loss"].backward()
+    whole = x.clone().requires_grad_()
+    loss = codmd.ops.codmd_loss(whole, f, c, u)
+    loss.backward()
+    torch.testing.assert_close(world * scope["loss"], loss)
+    torch.testing.assert_close(scope["student"].grad, whole.grad[:, own])
+
+
+def test_latents_cut_into_frames_are_gathered_with_their_gradient():
+    run_processes(frames_on_two_ranks, 2)
+
+
 def test_every_codebase_has_a_recipe_whose_arguments_exist():
     sections = re.findall(r"^## (.+)$", PAGE.read_text(), re.MULTILINE)
     assert sections == [
@@ -259,6 +299,8 @@ def test_every_codebase_has_a_recipe_whose_arguments_exist():
     for section in sections:
         assert "group=group" in recipe(section)
         assert "relation_weight=" in recipe(section)
+        assert "Theirs:" in PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+        assert re.search(rf"^  \| {section} \|.*\| [^|]*(0\.1)[^|]*\|.*\|.*\|$", PAGE.read_text(), re.MULTILINE)
 
 
 def test_the_page_of_conventions_is_up_to_date():
