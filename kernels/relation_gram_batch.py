@@ -43,11 +43,15 @@ def halves(a):
 
 @triton.jit
 def batched_dot(a, b, total):
-    """``total`` + a bᵀ for every sample."""
-    a0, a1 = halves(a)
-    b0, b1 = halves(b)
-    total = tl.dot(a0, tl.permute(b0, 0, 2, 1), total, input_precision="ieee")
-    return tl.dot(a1, tl.permute(b1, 0, 2, 1), total, input_precision="ieee")
+    """``total`` + a bᵀ for every sample, at least 8 columns at a time."""
+    if a.shape[2] < 16:
+        total = tl.dot(a, tl.permute(b, 0, 2, 1), total, input_precision="ieee")
+    else:
+        a0, a1 = halves(a)
+        b0, b1 = halves(b)
+        total = tl.dot(a0, tl.permute(b0, 0, 2, 1), total, input_precision="ieee")
+        total = tl.dot(a1, tl.permute(b1, 0, 2, 1), total, input_precision="ieee")
+    return total
 
 
 @triton.jit

@@ -39,6 +39,13 @@ def _blocks(samples: int, frames: int) -> tuple[int, int]:
     return next_power_of_2(samples), max(16, next_power_of_2(frames))
 
 
+def _columns(block_b: int, block_n: int, vec: int) -> int:
+    """Columns of a tile: with the largest Gram matrices, one address an element leaves registers for one dot of 8."""
+    if vec == 1 and block_b * block_n**2 == MOST_PRODUCTS:
+        return 8
+    return 32 if block_b * block_n <= 64 else 16
+
+
 def is_together(samples: int, frames: int) -> bool:
     """Whether the batch gradient of whole latents is the matrix M ``[1, B, B]``, and no table of averages is kept."""
     block_b, block_n = _blocks(samples, frames)
@@ -51,7 +58,7 @@ class ForwardPlan:
 
     def __init__(self, samples: int, frames: int, runs: Runs, processors: int, with_frames: bool) -> None:
         block_b, block_n = _blocks(samples, frames)
-        block_l = 32 if block_b * block_n <= 64 else 16
+        block_l = _columns(block_b, block_n, runs.vec)
         tiles = runs.tiles(block_l)
         most = cdiv(tiles, 4)
         # Half as many bytes and dots for x as for r and f.

@@ -314,6 +314,7 @@ else:
             ((2, 5, 2, 3, 7), TOGETHER),
             ((3, 20, 1, 3, 8), TOGETHER),
             ((7, 17, 2, 1, 9), TOGETHER),
+            ((8, 18, 1, 3, 3), TOGETHER),
             ((9, 3, 1, 2, 8), TOGETHER),
             ((2, 35, 1, 2, 8), TOGETHER),
             ((9, 17, 1, 2, 8), WITH_TABLES),
