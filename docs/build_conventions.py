@@ -83,7 +83,8 @@ COST = """\
 Relative error of g, ‖g - g₆₄‖/‖g₆₄‖ on the same bfloat16 inputs, by how far the critic is from the guided teacher:
 `self_forcing` emulated (guidance, norm and g in bfloat16; x0 from velocities in float64, stored in bfloat16) against
 the default, float32 arithmetic. Latents of 1×21×16×60×104 from a standard normal distribution, teacher guidance 3.5 on
-an unconditional prediction 0.1 away, σ = 0.5. Measured by this page's own command.
+an unconditional prediction 0.1 away, σ = 0.5. `python docs/build_conventions.py` measures this table and writes the
+page; `--check` fails when the page differs (7 s on a CPU).
 """
 
 NOTES = """\
@@ -100,6 +101,9 @@ taken. It has no preferred direction, so training averages some of it out; but i
   `zero_sample` gives a zero gradient.
 - `lightx2v` has an optional minimum of the norm: `replace(conventions.lightx2v, guard="clamp", eps=...)`.
 - `tdm` divides the loss by the norm, not g. Its pseudo-Huber loss is `replace(conventions.tdm, penalty="huber")`.
+- Guidance starts from the conditional prediction and sums are divided, not elements. A convention that keeps NaN may
+  therefore show inf where its codebase shows NaN (0/0 beside x/0), or NaN in fewer elements of a sample; the loss is
+  non-finite in both. `arithmetic="emulate"` repeats the codebase here, too.
 - A student that is not finite always gives a non-finite loss (except that `zero_sample` drops the sample).
 """
 
@@ -180,15 +184,22 @@ def errors(ratio: float, flow: bool) -> tuple[float, float]:
 
 
 def cost() -> str:
-    header = ["‖f - r‖/‖x‖", "bfloat16, from x0", "float32, from x0", "bfloat16, from velocities", "float32, from velocities"]
+    header = [
+        "‖f - r‖/‖x‖",
+        "bfloat16, from x0",
+        "float32, from x0",
+        "bfloat16, from velocities",
+        "float32, from velocities",
+    ]
     rows = [
         [f"{ratio:g}", *(f"{error:.1e}" for flow in (False, True) for error in errors(ratio, flow))] for ratio in RATIOS
     ]
     return table(header, rows)
 
 
-def page() -> str:
-    parts = [INTRODUCTION, differences(), EMULATION, roundings(), COST, cost(), NOTES]
+def page(measured: str | None = None) -> str:
+    """The whole page; ``measured`` stands for the table that takes seconds."""
+    parts = [INTRODUCTION, differences(), EMULATION, roundings(), COST, measured or cost(), NOTES]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 

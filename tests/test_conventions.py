@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +168,41 @@ def test_conventions_that_should_coincide_do():
         x, f, r, real_uncond=u, guidance=in_cond_form, convention=named("self_forcing", "float64"), layout="bcfhw"
     )
     torch.testing.assert_close(again, theirs, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "float64"])
+def test_fastgen_and_videox_fun_share_a_scale_in_value_and_gradient(arithmetic):
+    tensors = predictions("bcfhw", torch.float64)
+    value, gradient = value_and_gradient(by_reference("fastgen", arithmetic, 4.5), *tensors)
+    expected, expected_gradient = value_and_gradient(by_reference("videox_fun", arithmetic, 4.5), *tensors)
+    torch.testing.assert_close(value.double(), expected.double(), rtol=5e-6, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=5e-6, atol=0)
+
+
+@pytest.fixture(scope="module")
+def builder():
+    path = Path(__file__).parents[1] / "docs" / "build_conventions.py"
+    spec = importlib.util.spec_from_file_location("build_conventions", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_conventions_is_what_the_dataclass_writes(builder):
+    committed = builder.PAGE.read_text()
+    measured = next(part for part in committed.split("\n\n") if part.startswith("| ‖f - r‖/‖x‖"))
+    assert [row.split("|")[1].strip() for row in measured.splitlines()[2:]] == ["0.3", "0.1", "0.03", "0.01"]
+    assert committed == builder.page(measured + "\n")
+    changed = replace(conventions.rcm, guidance_form="uncond")
+    assert builder.columns(changed) != builder.columns(conventions.rcm)
+
+
+def test_the_measured_cost_of_bfloat16_is_reproduced(builder):
+    committed = builder.PAGE.read_text()
+    for flow, cell in ((False, 2), (True, 4)):
+        for arithmetic, error in enumerate(builder.errors(0.03, flow)):
+            row = next(line for line in committed.splitlines() if line.startswith("| 0.03 |"))
+            assert error == pytest.approx(float(row.split("|")[cell + arithmetic]), rel=0.05)
 
 
 @pytest.mark.parametrize("name", NAMED)

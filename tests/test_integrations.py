@@ -301,17 +301,3 @@ def test_every_codebase_has_a_recipe_whose_arguments_exist():
         assert "relation_weight=" in recipe(section)
         assert "Theirs:" in PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
         assert re.search(rf"^  \| {section} \|.*\| [^|]*(0\.1)[^|]*\|.*\|.*\|$", PAGE.read_text(), re.MULTILINE)
-
-
-def test_the_page_of_conventions_is_up_to_date():
-    import importlib.util
-
-    path = PAGE.with_name("build_conventions.py")
-    spec = importlib.util.spec_from_file_location("build_conventions", path)
-    builder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builder)
-    page = builder.PAGE.read_text()
-    assert builder.differences() in page
-    assert builder.roundings() in page
-    for name in conventions.NAMED:
-        assert f"`{name}`" in page
