@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from dmd_cases import BACKENDS, has_fused, scores
 from torch.nn.parallel import DistributedDataParallel
 from workers import run_processes
 
+from benchmarks import codmd_cpu
 from codmd import conventions, ops, reference
 from codmd.conventions import NAMED
 
@@ -249,6 +251,14 @@ def test_the_backward_pass_keeps_no_latent_of_its_own():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ops.codmd_loss(student.requires_grad_(), **arguments, prediction="flow")
     assert sum(kept) < 0.02 * student.untyped_storage().nbytes()
+
+
+@pytest.mark.skipif(not has_fused("cpp"), reason="the C++ extension is not built")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_step_from_velocities_needs_no_memory_but_the_gradient(dtype):
+    latent = 21 * 16 * 60 * 104 * codmd_cpu.DTYPES[dtype].itemsize
+    assert codmd_cpu.extra_bytes("wan-480p", dtype, threads=2) <= 1.01 * latent
 
 
 RELATION_ERRORS = [
