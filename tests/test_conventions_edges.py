@@ -157,3 +157,43 @@ def test_a_masked_self_forcing_is_emulated_to_the_last_bit(dtype, kind):
     expected, expected_gradient = value_and_gradient(masked, *tensors)
     torch.testing.assert_close(value, expected, rtol=1e-15, atol=0)
     assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape", [(), (9,), (5, 1), (3, 1, 1), (7, 1, 1, 9), (3, 1, 1, 1, 1), (1, 7, 1, 5, 9), (3, 7, 3, 5, 9)], ids=str
+)
+@pytest.mark.parametrize("chosen", ["some", "nothing"])
+def test_a_mask_of_any_broadcastable_shape_selects_its_elements(shape, chosen, backend):
+    x, f, c, _ = predictions("bfchw", torch.float32)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > (0.4 if shape else 0)
+    if chosen == "nothing":
+        mask = torch.zeros_like(mask)
+    value, gradient = value_and_gradient(lambda x: ops.dmd_loss(x, f, c, mask=mask, backend=backend), x)
+    g = (f - c) / (x - c).abs().mean((1, 2, 3, 4), keepdim=True)
+    selected = mask.expand(x.shape)
+    expected = torch.where(selected, g, 0) / max(int(selected.sum()), 1)
+    torch.testing.assert_close(value, 0.5 * (g * expected).sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=0)
+    if chosen == "nothing":
+        assert value == 0
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMED)
+def test_weights_of_samples_multiply_their_gradients(name, backend):
+    convention = NAMED[name]
+    tensors = predictions(convention.layout, torch.float64)
+    x, f, c, u = tensors
+    weights = torch.tensor([0.5, 0.0, 3.0])
+    per_sample = weights.double().reshape(-1, *[1] * (x.ndim - 1))
+    _, whole = formula(name, tensors, **WIDE)
+    elements = x.numel() if convention.reduction == "mean" else 1
+    real = reference.guided(c, u, SCALE, convention.guidance_form)
+    residual = f - real if convention.norm_divides == "loss" else whole * elements / (2 * convention.coefficient)
+    power = 2 if name in ("fastgen", "modelopt") else 1
+    loss = ours(name, "float32", ops.dmd_loss, backend=backend, sample_weight=weights)
+    value, gradient = value_and_gradient(loss, *(v.float() for v in tensors))
+    torch.testing.assert_close(value.double(), 0.5 * (per_sample**power * whole * residual).sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), per_sample * whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
