@@ -26,9 +26,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints the equivalent scale, and the formula on either side."""
     source, target = conventions.NAMED[vars(args)["from"]], conventions.NAMED[args.to]
     scale = target.guidance_scale(args.scale, form=source.guidance_form)
-    width = max(len(vars(args)["from"]), len(args.to))
-    for name, convention, value in ((vars(args)["from"], source, args.scale), (args.to, target, scale)):
-        print(f"{name:<{width}}  s = {value:<8.12g} {FORMULAS[convention.guidance_form]}")
+    rows = [(vars(args)["from"], f"{args.scale:.12g}", source), (args.to, f"{scale:.12g}", target)]
+    names, numbers = (max(len(row[column]) for row in rows) for column in (0, 1))
+    for name, number, convention in rows:
+        print(f"{name:<{names}}  s = {number:<{max(numbers, 8)}} {FORMULAS[convention.guidance_form]}")
     return 0
 
 
