@@ -26,10 +26,13 @@ def run(args: argparse.Namespace) -> int:
     """Prints the equivalent scale, and the formula on either side."""
     source, target = conventions.NAMED[vars(args)["from"]], conventions.NAMED[args.to]
     scale = target.guidance_scale(args.scale, form=source.guidance_form)
-    rows = [(vars(args)["from"], f"{args.scale:.12g}", source), (args.to, f"{scale:.12g}", target)]
+    rows = [
+        (vars(args)["from"], f"{args.scale:.12g}", FORMULAS[source.guidance_form]),
+        (args.to, f"{scale:.12g}", FORMULAS[target.guidance_form]),
+    ]
     names, numbers = (max(len(row[column]) for row in rows) for column in (0, 1))
-    for name, number, convention in rows:
-        print(f"{name:<{names}}  s = {number:<{max(numbers, 8)}} {FORMULAS[convention.guidance_form]}")
+    for name, number, formula in rows:
+        print(f"{name:<{names}}  s = {number:<{max(numbers, 8)}} {formula}")
     return 0
 
 
