@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from .relation_broadcast import upstream
-from .relation_gram import tile_address
 from .relation_gram_batch import load_samples, valid_count, valid_rows
+from .relation_gram_stream import tile_address
 
 
 @triton.jit(

@@ -1,0 +1,109 @@
+"""The relation of N long vectors from their Gram matrices: loss and M.
+
+From X = x xᵀ, R = r rᵀ, T = d mᵀ + m dᵀ (d = f - r, m = (r + f)/2) and ‖f‖², with a_i² = R_ii, b_i = ‖f_i‖,
+k_i = b_i - a_i = T_ii/(a_i + b_i):
+
+    S_ij = X_ij/(n_i n_j)        Δ_ij = (T_ij - R_ij/(a_i a_j)·(k_i a_j + b_i k_j)) / (b_i b_j)
+
+and the loss, G, and M with ∂L/∂x = M x as in ``codmd.reference``. The matrices are packed upper triangles.
+"""
+
+import triton
+import triton.language as tl
+
+from .divergence import divergence_rows
+from .relation_algebra import NORM_FLOOR, store_tile, unit_diagonal, unless_alone
+from .relation_pool import frame_validity
+
+
+@triton.jit
+def add_pieces(total, pieces, first, last, size, step, BLOCK: tl.constexpr):
+    """total[:size] = Σ pieces[p·step : p·step + size] for first ≤ p < last, in order."""
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        value = tl.zeros([BLOCK], tl.float32)
+        for piece in tl.range(first, last, loop_unroll_factor=4):
+            value += tl.load(pieces + tl.cast(piece, tl.int64) * step + at, mask=at < size, other=0.0)
+        tl.store(total + at, value, mask=at < size)
+
+
+@triton.jit
+def triangle(i, j, count):
+    """Where (i, j), i ≤ j, lies in a packed upper triangle of ``count`` rows."""
+    return i * (2 * count - i - 1) // 2 + j
+
+
+@triton.jit
+def gram_norms(grams, i, count):
+    """1/n_x, a, b, k of vectors i, and whether ‖x‖, ‖f‖ and both scores reach the floor; shaped like ``i``."""
+    inside = i < count
+    diagonal = triangle(i, i, count)
+    half = count * (count + 1) // 2
+    t = tl.load(grams + 2 * half + diagonal, mask=inside, other=0.0)
+    x_norm = tl.sqrt_rn(tl.load(grams + diagonal, mask=inside, other=1.0))
+    r_norm = tl.sqrt_rn(tl.load(grams + half + diagonal, mask=inside, other=1.0))
+    f_norm = tl.sqrt_rn(tl.load(grams + 3 * half + i, mask=inside, other=1.0))
+    a = tl.maximum(r_norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    b = tl.maximum(f_norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    k = t / tl.maximum(r_norm + f_norm, NORM_FLOOR)
+    clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
+    return 1.0 / tl.maximum(x_norm, NORM_FLOOR), a, b, k, x_norm >= NORM_FLOOR, f_norm >= NORM_FLOOR, clamped == 0
+
+
+@triton.jit
+def relation_of_grams(
+    grams, frame_mask, sample, count, mask_b, mask_f, temperature, scratch, matrix, scale,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """L = (1/n) Σ KL from X, R, T (upper triangles) and ‖f‖²; writes ``scale``·M [count, count].
+
+    ``scratch`` is [count + 2, count]: G, and its row and column sums of G∘S.
+    """
+    row_radial = scratch + count * count
+    column_radial = row_radial + count
+    half = count * (count + 1) // 2
+    j = tl.arange(0, BLOCK_J)[None, :]
+    j_valid = frame_validity(frame_mask, sample, j, count, mask_b, mask_f)
+    n = tl.sum(tl.sum(j_valid.to(tl.float32), 1), 0)
+    j_valid = unless_alone(j_valid, n)
+    j_x, j_a, j_b, j_k, _j_x_free, j_f_free, j_free = gram_norms(grams, j, count)
+    kl = 0.0
+    column_sum = tl.zeros([1, BLOCK_J], tl.float32)
+    for start in range(0, count, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)[:, None]
+        spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
+        i_valid = unless_alone(frame_validity(frame_mask, sample, spread, count, mask_b, mask_f), n)
+        i_x, i_a, i_b, i_k, x_free, i_f_free, i_free = gram_norms(grams, spread, count)
+        at = triangle(tl.minimum(spread, j), tl.maximum(spread, j), count)
+        inside = (spread < count) & (j < count)
+        x = tl.load(grams + at, mask=inside, other=0.0)
+        r = tl.load(grams + half + at, mask=inside, other=0.0)
+        t = tl.load(grams + 2 * half + at, mask=inside, other=0.0)
+        similarity = (x * i_x) * j_x
+        r_cosine = r / i_a / j_a
+        difference = (t - r_cosine * (i_k * j_a + i_b * j_k)) / i_b / j_b
+        # Below the floor r + d has no digit left: such a fake vector counts as zero (a NaN norm stays NaN).
+        f_cosine = tl.where(i_f_free & j_f_free, (r + t) / i_b / j_b, 0.0 * i_b * j_b)
+        difference = tl.where(i_free & j_free, difference, f_cosine - r_cosine)
+        similarity, difference = unit_diagonal(similarity, difference, spread == j, x_free, i_free)
+        block_kl, q_minus_p = divergence_rows(similarity, difference, i_valid, j_valid, temperature)
+        g = q_minus_p / (temperature * tl.maximum(n, 1.0))
+        store_tile(scratch, i, j, count, count, g)
+        tl.store(row_radial + i, tl.sum(g * similarity, 1, keep_dims=True), mask=i < count)
+        column_sum += tl.sum(g * similarity, 0, keep_dims=True)
+        kl += block_kl
+    tl.store(column_radial + j, column_sum, mask=j < count)
+    # All threads wrote the scratch and all read it.
+    tl.debug_barrier()
+    for start in range(0, count, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)[:, None]
+        spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
+        inside = (spread < count) & (j < count)
+        i_x, _i_a, _i_b, _i_k, free, _i_f_free, _i_free = gram_norms(grams, spread, count)
+        h = tl.load(scratch + spread * count + j, mask=inside, other=0.0)
+        h += tl.load(scratch + j * count + spread, mask=inside, other=0.0)
+        radial = tl.load(row_radial + spread, mask=inside, other=0.0)
+        radial += tl.load(column_radial + spread, mask=inside, other=0.0)
+        radial = tl.where(free & (spread == j), radial, 0.0)
+        store_tile(matrix, i, j, count, count, (h - radial) * i_x * j_x * scale)
+    return kl / tl.maximum(n, 1.0)
