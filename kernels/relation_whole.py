@@ -1,4 +1,4 @@
-"""Relation loss of whole latents (pool=None), and batch relations of long gathered features: plans and launches.
+"""Relation loss of whole latents (pool=None), and batch relations of long gathered features.
 
 The frame term takes one launch. The batch term takes two more: the Grams of the time averages that the first launch
 leaves in ``pooled``, and the product of their small matrix with those averages. Samples of one frame are their own
@@ -14,77 +14,10 @@ import torch
 from torch import Tensor
 
 from . import limits, relation_together
-from .launch import Launcher, alignment, counters, current_stream, mask_key, mask_strides, multiprocessors
-from .relation_apply import apply_kernel
-from .relation_gram import gram_kernel
+from .launch import alignment, counters, current_stream, mask_key, mask_strides, multiprocessors
+from .relation_whole_plans import ApplyPlan, GramPlan
 from .runs import Runs
-from .tiling import GROUP, Geometry, cdiv, next_power_of_2
-
-APPLY_TILE = 4096
-"""Elements of a tile of the gradient, by eight warps."""
-
-BLOCK_J = 16
-"""Depth of a dot: an IEEE float32 dot holds its operands in registers."""
-
-
-class GramPlan:
-    """Launch of :func:`gram_kernel` over ``samples`` relations of ``vectors``; ``batch``: theirs is the batch term."""
-
-    def __init__(
-        self, samples: int, vectors: int, runs: Runs, processors: int, grams: bool, difference: bool, batch: bool
-    ) -> None:
-        block_n = max(16, min(64, next_power_of_2(vectors)))
-        blocks = cdiv(vectors, block_n)
-        pairs = blocks * (blocks + 1) // 2
-        block_l = 2 * BLOCK_J if block_n <= 32 else BLOCK_J
-        tiles = runs.tiles(block_l)
-        most = cdiv(tiles, 4)
-        programs = cdiv(processors, samples * pairs)
-        # Half as many bytes and dots for x as for r and f.
-        splits_x = max(1, min(programs // 3, most))
-        splits_s = max(1, min(programs - splits_x, most))
-        half = vectors * (vectors + 1) // 2
-        scores = 2 * half + vectors
-        groups_x, groups_s = cdiv(splits_x, GROUP), cdiv(splits_s, GROUP)
-        sums = groups_x * half + groups_s * scores
-        pieces_at = samples * (half + scores + sums + (vectors + 2) * vectors + 1)
-        self.workspace = pieces_at + samples * (splits_x * half + splits_s * scores) if grams else 0
-        self.counters = samples * (groups_x + groups_s + 1) + 1
-        self.sizes = (
-            samples, vectors, runs.count, runs.lines, runs.length, tiles, pieces_at, *sum(runs.strides, ()),
-        )  # fmt: skip
-        self.launch = Launcher(
-            gram_kernel,
-            samples * (splits_x + splits_s) * pairs,
-            (
-                splits_x, splits_s, GROUP, blocks, runs.vec, block_n, block_l,
-                max(16, next_power_of_2(vectors)), grams, difference, batch,
-            ),
-            warps=8 if block_n > 32 else 4,
-            registers=255,
-        )  # fmt: skip
-
-
-class ApplyPlan:
-    """Launch of :func:`apply_kernel`: ``rows`` rows of M X, and the batch gradient."""
-
-    def __init__(self, samples: int, vectors: int, rows: int, runs: Runs, processors: int) -> None:
-        block_n = max(16, min(64, next_power_of_2(rows)))
-        blocks = cdiv(rows, block_n)
-        block_l = min(128, APPLY_TILE // block_n)
-        tiles = runs.tiles(block_l)
-        splits = max(1, min(tiles, cdiv(8 * processors, samples * blocks)))
-        self.sizes = vectors, runs.count, runs.lines, runs.length, tiles
-        self.rows = rows
-        self.strides = sum(runs.strides, ())
-        self.launch = Launcher(
-            apply_kernel,
-            samples * splits * blocks,
-            (splits, blocks, runs.vec, block_n, block_l, BLOCK_J, next_power_of_2(vectors)),
-            warps=block_n * block_l // 512,
-            registers=255,
-        )
-
+from .tiling import Geometry
 
 _plans: dict[Any, Any] = {}
 
