@@ -6,6 +6,7 @@ first launch leaves the rows to gather, the second computes what is left, frame 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,9 @@ from .relation_pooled import RowsPlan
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Terms [4] = (total, dmd, batch, frame), norms, factors, frame gradient, batch gradient."""
+
+
+relation_of = functools.cache(Relation)
 
 
 class Pending(NamedTuple):
@@ -61,7 +65,7 @@ def _first(
         workspace = empty(plan.workspace, dtype=single, device=device)
     else:
         memory = empty(plan.room, dtype=single, device=device)
-        terms, norms, factors, frame_grad, batch_grad, workspace = memory.split_with_sizes(plan.pieces)
+        terms, norms, factors, frame_grad, batch_grad, workspace = memory.unsafe_split_with_sizes(plan.pieces)
     rows = empty(plan.pooled_shape, dtype=single, device=device) if relation.gather else None
     stream = current_stream(student)
     tickets = counters(student, stream, plan.counters)
@@ -91,7 +95,7 @@ def terms(
 ) -> Found:
     """The loss of one process, in one launch or two."""
     assert pool is not None
-    relation = Relation(pool, batch_weight != 0, frame_weight != 0, False)
+    relation = relation_of(pool, batch_weight != 0, frame_weight != 0, False)
     weights = float(relation_weight), float(batch_weight), float(frame_weight)
     return _first(inputs, frame_mask, relation, float(temperature), weights, None, True, separate)[1]
 

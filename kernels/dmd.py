@@ -227,8 +227,9 @@ def forward_plan(
     student, fake, real, real_uncond, fake_uncond, noisy = latents
     key = (
         student.shape, student.dtype, student.device, student.stride(), fake.stride(), real.stride(),
-        _stride(real_uncond), _stride(fake_uncond), _stride(noisy), alignment(*latents),
-        _key(others), layout, convention.encoded, relation,
+        None if real_uncond is None else real_uncond.stride(), None if fake_uncond is None else fake_uncond.stride(),
+        None if noisy is None else noisy.stride(), alignment(*latents), _key(others), layout, convention.encoded,
+        relation,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:

@@ -31,6 +31,20 @@ def remembered(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
+class EagerFunction(torch.autograd.Function):
+    """An ``autograd.Function`` of positional arguments, applied at less host time.
+
+    PyTorch's own ``apply`` first binds defaults and looks for wrappers that outlived a ``torch.func`` transform; none
+    is needed here. Inside a transform it is called as ever, and says that these operators do not support them.
+    """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+
+
 def once_differentiable(function: Function) -> Function:
     """PyTorch's decorator for a ``backward``, at no cost where no graph of the gradient is asked for."""
     guarded = torch.autograd.function.once_differentiable(function)

@@ -64,9 +64,8 @@ def check(
     """Raise ``TypeError`` or ``ValueError`` naming the argument, or return the canonical form."""
     rule, layout, scales = _options(convention, layout, guidance, fake_guidance, prediction, backend)
     _check_axes(student, layout)
-    for name, tensor in (("fake", fake), ("real", real)):
-        if tensor is None:
-            raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
+    if fake is None or real is None:
+        raise TypeError(f"{'fake' if fake is None else 'real'} must be a torch.Tensor, got NoneType")
     images = layout == "bchw"
     if images:
         given: tuple[Any, ...] = (student, fake, real, real_uncond, fake_uncond, noisy)
@@ -82,7 +81,9 @@ def check(
         real_uncond,
         fake_uncond,
         noisy,
-        _sigma(prediction, noisy, sigma, student, layout, rule),
+        None
+        if prediction == "x0" and noisy is sigma is None
+        else _sigma(prediction, noisy, sigma, student, layout, rule),
         None if mask is None else _mask(mask, student, images),
         None if sample_weight is None else _sample_weight(sample_weight, student, rule),
         layout,

@@ -17,6 +17,7 @@ from codmd import backends, conventions, distributed
 from codmd.conventions import Convention
 from codmd.ops import _checks, _dmd_backend, _dmd_inputs, _stepwise
 from codmd.ops._boundary import (
+    EagerFunction,
     dense_strides,
     gradient_strides,
     group_name_of,
@@ -113,11 +114,10 @@ def codmd_loss(
         layout, prediction, noisy, sigma, backend,
     )  # fmt: skip
     _checks.check_frame_mask(frame_mask, inputs.student, inputs.layout)
-    _checks.check_one_of("batch_grad", batch_grad, ("global", "local"))
     relation = _Relation(
         frame_mask,
         _checks.check_pool(pool, inputs.layout, inputs.student.shape),
-        *_numbers(temperature, relation_weight, batch_weight, frame_weight),
+        *_numbers(temperature, relation_weight, batch_weight, frame_weight, batch_grad),
         group_name_of(group),
         batch_grad,
     )
@@ -137,8 +137,9 @@ def codmd_loss(
 
 @remembered
 def _numbers(
-    temperature: float, relation_weight: float, batch_weight: float, frame_weight: float
+    temperature: float, relation_weight: float, batch_weight: float, frame_weight: float, batch_grad: str
 ) -> tuple[float, float, float, float]:
+    _checks.check_one_of("batch_grad", batch_grad, ("global", "local"))
     return (
         _checks.check_positive("temperature", temperature),
         _checks.check_weight("relation_weight", relation_weight),
@@ -183,17 +184,17 @@ def _forward(
     ranks = 1 if group is None else group.size()
     features = relation.frame_mask, pool_of(relation.grid), relation.temperature
     weights = relation[3:6]
-    scale = distributed.gradient_scale(relation.batch_grad, ranks)
-    found: Any = None
-    if group is None or ranks == 1:
-        found = run.codmd_terms(inputs, *features, *weights, separate) if hasattr(run, "codmd_terms") else None
-    elif hasattr(run, "codmd_rows"):
-        found = run.codmd_rows(inputs, *features, relation.frame_weight, ranks)
+    if ranks == 1 and hasattr(run, "codmd_terms"):
+        found = run.codmd_terms(inputs, *features, *weights, separate)
         if found is not None:
-            gathered = distributed.gather_rows(found.rows, relation.group_name)
-            found = run.codmd_gathered(found, gathered, group.rank() * len(student), *weights, scale)
-    if found is not None:
-        return found
+            return found
+    first = 0 if group is None else group.rank() * len(student)
+    scale = distributed.gradient_scale(relation.batch_grad, ranks)
+    if ranks > 1 and hasattr(run, "codmd_rows"):
+        pending = run.codmd_rows(inputs, *features, relation.frame_weight, ranks)
+        if pending is not None:
+            gathered = distributed.gather_rows(pending.rows, relation.group_name)
+            return run.codmd_gathered(pending, gathered, first, *weights, scale)
     related = bool(relation.batch_weight) and ranks * len(student) > 1
     values, norms, factors, frame, frame_grad, rows = run.codmd_forward(
         *inputs, False, *features, relation.frame_weight, related
@@ -202,8 +203,7 @@ def _forward(
         batch, batch_grad = frame.new_zeros(()), frame.new_empty(0)
         weighted, share = frame[0], relation.frame_weight
     else:
-        gathered = rows if group is None or ranks == 1 else distributed.gather_rows(rows, relation.group_name)
-        first = 0 if group is None else group.rank() * len(rows)
+        gathered = rows if ranks == 1 else distributed.gather_rows(rows, relation.group_name)
         terms, batch_grad = backends.select(backend, student).relation_batch(
             gathered, frame, first, len(rows), relation.temperature, *weights[1:], scale
         )
@@ -220,8 +220,7 @@ def _eager_forward(ctx: Any, inputs: Inputs, relation: _Relation, backend: str) 
     # What is found beside the terms is neither input nor output of the graph: ctx may hold it and makes no cycle.
     terms, *ctx.found = _forward(run, fused, relation, backend, False)
     ctx.save_for_backward(*inputs[1:5], inputs.sigma, inputs.mask, relation.frame_mask)
-    shape = student.shape
-    ctx.student = run, shape, gradient_strides(student), student.dtype
+    ctx.student = run, student.shape, gradient_strides(student), student.dtype
     ctx.options = *fused[9:], pool_of(relation.grid), *relation[3:6]
     ctx.set_materialize_grads(False)
     return terms
@@ -235,7 +234,7 @@ def _eager_backward(ctx: Any, *gradients: Tensor | None) -> Tensor:
     return out
 
 
-class _Total(torch.autograd.Function):
+class _Total(EagerFunction):
     """The total alone: one output costs the eager call less than four."""
 
     @staticmethod
@@ -248,7 +247,7 @@ class _Total(torch.autograd.Function):
         return (None if total is None else _eager_backward(ctx, total, None, None, None)), None, None, None
 
 
-class _Terms(torch.autograd.Function):
+class _Terms(EagerFunction):
     @staticmethod
     def forward(ctx: Any, student: Tensor, inputs: Inputs, relation: _Relation, backend: str) -> tuple[Tensor, ...]:
         return tuple(_eager_forward(ctx, inputs, relation, backend))
