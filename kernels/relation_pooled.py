@@ -124,8 +124,8 @@ class ForwardPlan:
             (
                 *grid,
                 *tiling.constants,
-                # A mask's addresses leave the registers of both terms no room for tiles of 16 rows.
-                8 if frame_mask is not None and self.has_frames and self.has_batch else 16,
+                # The registers of both terms leave no room for tiles of 16 rows.
+                8 if self.has_frames and self.has_batch else 16,
                 next_power_of_2(frames) if parallel or not self.has_frames else block_of(frames),
                 block_of(min(samples, ONE_TILE)),
                 16,

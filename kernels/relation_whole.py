@@ -49,7 +49,7 @@ def _gram_plan(
             limits.check((samples, frames, *plane), None, batch, grams)
         runs = Runs(geometries, (student.element_size(),) * 3, aligned is True)
         processors = multiprocessors(student.device)
-        plan = _plans[key] = GramPlan(samples, frames, runs, processors, grams, False, exchanged)
+        plan = _plans[key] = GramPlan(samples, frames, runs, processors, grams, False, exchanged, means)
     return plan
 
 

@@ -16,15 +16,27 @@ BLOCK_J = 16
 
 
 class GramPlan:
-    """Launch of :func:`gram_kernel` over ``samples`` relations of ``vectors``; ``batch``: theirs is the batch term."""
+    """Launch of :func:`gram_kernel` over ``samples`` relations of ``vectors``; ``batch``: theirs is the batch term.
+
+    ``means``: the pass stores time averages too.
+    """
 
     def __init__(
-        self, samples: int, vectors: int, runs: Runs, processors: int, grams: bool, difference: bool, batch: bool
+        self,
+        samples: int,
+        vectors: int,
+        runs: Runs,
+        processors: int,
+        grams: bool,
+        difference: bool,
+        batch: bool,
+        means: bool = False,
     ) -> None:
         block_n = max(16, min(64, next_power_of_2(vectors)))
         blocks = cdiv(vectors, block_n)
         pairs = blocks * (blocks + 1) // 2
-        block_l = 2 * BLOCK_J if block_n <= 32 else BLOCK_J
+        # The addresses of time averages leave the registers room for tiles of one dot.
+        block_l = 2 * BLOCK_J if block_n <= 32 and not means else BLOCK_J
         tiles = runs.tiles(block_l)
         most = cdiv(tiles, 4)
         programs = cdiv(processors, samples * pairs)
