@@ -18,7 +18,7 @@ import torch
 from codmd.kernels.launch import Launch
 from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic
 
-from benchmarks import static
+from benchmarks import static_cases
 from benchmarks.shapes import SHAPES
 
 EVERY_SHAPE = SHAPES | {"wan-720p-161-frames-b8": (8, 41, 16, 90, 160)}
@@ -55,12 +55,12 @@ def rows() -> list[Row]:
     found = []
     for name, shape in EVERY_SHAPE.items():
         numel = torch.Size(shape).numel()
-        found.append(row("relation_loss", name, relation_bytes(numel, 2), static.relation_launches(shape)))
+        found.append(row("relation_loss", name, relation_bytes(numel, 2), static_cases.relation_launches(shape)))
         if max(shape[:2]) <= 128:
-            whole = static.relation_launches(shape, pool=None)
+            whole = static_cases.relation_launches(shape, pool=None)
             found.append(row("relation_loss, pool=None", name, relation_bytes(numel, 2, whole=True), whole))
         for op, relation in (("dmd_loss", False), ("codmd_loss", True)):
-            launches = static.codmd_launches(shape, relation=relation)
+            launches = static_cases.codmd_launches(shape, relation=relation)
             found.append(row(op, name, codmd_bytes(numel, 2, predictions=3), launches))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 from codmd.kernels.launch import INTERPRETING
 from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic
 
-from benchmarks import roofline, static
+from benchmarks import roofline, static, static_cases
 from benchmarks.shapes import SHAPES
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
@@ -29,65 +30,58 @@ REGISTERS = {
     "moments_kernel": 176,
     "gradient_kernel": 48,
 }
-# (case, targets): every kernel on every architecture at least once; `python -m benchmarks.static` prints all.
-COMPILED = [
-    ("480p", tuple(static.TARGETS)),
-    ("480p, 4 x 4 regions", ("sm_90",)),
-    ("480p float16, bcfhw, masked", ("sm_80", "sm_90")),
-    ("images", ("sm_100",)),
-    ("every pixel", ("sm_80", "sm_100", "gfx942")),
-    ("every pixel, batch 8", tuple(static.TARGETS)),
-    ("every pixel float32, batch 8", ("sm_80", "sm_90")),
-    ("every pixel float16, bcfhw, batch 4, masked", ("sm_90", "gfx942")),
-    ("every pixel, batch 2", ("sm_80", "sm_100")),
-    ("every pixel, odd sizes, batch 8", ("sm_90",)),
-    ("every pixel, 16 frames, batch 16", ("sm_90",)),
-    ("every pixel, 161 frames, batch 2", ("sm_90", "gfx942")),
-    ("every pixel, 161 frames, batch 8", ("sm_90",)),
-    ("gathered, 128 samples", ("sm_80", "gfx942")),
-    ("240 latent frames", ("sm_90", "sm_100")),
-    ("codmd, 480p", ("sm_90", "gfx942")),
-    ("codmd, 480p, batch 8", ("sm_90", "gfx942")),
-    ("codmd, 161 frames, 16 processes", ("sm_90",)),
-    ("codmd, 480p float32, flow, batch 2, 2 x 2 regions", ("sm_80",)),
-    ("dmd, rcm, flow", ("sm_100",)),
-]
-WIDE_LOADS = ("480p", "480p, 4 x 4 regions", "240 latent frames")
+SCALAR = ("odd sizes",)
+"""Cases whose pooled latents no 16-byte access fits."""
 
 
-@pytest.mark.parametrize(("case", "target"), [(case, target) for case, targets in COMPILED for target in targets])
-def test_kernels_stay_within_registers_without_spilling(case, target):
-    for launch in static.CASES[case]():
-        report = static.compile_ahead(launch, target)
-        assert report.registers <= REGISTERS[report.kernel], report
-        assert (report.spilled, report.local) == (0, 0), report
-        assert report.shared <= static.SHARED_BUDGET, report
-        assert report.guarded == report.tickets, report
-        if case in WIDE_LOADS:
-            assert report.wide_loads >= 3 or report.kernel != "pool_kernel", report
-            assert report.wide_stores >= 1 or report.kernel != "broadcast_kernel", report
-        if report.kernel == "moments_kernel":
-            assert report.wide_loads >= 4, report
-        if report.kernel == "gradient_kernel":
-            assert report.wide_loads >= 3, report
-            assert report.wide_stores >= 1, report
+@pytest.fixture(scope="module", params=static.TARGETS)
+def compiled(request):
+    """(case, report) of every kernel and configuration on one architecture."""
+    return list(static.reports(static.CASES, [request.param]))
+
+
+def test_every_configuration_stays_within_registers_and_shared_memory_without_spilling(compiled):
+    for case, report in compiled:
+        assert report.registers <= REGISTERS[report.kernel], (case, report)
+        assert (report.spilled, report.local) == (0, 0), (case, report)
+        assert report.shared <= static.SHARED_BUDGET, (case, report)
+
+
+def test_a_barrier_stands_before_every_ticket(compiled):
+    for case, report in compiled:
+        assert report.guarded == report.tickets, (case, report)
+
+
+def test_latents_are_read_and_gradients_written_16_bytes_at_a_time(compiled):
+    loads = {"pool_kernel": 3, "moments_kernel": 4, "gradient_kernel": 3}
+    stores = {"broadcast_kernel": 1, "gradient_kernel": 1}
+    for case, report in compiled:
+        if case not in SCALAR:
+            assert report.wide_loads >= loads.get(report.kernel, 0), (case, report)
+            assert report.wide_stores >= stores.get(report.kernel, 0), (case, report)
+
+
+def test_every_kernel_of_the_package_is_compiled(compiled):
+    sources = (Path(__file__).parent.parent / "kernels").glob("*.py")
+    kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
+    assert {report.kernel for _, report in compiled} == kernels == set(REGISTERS)
 
 
 def test_one_launch_forward_and_one_backward_up_to_32_frames_and_samples():
-    names = [launch.name for launch in static.relation_launches((32, 32, 16, 60, 104))]
+    names = [launch.name for launch in static_cases.relation_launches((32, 32, 16, 60, 104))]
     assert names == ["pool_kernel", "broadcast_kernel"]
     for shape in SHAPES.values():
-        names = [launch.name for launch in static.relation_launches(shape)]
+        names = [launch.name for launch in static_cases.relation_launches(shape)]
         assert len(names) <= 3
         assert names[-1] == "broadcast_kernel"
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (1024, 1, 4, 8, 8), (2, 1024, 4, 8, 8)], ids=str)
 def test_codmd_takes_at_most_two_launches_forward_and_one_backward(shape):
-    names = [launch.name for launch in static.codmd_launches(shape)]
+    names = [launch.name for launch in static_cases.codmd_launches(shape)]
     second = ["relation_rows_kernel"] * (max(shape[:2]) > 32)
     assert names == ["moments_kernel", *second, "gradient_kernel"]
-    names = [launch.name for launch in static.codmd_gathered_launches((1, *shape[1:]), 16)]
+    names = [launch.name for launch in static_cases.codmd_gathered_launches((1, *shape[1:]), 16)]
     assert names == ["moments_kernel", "relation_rows_kernel"]
 
 
@@ -95,7 +89,7 @@ def test_codmd_takes_at_most_two_launches_forward_and_one_backward(shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_pooled_launches_move_at_most_1_05_times_the_bytes_they_must(name, dtype):
     shape = SHAPES[name]
-    launches = static.relation_launches(shape, dtype)
+    launches = static_cases.relation_launches(shape, dtype)
     numel = torch.Size(shape).numel()
     required = relation_bytes(numel, dtype.itemsize)
     moved = traffic(launches)
@@ -106,7 +100,7 @@ def test_pooled_launches_move_at_most_1_05_times_the_bytes_they_must(name, dtype
 @pytest.mark.parametrize("pool", [(4, 4), (3, 7), (60, 104)])
 def test_regions_cover_every_element_once(pool):
     shape = (2, 5, 4, 60, 104)
-    moved = traffic(static.relation_launches(shape, pool=pool))
+    moved = traffic(static_cases.relation_launches(shape, pool=pool))
     assert moved.latents == relation_bytes(torch.Size(shape).numel(), 2)
 
 
@@ -114,7 +108,7 @@ def test_regions_cover_every_element_once(pool):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_whole_latents_move_at_most_1_05_times_the_bytes_they_must(name, dtype):
     samples, frames, *_ = shape = SHAPES[name]
-    launches = static.relation_launches(shape, dtype, pool=None)
+    launches = static_cases.relation_launches(shape, dtype, pool=None)
     one_relation = samples == 1 or frames == 1
     together = ["gram_batch_kernel", "relations_kernel", "apply_batch_kernel"]
     assert [launch.name for launch in launches] == (["gram_kernel", "apply_kernel"] if one_relation else together)
@@ -126,7 +120,7 @@ def test_whole_latents_move_at_most_1_05_times_the_bytes_they_must(name, dtype):
 
 def test_samples_beyond_one_program_move_their_float32_averages_too():
     samples, _, *plane = shape = (8, 41, 16, 90, 160)
-    moved = traffic(static.relation_launches(shape, pool=None))
+    moved = traffic(static_cases.relation_launches(shape, pool=None))
     # Of every sample and pixel: the averages of x, r, d written and read, that of x read again for the gradient, which
     # is written, and read by the backward pass.
     tables = 4 * (3 + 3 + 1 + 1 + 1) * samples * torch.Size(plane).numel()
@@ -138,7 +132,7 @@ def test_samples_beyond_one_program_move_their_float32_averages_too():
 @pytest.mark.parametrize("relation", [False, True])
 def test_dmd_and_codmd_move_at_most_1_05_times_the_bytes_they_must(name, flow, relation):
     shape = SHAPES[name]
-    moved = traffic(static.codmd_launches(shape, flow=flow, relation=relation))
+    moved = traffic(static_cases.codmd_launches(shape, flow=flow, relation=relation))
     required = codmd_bytes(torch.Size(shape).numel(), 2, predictions=3, flow=flow)
     assert moved.latents == required
     assert moved.moved <= 1.05 * required
@@ -152,7 +146,7 @@ def test_the_performance_page_is_the_one_its_command_writes():
 
 def test_scratch_stays_below_one_percent_of_a_latent():
     for name, shape in SHAPES.items():
-        launches = static.relation_launches(shape)
+        launches = static_cases.relation_launches(shape)
         scratch = sum(launch.values["workspace"].numel() * 4 for launch in launches if launch.name == "pool_kernel")
         # Row blocks of a relation of hundreds of frames keep their shares apart, so that they add up in one order.
         share = 0.025 if shape[1] > 100 else 0.01

@@ -1,0 +1,164 @@
+"""The launches that :mod:`benchmarks.static` compiles: every operator on every shape, and what the shapes leave out.
+
+The operators run on meta tensors and their launches are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from codmd.kernels.launch import Launch, recording
+from codmd.kernels.limits import MOST_WHOLE
+from torch import Tensor
+
+from benchmarks.shapes import SHAPES
+from codmd import conventions, kernels
+
+
+def latents(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    """(student, real, fake) without memory."""
+    student, real, fake = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(3))
+    return student, real, fake
+
+
+def relation_launches(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    pool: Any = "mean",
+    layout: str = "bfchw",
+    masked: bool = False,
+    frame_weight: float = 1.0,
+) -> list[Launch]:
+    """The launches of the relation loss, forward and backward."""
+    student, real, fake = latents(shape, dtype)
+    samples, frames = shape[0], shape[1] if layout == "bfchw" else shape[2]
+    mask = torch.empty((samples, frames), dtype=torch.bool, device="meta") if masked else None
+    with recording() as launches:
+        terms, frame_grad, batch_grad = kernels.relation_forward(
+            student, real, fake, mask, layout, pool, 0.1, 1.0, frame_weight
+        )
+        kernels.relation_backward(
+            torch.empty_like(student), terms[0], None, None, student, mask, frame_grad, batch_grad, layout, pool,
+            1.0, frame_weight,
+        )  # fmt: skip
+    return launches
+
+
+def gathered_launches(rows: int, features: int) -> list[Launch]:
+    """The launches of the batch relation after a gather of ``rows`` vectors."""
+    pooled = torch.empty((rows, 3 * features + 1), device="meta")
+    with recording() as launches:
+        kernels.relation_batch(pooled, torch.empty(1, device="meta"), 0, 1, 0.1, 1.0, 1.0, 1.0)
+    return launches
+
+
+def before_gather_launches(shape: tuple[int, ...], pool: Any = "mean") -> list[Launch]:
+    """The launches of the relation loss on one of several processes, before their gather."""
+    with recording() as launches:
+        kernels.relation_frames(*latents(shape), None, "bfchw", pool, 0.1, 1.0)
+    return launches
+
+
+def codmd_gathered_launches(shape: tuple[int, ...], ranks: int, pool: Any = "mean") -> list[Launch]:
+    """The forward launches of ``codmd_loss`` on one of ``ranks`` processes."""
+    student, fake, real = latents(shape)
+    scores = student, fake, real, torch.empty_like(student), *[None] * 5
+    inputs = *scores, "bfchw", conventions.self_forcing, 3.5, 3.5
+    with recording() as launches:
+        pending = kernels.codmd_rows(inputs, None, pool, 0.1, 1.0, ranks)
+        assert pending is not None
+        gathered = pending.rows.new_empty(ranks * shape[0], pending.rows.shape[1])
+        kernels.codmd_gathered(pending, gathered, 0, 0.1, 1.0, 1.0, 1.0)
+    return launches
+
+
+def codmd_launches(
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    convention: str = "self_forcing",
+    flow: bool = False,
+    pool: Any = "mean",
+    relation: bool = True,
+) -> list[Launch]:
+    """The launches of ``codmd_loss`` with teacher guidance, forward and backward; ``dmd_loss`` unless ``relation``."""
+    rule = conventions.resolve(convention)
+    student, fake, real = latents(shape, dtype)
+    uncond = torch.empty_like(student)
+    noisy = torch.empty_like(student) if flow else None
+    sigma = torch.empty(shape[:2], device="meta") if flow else None
+    inputs = student, fake, real, uncond, None, noisy, sigma, None, None, "bfchw", rule, 3.5, 3.5
+    out, one = torch.empty_like(student), torch.empty((), device="meta")
+    with recording() as launches:
+        if not relation:
+            _, norms, factors = kernels.dmd_forward(*inputs, False)
+            kernels.dmd_backward(
+                out, one, fake, real, uncond, None, sigma, None, norms, factors, "bfchw", rule, 3.5, 3.5
+            )
+            return launches
+        found = kernels.codmd_terms(inputs, None, pool, 0.1, 0.1, 1.0, 1.0)
+        assert found is not None
+        _, norms, factors, frame_grad, batch_grad = found
+        kernels.codmd_backward(
+            out, one, None, None, None, fake, real, uncond, None, sigma, None, None, norms, factors, frame_grad,
+            batch_grad, "bfchw", rule, 3.5, 3.5, pool, 0.1, 1.0, 1.0,
+        )  # fmt: skip
+    return launches
+
+
+def _on_every_shape() -> dict[str, Callable[[], list[Launch]]]:
+    found: dict[str, Callable[[], list[Launch]]] = {}
+    for name, shape in SHAPES.items():
+        found[f"relation, {name}"] = partial(relation_launches, shape)
+        if max(shape[:2]) <= MOST_WHOLE:
+            found[f"every pixel, {name}"] = partial(relation_launches, shape, pool=None)
+        found[f"dmd, {name}"] = partial(codmd_launches, shape, relation=False)
+        found[f"codmd, {name}"] = partial(codmd_launches, shape)
+    return found
+
+
+def _of_every_convention() -> dict[str, Callable[[], list[Launch]]]:
+    shape = SHAPES["wan-480p-b2"]
+    return {
+        f"dmd, {name}": partial(codmd_launches, shape, convention=name, relation=False) for name in conventions.NAMED
+    }
+
+
+HALF, SINGLE = torch.float16, torch.float32
+CASES: dict[str, Callable[[], list[Launch]]] = (
+    _on_every_shape()
+    | _of_every_convention()
+    | {
+        "480p float32, batch 8": lambda: relation_launches((8, 21, 16, 60, 104), SINGLE),
+        "480p float16, bcfhw, masked": lambda: relation_launches((2, 16, 21, 60, 104), HALF, "mean", "bcfhw", True),
+        "480p, 4 x 4 regions": lambda: relation_launches((2, 21, 16, 60, 104), pool=(4, 4)),
+        "720p, 161 frames, batch 8": lambda: relation_launches((8, 41, 16, 90, 160)),
+        "240 latent frames, batch 2": lambda: relation_launches((2, 240, 16, 60, 104)),
+        "odd sizes": lambda: relation_launches((2, 5, 3, 7, 13), SINGLE),
+        "before a gather": lambda: before_gather_launches((1, 21, 16, 60, 104)),
+        "gathered, 128 samples": lambda: gathered_launches(128, 16),
+        "every pixel float32, batch 8": lambda: relation_launches((8, 21, 16, 60, 104), SINGLE, None),
+        "every pixel float16, bcfhw, batch 4, masked": lambda: relation_launches(
+            (4, 16, 21, 60, 104), HALF, None, "bcfhw", True
+        ),
+        "every pixel, batch 8, samples alone": lambda: relation_launches(
+            (8, 21, 16, 60, 104), pool=None, frame_weight=0.0
+        ),
+        "every pixel, odd sizes, batch 8": lambda: relation_launches((8, 21, 3, 7, 13), pool=None),
+        "every pixel, pairs of elements, batch 8": lambda: relation_launches((8, 21, 3, 7, 14), pool=None),
+        "every pixel, 16 frames, batch 16": lambda: relation_launches((16, 16, 16, 60, 104), pool=None),
+        "every pixel, 161 frames, batch 2": lambda: relation_launches((2, 41, 16, 60, 104), pool=None),
+        "every pixel, 161 frames, batch 8": lambda: relation_launches((8, 41, 16, 60, 104), pool=None),
+        "every pixel, 120 frames": lambda: relation_launches((1, 120, 16, 60, 104), SINGLE, None),
+        "every pixel, before a gather": lambda: before_gather_launches((1, 21, 16, 60, 104), None),
+        "every pixel, gathered, 32 samples": lambda: gathered_launches(32, 99840),
+        "codmd, 480p float32, flow, batch 2, 2 x 2 regions": lambda: codmd_launches(
+            (2, 21, 16, 60, 104), SINGLE, flow=True, pool=(2, 2)
+        ),
+        "codmd, 161 frames, 16 processes": lambda: codmd_gathered_launches((1, 41, 16, 60, 104), 16),
+        "dmd, rcm, flow": lambda: codmd_launches((2, 21, 16, 60, 104), convention="rcm", flow=True, relation=False),
+    }
+)
+"""What records the launches of each case, by its name."""
