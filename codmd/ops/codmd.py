@@ -19,6 +19,7 @@ from codmd.ops import _checks, _dmd_backend, _dmd_inputs, _stepwise
 from codmd.ops._boundary import (
     EagerFunction,
     dense_strides,
+    empty_gradient,
     gradient_strides,
     group_name_of,
     is_traced,
@@ -229,7 +230,7 @@ def _eager_forward(ctx: Any, inputs: Inputs, relation: _Relation, backend: str) 
 def _eager_backward(ctx: Any, *gradients: Tensor | None) -> Tensor:
     run, shape, strides, dtype = ctx.student
     saved = ctx.saved_tensors
-    out = torch.empty_strided(shape, strides, dtype=dtype, device=saved[0].device)
+    out = empty_gradient(shape, strides, dtype, saved[0].device)
     run.codmd_backward(out, *gradients, *saved, *ctx.found, *ctx.options)
     return out
 

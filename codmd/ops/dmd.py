@@ -15,7 +15,14 @@ from torch import Tensor
 from codmd import conventions, reference
 from codmd.conventions import Convention
 from codmd.ops import _dmd_backend, _dmd_inputs, _stepwise
-from codmd.ops._boundary import EagerFunction, dense_strides, gradient_strides, is_traced, once_differentiable
+from codmd.ops._boundary import (
+    EagerFunction,
+    dense_strides,
+    empty_gradient,
+    gradient_strides,
+    is_traced,
+    once_differentiable,
+)
 from codmd.ops._dmd_inputs import Inputs
 
 
@@ -171,7 +178,7 @@ def _eager_forward(ctx: Any, inputs: Inputs, magnitude: bool, backend: str) -> t
 
 def _eager_backward(ctx: Any, grad: Tensor) -> Tensor:
     run, shape, strides, dtype = ctx.student
-    out = torch.empty_strided(shape, strides, dtype=dtype, device=grad.device)
+    out = empty_gradient(shape, strides, dtype, grad.device)
     run.dmd_backward(out, grad, *ctx.saved_tensors, *ctx.options)
     return out
 

@@ -19,6 +19,7 @@ from codmd.ops import _checks
 from codmd.ops._boundary import (
     EagerFunction,
     dense_strides,
+    empty_gradient,
     gradient_strides,
     group_name_of,
     is_traced,
@@ -214,7 +215,7 @@ def _eager_forward(ctx: Any, scores: tuple[Any, ...], options: tuple[Any, ...], 
 def _eager_backward(ctx: Any, total: Tensor | None, batch: Tensor | None, frame: Tensor | None) -> Tensor:
     frame_grad, batch_grad, frame_mask, student = ctx.saved_tensors
     run, shape, strides, dtype = ctx.student
-    out = torch.empty_strided(shape, strides, dtype=dtype, device=frame_grad.device)
+    out = empty_gradient(shape, strides, dtype, frame_grad.device)
     run.relation_backward(out, total, batch, frame, student, frame_mask, frame_grad, batch_grad, *ctx.options)
     return out
 
