@@ -32,6 +32,7 @@ from benchmarks.baselines import eager_relation_loss
 from benchmarks.shapes import SHAPES
 from codmd import ops, reference
 from codmd.ops import _cpp_dmd
+from codmd.ops._boundary import release_gradient_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 GUIDANCE, RELATION_WEIGHT = 3.5, 0.1
@@ -167,6 +168,7 @@ def print_extra_bytes(shape: str, dtype: str, threads: int) -> None:
     for _ in range(5):
         step(fused, student, scores)
         student.grad = None
+        release_gradient_memory()
         gc.collect()
         growth.append(accuracy.peak_growth(lambda: step(fused, student, scores)))
     print(min(growth))

@@ -258,7 +258,7 @@ def test_the_backward_pass_keeps_no_latent_of_its_own():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_step_from_velocities_needs_no_memory_but_the_gradient(dtype):
     latent = 21 * 16 * 60 * 104 * codmd_cpu.DTYPES[dtype].itemsize
-    assert codmd_cpu.extra_bytes("wan-480p", dtype, threads=2) <= 1.01 * latent
+    assert 0.99 * latent <= codmd_cpu.extra_bytes("wan-480p", dtype, threads=2) <= 1.01 * latent
 
 
 RELATION_ERRORS = [

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from codmd import ops
+from codmd.ops import _boundary
 from codmd.ops._boundary import KEPT_BYTES, empty_gradient
 
 SHAPE = (1, 8, 16, 60, 104)
@@ -72,6 +73,14 @@ def test_shared_memory_is_left_alone():
     address = found.data_ptr()
     del found
     assert gradient(ops.relation_loss, *inputs).data_ptr() != address
+
+
+def test_one_block_is_kept_and_can_be_released():
+    for shape in (SHAPE, (2, *SHAPE[1:]), SHAPE):
+        gradient(ops.relation_loss, *latents(shape))
+    assert [memory.nbytes() for memory in _boundary._kept] == [latents()[0].nbytes]
+    _boundary.release_gradient_memory()
+    assert not _boundary._kept
 
 
 def test_sizes_in_turn_and_small_gradients_keep_their_values():

@@ -109,7 +109,7 @@ KEPT_BYTES = 1 << 20
 """CPU gradients from this size on leave their memory to the next one."""
 
 _kept: list[torch.UntypedStorage] = []
-"""Memory of the latest CPU gradient, one block at most; taken out while it is looked at, so by one thread."""
+"""Memory of the latest CPU gradient of each thread that runs at once; taken out to be looked at, so by one thread."""
 
 _owners = getattr(torch._C, "_storage_Use_Count", None)
 
@@ -150,3 +150,8 @@ def empty_gradient(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dty
         memory = gradient.untyped_storage()
     _kept.append(memory)
     return gradient
+
+
+def release_gradient_memory() -> None:
+    """Give back what :func:`empty_gradient` keeps for the next gradient."""
+    _kept.clear()
