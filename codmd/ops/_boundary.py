@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codmd.ops._checks import PLAIN
 from codmd.reference.relation import Pool
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -66,14 +67,12 @@ def group_name_of(group: dist.ProcessGroup | None) -> str:
     return group.group_name
 
 
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+
+
 def is_traced(tensor: Tensor) -> bool:
     """Whether a call must go through the dispatcher: compiled, exported, or on a tensor subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-    )
+    return torch.compiler.is_compiling() or type(tensor) not in PLAIN or _dispatch_modes() > 0 or _function_modes() > 0
 
 
 def pool_of(grid: list[int] | None) -> Pool:
