@@ -71,8 +71,7 @@ def _first(
     tickets = counters(student, stream, plan.counters)
     plan.launch(
         stream, *latents, sigma, mask, sample_weight, frame_mask, values, norms, factors, terms, frame_grad,
-        batch_grad, rows, workspace, tickets, *plan.sizes, float(real_scale), float(fake_scale), *plan.scalars,
-        temperature, *weights,
+        batch_grad, rows, workspace, tickets, float(real_scale), float(fake_scale), temperature, *weights,
     )  # fmt: skip
     if finish and plan.rows is not None:
         plan.rows.launch(

@@ -151,15 +151,13 @@ class MomentsPlan:
         self.pieces = [size.numel() + -size.numel() % 4 for size in found] + [self.workspace]
         self.room = sum(self.pieces)
         self.counters = samples + 2
-        self.sizes = (
+        sizes = (
             scratch_at, self.shares_at, moments_at, sums_at,
             samples, frames, channels, features, segments, height, width, *strides, *_pair(sigma),
             0 if sample_weight is None else sample_weight.stride(0), *_pair(frame_mask),
         )  # fmt: skip
         huber = convention.penalty == "huber"
-        self.scalars = (
-            float(convention.huber_c if huber else 0.0), float(convention.eps), float(convention.coefficient),
-        )  # fmt: skip
+        scalars = float(convention.huber_c if huber else 0.0), float(convention.eps), float(convention.coefficient)
         here = not parallel
         self.launch = Launcher(
             moments_kernel,
@@ -176,6 +174,7 @@ class MomentsPlan:
             warps=4,
             wavefronts=2,
             registers=168,
+            fixed=sizes + scalars,
         )  # fmt: skip
 
 
@@ -196,11 +195,11 @@ class GradientPlan:
         tile, strides, (samples, frames, channels, height, width) = _cut(latents, mask, layout, grid)
         features = channels * grid[0] * grid[1]
         segments = len(convention.segments(frames)) - 1
-        self.sizes = (
-            frames, channels, features, segments, height, width, *strides, *_pair(sigma), *_pair(frame_mask),
-        )  # fmt: skip
         huber = convention.penalty == "huber"
-        self.huber_c = float(convention.huber_c if huber else 0.0)
+        fixed = (
+            frames, channels, features, segments, height, width, *strides, *_pair(sigma), *_pair(frame_mask),
+            float(convention.huber_c if huber else 0.0),
+        )  # fmt: skip
         self.launch = Launcher(
             gradient_kernel,
             samples * frames * channels * grid[0] * tile.splits,
@@ -210,6 +209,7 @@ class GradientPlan:
             ),
             warps=4,
             wavefronts=2,
+            fixed=fixed,
         )  # fmt: skip
 
 
@@ -258,8 +258,7 @@ def forward(
     stream = current_stream(student)
     plan.launch(
         stream, *latents, sigma, mask, sample_weight, None, values, norms, factors, None, None, None, None,
-        workspace, counters(student, stream, plan.counters), *plan.sizes, float(real_scale), float(fake_scale),
-        *plan.scalars, 1.0, 0.0, 0.0, 0.0,
+        workspace, counters(student, stream, plan.counters), float(real_scale), float(fake_scale), 1.0, 0.0, 0.0, 0.0,
     )  # fmt: skip
     return values, norms, factors
 
@@ -304,5 +303,5 @@ def backward(
         plan = _plans[key] = GradientPlan((out, *scores), others, layout, convention, pool, dmd)
     plan.launch(
         current_stream(out), out, *scores, sigma, mask, frame_mask, norms, factors, *grads, frame_grad, batch_grad,
-        *plan.sizes, float(real_scale), float(fake_scale), plan.huber_c, float(batch_weight), float(frame_weight),
+        float(real_scale), float(fake_scale), float(batch_weight), float(frame_weight),
     )  # fmt: skip

@@ -40,10 +40,11 @@ def gradient_kernel(
     grad_total, grad_dmd, grad_batch, grad_frame,  # scalars or None
     frame_grad,  # [B, F, K] or None
     batch_grad,  # [B, K] or None
+    real_scale, fake_scale, batch_weight, frame_weight,
     frames, channels, features, segments, height, width,
     o_b, o_f, o_c, o_h, o_w, f_b, f_f, f_c, f_h, f_w, r_b, r_f, r_c, r_h, r_w,
     u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, mask_b, mask_f,
-    real_scale, fake_scale, huber_c, batch_weight, frame_weight,
+    huber_c,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr,

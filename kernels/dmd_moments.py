@@ -60,11 +60,12 @@ def moments_kernel(
     workspace,  # as in pool_kernel; then from moments_at on pieces [MOMENTS, B, F, programs of a frame], and from
     # sums_at on (an even offset) sums [B, MOMENTS, segments] in float64
     counters,  # [B + 1], zero before and after
+    real_scale, fake_scale, temperature, relation_weight, batch_weight, frame_weight,
     scratch_at, matrices_at, moments_at, sums_at, samples, frames, channels, features, segments, height, width,
     x_b, x_f, x_c, x_h, x_w, f_b, f_f, f_c, f_h, f_w, r_b, r_f, r_c, r_h, r_w,
     u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, n_b, n_f, n_c, n_h, n_w,
     m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, weight_b, mask_b, mask_f,
-    real_scale, fake_scale, huber_c, eps, coefficient, temperature, relation_weight, batch_weight, frame_weight,
+    huber_c, eps, coefficient,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, GUARD: tl.constexpr, NAN: tl.constexpr,

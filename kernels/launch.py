@@ -1,8 +1,8 @@
 """Launching kernels with little host time: compiled once, then called with its constants bound.
 
 A :class:`Launcher` belongs to one plan, whose key fixes everything Triton specialises on: dtypes, sizes, strides,
-pointer alignment, the device. So the compiled kernel is called directly and Triton's own argument binder,
-several times the cost of a launch, is paid once.
+pointer alignment, the device. So Triton's own argument binder, several times the cost of a launch, is paid once, and
+afterwards the compiled kernel's launcher is called as Triton itself calls it.
 """
 
 from __future__ import annotations
@@ -22,23 +22,44 @@ INTERPRETING = bool(triton.knobs.runtime.interpret)
 ASSUMED_MULTIPROCESSORS = 132
 """Used to choose tiles where no device can be asked: under the interpreter and for ahead-of-time compilation."""
 
+_hooks = triton.knobs.runtime
+_ENTER, _EXIT = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+_ENTERED, _EXITED = getattr(_ENTER, "calls", _ENTER), getattr(_EXIT, "calls", _EXIT)
+"""What a profiler hangs onto launches. Triton calls even empty chains of hooks; without any they are left out."""
+
 _COUNTERS_PER_STREAM = 4096
 _CAPTURE_POOL = 1 << 18
 
 
+class _Interpreted:
+    """What :class:`Launcher` uses of a ``CompiledKernel``, run by Triton's interpreter."""
+
+    function = packed_metadata = None
+
+    def __init__(self, kernel: Callable[..., None]) -> None:
+        self._kernel = kernel
+
+    def run(self, *arguments: Any) -> None:
+        """Arguments of the kernel follow the nine of a launch: grid, stream, function, metadata and hooks."""
+        self._kernel(*arguments[9:])
+
+
 class Launcher:
-    """A kernel with its grid, constants (the last parameters, in order) and compilation options bound.
+    """A kernel with its grid, last parameters and compilation options bound.
 
     Args:
         kernel: a ``triton.jit`` function.
         grid: programs.
-        constants: values of its constexpr parameters.
+        constants: values of its constexpr parameters, the last ones, in order.
         warps: warps a program.
         registers: most registers a thread may take, on NVIDIA GPUs; None leaves the choice to the assembler.
         wavefronts: warps a program on AMD GPUs, whose warps have 64 lanes; None means ``warps``.
+        fixed: values of the parameters before the constants that every call shares.
     """
 
-    __slots__ = ("_run", "constants", "grid", "kernel", "registers", "warps", "wavefronts")
+    __slots__ = (
+        "_compiled", "_last", "_run", "constants", "fixed", "grid", "kernel", "registers", "warps", "wavefronts",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -48,6 +69,7 @@ class Launcher:
         warps: int,
         registers: int | None = None,
         wavefronts: int | None = None,
+        fixed: tuple[Any, ...] = (),
     ) -> None:
         self.kernel = kernel
         self.grid = (grid, 1, 1)
@@ -55,7 +77,10 @@ class Launcher:
         self.warps = warps
         self.registers = registers
         self.wavefronts = warps if wavefronts is None else wavefronts
-        self._run: Callable[..., None] | None = None
+        self.fixed = fixed
+        self._last = *fixed, *constants
+        self._compiled: Any = None
+        self._run: tuple[Callable[..., None], Any, Any] | None = None
 
     def options(self, backend: str) -> dict[str, Any]:
         """Options of ``triton.compile`` for ``"cuda"`` or ``"hip"``."""
@@ -65,21 +90,24 @@ class Launcher:
             options["maxnreg"] = self.registers
         return options
 
-    def start(self, arguments: tuple[Any, ...]) -> Callable[..., None]:
-        """Compile for ``arguments`` and launch; returns what launches from now on."""
+    def start(self, arguments: tuple[Any, ...]) -> Any:
+        """Compile for ``arguments``, all of them, and launch; returns Triton's ``CompiledKernel``."""
         if INTERPRETING:
             run = self.kernel[self.grid]
-            run(*arguments, *self.constants)
-            return lambda *rest, stream: run(*rest)
+            run(*arguments)
+            return _Interpreted(run)
         options = self.options(triton.runtime.driver.active.get_current_target().backend)
-        compiled = self.kernel[self.grid](*arguments, *self.constants, **options)
-        return compiled[self.grid]
+        return self.kernel[self.grid](*arguments, **options)
 
     def __call__(self, stream: int, *arguments: Any) -> None:
         if self._run is None:
-            self._run = self.start(arguments)
+            compiled = self._compiled = self.start((*arguments, *self._last))
+            self._run = compiled.run, compiled.function, compiled.packed_metadata
+        elif _hooks.launch_enter_hook is not _ENTER or _hooks.launch_exit_hook is not _EXIT or _ENTERED or _EXITED:
+            self._compiled[self.grid](*arguments, *self._last, stream=stream)
         else:
-            self._run(*arguments, *self.constants, stream=stream)
+            run, function, metadata = self._run
+            run(self.grid[0], 1, 1, stream, function, metadata, None, None, None, *arguments, *self._last)
 
 
 @dataclass(frozen=True)
@@ -97,7 +125,8 @@ class Launch:
     def values(self) -> dict[str, Any]:
         """Parameter names and the values passed for them."""
         names = self.launcher.kernel.arg_names
-        return dict(zip(names, (*self.arguments, *self.launcher.constants), strict=True))
+        last = self.launcher.fixed + self.launcher.constants
+        return dict(zip(names, self.arguments + last, strict=True))
 
 
 @contextlib.contextmanager

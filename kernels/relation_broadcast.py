@@ -78,9 +78,9 @@ def broadcast_kernel(
     grad_total, grad_batch, grad_frame,  # scalars or None
     frame_grad,  # [B, F, K] or None
     batch_grad,  # [B, K] or None
+    batch_weight, frame_weight,
     frames, channels, features, height, width,
     o_b, o_f, o_c, o_h, o_w, mask_b, mask_f,
-    batch_weight, frame_weight,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_F: tl.constexpr,

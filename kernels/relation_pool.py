@@ -164,9 +164,9 @@ def pool_kernel(
     workspace,  # tables [B, 3K + 1, F], losses [B], pooled [B, 3K + 1], then from scratch_at on
     # pieces [B, SPLITS, 3K, F] if SPLITS > 1, and from matrices_at on B matrices [2F + 2, F] or one [2B + 2, B]
     counters,  # [B + 1], zero before and after
+    temperature, batch_weight, frame_weight,
     scratch_at, matrices_at, samples, frames, channels, features, height, width,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
-    temperature, batch_weight, frame_weight,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,

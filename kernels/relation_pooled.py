@@ -109,7 +109,6 @@ class ForwardPlan:
         self.batch_grad_shape = (samples, features) if self.has_batch else 0
         self.pooled_shape = (samples, row)
         sizes = samples, frames, channels, features, height, width
-        self.sizes = (scratch_at, matrices_at, *sizes, *sum(tiling.strides, ()), *mask_strides(frame_mask))
         self.rows: RowsPlan | None = None
         if parallel:
             self.rows = RowsPlan(samples if self.has_frames else 0, frames, samples if self.has_batch else 0, features)
@@ -135,12 +134,13 @@ class ForwardPlan:
             ),
             warps=4,
             registers=REGISTERS_BOTH_TERMS if self.has_frames and self.has_batch else REGISTERS,
+            fixed=(scratch_at, matrices_at, *sizes, *sum(tiling.strides, ()), *mask_strides(frame_mask)),
         )
 
 
 _forward_plans: dict[Any, ForwardPlan] = {}
 _rows_plans: dict[Any, RowsPlan] = {}
-_backward_plans: dict[Any, tuple[Launcher, tuple[int, ...]]] = {}
+_backward_plans: dict[Any, Launcher] = {}
 
 
 def mask_key(frame_mask: Tensor | None) -> tuple[Any, ...] | None:
@@ -181,8 +181,7 @@ def _run_forward(
     tickets = counters(student, stream, plan.counters)
     scalars = float(temperature), float(batch_weight), float(frame_weight)
     plan.pool(
-        stream, student, real, fake, frame_mask, terms, frame_grad, batch_grad, pooled, workspace, tickets,
-        *plan.sizes, *scalars,
+        stream, student, real, fake, frame_mask, terms, frame_grad, batch_grad, pooled, workspace, tickets, *scalars,
     )  # fmt: skip
     if plan.rows is not None:
         plan.rows.launch(
@@ -259,21 +258,21 @@ def relation_batch(
 
 def _backward_plan(
     out: Tensor, layout: str, pool: str | tuple[int, int], batch: bool, frame: bool, frame_mask: Tensor | None
-) -> tuple[Launcher, tuple[int, ...]]:
+) -> Launcher:
     grid = grid_of(pool)
     geometry = Geometry.of(out.shape, out.stride(), layout)
     limits.check(geometry.sizes, pool, batch, frame)
     samples, frames, channels, height, width = geometry.sizes
     aligned = out.data_ptr() % 16 == 0
     tiling = tile_planes((geometry,), grid, out.element_size(), aligned, multiprocessors(out.device))
-    launch = Launcher(
+    sizes = frames, channels, channels * grid[0] * grid[1], height, width
+    return Launcher(
         broadcast_kernel,
         samples * frames * channels * grid[0] * tiling.splits,
         (*grid, *tiling.constants, next_power_of_2(frames)),
         warps=4,
+        fixed=(*sizes, *tiling.strides[0], *mask_strides(frame_mask)),
     )
-    sizes = frames, channels, channels * grid[0] * grid[1], height, width
-    return launch, (*sizes, *tiling.strides[0], *mask_strides(frame_mask))
 
 
 def relation_backward(
@@ -298,12 +297,11 @@ def relation_backward(
         grad_total is None or grad_total.dtype, grad_batch is None or grad_batch.dtype,
         grad_frame is None or grad_frame.dtype,
     )  # fmt: skip
-    plan = _backward_plans.get(key)
-    if plan is None:
-        plan = _backward_plans[key] = _backward_plan(out, layout, pool, has_batch, has_frames, frame_mask)
-    launch, sizes = plan
+    launch = _backward_plans.get(key)
+    if launch is None:
+        launch = _backward_plans[key] = _backward_plan(out, layout, pool, has_batch, has_frames, frame_mask)
     launch(
         current_stream(out), out, frame_mask, grad_total, grad_batch, grad_frame,
         frame_grad if has_frames else None, batch_grad if has_batch else None,
-        *sizes, float(batch_weight), float(frame_weight),
+        float(batch_weight), float(frame_weight),
     )  # fmt: skip
