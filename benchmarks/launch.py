@@ -1,16 +1,15 @@
 """Host time of an operator call in microseconds: ``python -m benchmarks.launch [--rounds N] [--json FILE]``.
 
 At these sizes the kernels take microseconds, so what Python and the launcher take before a kernel starts decides the
-eager speed. On a GPU the real calls are timed (tiny latents, so that the queue never fills). Without one the launch
-itself is replaced by a stand-in that does nothing, and CPU memory is allocated instead of the GPU's: the numbers are
-then those of the operator boundary alone, without Triton's C launcher.
+eager speed. On a GPU the real calls are timed (tiny latents, so that the queue never fills). Without one everything
+runs down to the CUDA driver, which is replaced by one that does nothing (:mod:`benchmarks.idle_cuda`), and CPU memory
+is allocated instead of the GPU's: the numbers then lack what the driver and the GPU's allocator take.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,32 +21,25 @@ SHAPE = (1, 4, 4, 8, 8)
 BUDGET_US = 25.0
 
 
-def _stand_in() -> None:
-    """Let the kernels take CPU tensors, and launch nothing."""
-    from codmd.kernels.launch import Launcher
+def microseconds(calls: dict[str, Callable[[], object]], rounds: int, repeats: int = 40) -> dict[str, float]:
+    """Least over ``rounds`` of the mean time of ``repeats`` calls: whatever else runs can only add to it.
 
-    def start(self: Any, arguments: tuple[Any, ...]) -> Callable[..., None]:
-        return lambda *arguments, stream: None
-
-    Launcher.start = start  # type: ignore[method-assign]
-
-
-def microseconds(call: Callable[[], object], rounds: int, calls: int = 40) -> float:
-    """Least over ``rounds`` of the mean time of ``calls`` calls: whatever else runs can only add to it.
-
-    A round is shorter than a scheduler's time slice, so that some rounds have the core to themselves.
+    A round of one call is shorter than a scheduler's time slice, so that some have the core to themselves; the calls
+    take turns, so that none of them gets all the quiet moments.
     """
-    for _ in range(200):
-        call()
-    times = []
-    for _ in range(rounds):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
+    least = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        for _ in range(200):
             call()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return min(times)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            least[name] = min(least[name], (time.perf_counter() - start) / repeats * 1e6)
+    return least
 
 
 def measurements(rounds: int) -> dict[str, float]:
@@ -91,7 +83,7 @@ def measurements(rounds: int) -> dict[str, float]:
         "torch.empty": lambda: torch.empty(3, device=device),
         "student * 2 (one PyTorch operator)": lambda: student * 2,
     }
-    return {name: microseconds(call, rounds) for name, call in calls.items()}
+    return microseconds(calls, rounds)
 
 
 def main() -> None:
@@ -101,16 +93,17 @@ def main() -> None:
     options = parser.parse_args()
     real = torch.cuda.is_available()
     if not real:
-        os.environ["TRITON_INTERPRET"] = "1"
+        from benchmarks.idle_cuda import IdleCuda
+
         torch.set_num_threads(1)
-        _stand_in()
+        IdleCuda()
     found = measurements(options.rounds)
-    print(f"{'GPU, real launches' if real else 'CPU, stand-in for the launch'}; least of {options.rounds} rounds")
+    print(f"{'GPU' if real else 'idle CUDA driver, CPU memory'}; least of {options.rounds} rounds")
     for name, value in found.items():
         over = "" if value <= BUDGET_US else f"  over {BUDGET_US:.0f}"
         print(f"{name:<40} {value:8.1f} us{over}")
     if options.json is not None:
-        options.json.write_text(json.dumps({"stand_in": not real, "us": found}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"idle_driver": not real, "us": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ of several frames than one program holds. The 14B model has the latents of the 1
   bytes for each pixel of a sample (x, r and d written and read, x read and its gradient written, that read backward)
   beside the 10 bytes for each pixel of a frame: 36/(10 x frames), 0.088 at 41 frames, and one launch more.
 * What the compiler makes of every kernel (registers, spills, vector accesses): `python -m benchmarks.static`.
-* Host time a call: `python -m benchmarks.launch`.
+* Host time a call: `python -m benchmarks.launch`; without a GPU down to a CUDA driver that does nothing.
 * Measuring: `python -m benchmarks.gpu_suite` on a GPU writes the results file that fills the empty columns. A row whose
   accuracy gate fails shows no speed.
 * All that is to be run on a GPU, in order, whole networks included: [gpu.md](gpu.md).

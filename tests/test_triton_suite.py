@@ -80,10 +80,10 @@ def test_the_gate_rejects_a_wrong_gradient(monkeypatch):
     assert "gradient error 1.0e-03" in gpu_checks.errors(case, made, "reference")
 
 
-def test_host_time_is_measured_with_a_stand_in_launch(tmp_path):
+def test_host_time_is_measured_down_to_the_driver(tmp_path):
     path = tmp_path / "launch.json"
     done = command("benchmarks.launch", "--rounds", "1", "--json", str(path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads(path.read_text())
-    assert found["stand_in"] == (not torch.cuda.is_available())
+    assert found["idle_driver"] == (not torch.cuda.is_available())
     assert all(value > 0 for value in found["us"].values())
