@@ -62,7 +62,9 @@ def check(
     backend: str,
 ) -> Inputs:
     """Raise ``TypeError`` or ``ValueError`` naming the argument, or return the canonical form."""
-    rule, layout, scales = _options(convention, layout, guidance, fake_guidance, prediction, backend)
+    rule, layout, (real_scale, fake_scale, real_guidance, fake_guidance) = _options(
+        convention, layout, guidance, fake_guidance, prediction, backend
+    )
     _check_axes(student, layout)
     if fake is None or real is None:
         raise TypeError(f"{'fake' if fake is None else 'real'} must be a torch.Tensor, got NoneType")
@@ -74,22 +76,16 @@ def check(
         )
         layout = "bfchw"
     _checks.check_latents(student, fake=fake, real=real, real_uncond=real_uncond, fake_uncond=fake_uncond, noisy=noisy)
+    if prediction != "x0" or noisy is not None or sigma is not None:
+        sigma = _sigma(prediction, noisy, sigma, student, layout, rule)
+    if mask is not None:
+        mask = _mask(mask, student, images)
+    if sample_weight is not None:
+        sample_weight = _sample_weight(sample_weight, student, rule)
     return Inputs(
-        student,
-        fake,
-        real,
-        real_uncond,
-        fake_uncond,
-        noisy,
-        None
-        if prediction == "x0" and noisy is sigma is None
-        else _sigma(prediction, noisy, sigma, student, layout, rule),
-        None if mask is None else _mask(mask, student, images),
-        None if sample_weight is None else _sample_weight(sample_weight, student, rule),
-        layout,
-        rule,
-        *scales,
-    )
+        student, fake, real, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, layout, rule, real_scale,
+        fake_scale, real_guidance, fake_guidance,
+    )  # fmt: skip
 
 
 @remembered
