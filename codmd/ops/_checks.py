@@ -15,18 +15,18 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def check_latents(student: Tensor, **others: Tensor | None) -> None:
     """``student`` is a 5-D floating tensor; the others match it and require no gradient."""
-    if not _plainly_match(student, others):
+    if not plainly_match(student, tuple(others.values())):
         _explain_latents(student, others)
 
 
-def _plainly_match(student: Any, others: dict[str, Any]) -> bool:
+def plainly_match(student: Any, others: tuple[Any, ...]) -> bool:
     """Whether nothing can be wrong: the few attributes that tell so, since this precedes every kernel."""
     if type(student) not in PLAIN:
         return False
     shape, dtype, device = student.shape, student.dtype, student.device
     if len(shape) != 5 or 0 in shape or dtype not in DTYPES:
         return False
-    for other in others.values():
+    for other in others:
         if other is not None and (
             type(other) is not Tensor
             or other.shape != shape

@@ -14,6 +14,7 @@ from codmd.ops._boundary import remembered
 
 LAYOUTS = ("bfchw", "bcfhw", "bchw")
 PREDICTIONS = ("x0", "flow")
+LATENTS = ("fake", "real", "real_uncond", "fake_uncond", "noisy")
 
 
 class Inputs(NamedTuple):
@@ -65,17 +66,11 @@ def check(
     rule, layout, (real_scale, fake_scale, real_guidance, fake_guidance) = _options(
         convention, layout, guidance, fake_guidance, prediction, backend
     )
-    _check_axes(student, layout)
-    if fake is None or real is None:
-        raise TypeError(f"{'fake' if fake is None else 'real'} must be a torch.Tensor, got NoneType")
+    latents: tuple[Any, ...] = student, fake, real, real_uncond, fake_uncond, noisy
     images = layout == "bchw"
-    if images:
-        given: tuple[Any, ...] = (student, fake, real, real_uncond, fake_uncond, noisy)
-        student, fake, real, real_uncond, fake_uncond, noisy = (
-            v.unsqueeze(1) if isinstance(v, Tensor) and v.ndim == 4 else v for v in given
-        )
-        layout = "bfchw"
-    _checks.check_latents(student, fake=fake, real=real, real_uncond=real_uncond, fake_uncond=fake_uncond, noisy=noisy)
+    if images or fake is None or real is None or not _checks.plainly_match(student, latents[1:]):
+        student, fake, real, real_uncond, fake_uncond, noisy = _latents(latents, layout)
+        layout = "bfchw" if images else layout
     if prediction != "x0" or noisy is not None or sigma is not None:
         sigma = _sigma(prediction, noisy, sigma, student, layout, rule)
     if mask is not None:
@@ -106,6 +101,19 @@ def _options(
     fake = real if fake_guidance is None else _checks.check_number("fake_guidance", fake_guidance)
     backends.check_name(backend)
     return rule, layout, (rule.cond_scale(real), rule.cond_scale(fake), real, fake)
+
+
+def _latents(given: tuple[Any, ...], layout: str) -> tuple[Any, ...]:
+    """The latents with five axes; raises where one is not as described."""
+    student, fake, real, *_ = given
+    _check_axes(student, layout)
+    if fake is None or real is None:
+        raise TypeError(f"{'fake' if fake is None else 'real'} must be a torch.Tensor, got NoneType")
+    if layout == "bchw":
+        given = tuple(v.unsqueeze(1) if isinstance(v, Tensor) and v.ndim == 4 else v for v in given)
+    student, *others = given
+    _checks.check_latents(student, **dict(zip(LATENTS, others, strict=True)))
+    return given
 
 
 def _check_axes(student: Any, layout: str) -> None:
