@@ -50,7 +50,7 @@ else:
     @pytest.fixture
     def small_tiles(monkeypatch):
         """Tiles of a few elements, so that small planes are looped over, split and have tails."""
-        monkeypatch.setattr(dmd, "TILE_BYTES", 64)
+        monkeypatch.setattr("codmd.kernels.dmd_plans.TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
         monkeypatch.setattr(dmd, "_plans", {})
 
@@ -105,7 +105,7 @@ else:
 
     @pytest.mark.parametrize("norm_scope", ["block", "batch"])
     def test_more_samples_than_one_tile(monkeypatch, norm_scope):
-        monkeypatch.setattr(dmd, "SUMS_TILE", 4)
+        monkeypatch.setattr("codmd.kernels.dmd_plans.SUMS_TILE", 4)
         monkeypatch.setattr(dmd, "_plans", {})
         student, arguments = scores((5, 2, 1, 1, 2))
         convention = replace(conventions.self_forcing, norm_scope=norm_scope)
