@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,8 +159,10 @@ def test_one_process_agrees_with_itself():
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
-def test_gradients_are_reduced_in_float32_whatever_computes(compute):
+def test_gradients_are_reduced_in_float32_whatever_computes(monkeypatch, compute):
+    given = []
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda _, **options: given.append(options["mp_policy"]))
     with processes(ParallelSettings(compute=compute)) as team:
-        policy = team.policy(ParallelSettings(compute=compute)).arguments()["mp_policy"]
-    assert policy.reduce_dtype is torch.float32
-    assert policy.param_dtype is (torch.bfloat16 if compute == "bfloat16" else None)
+        team.policy(ParallelSettings(compute=compute)).shard(torch.nn.Linear(1, 1), SimpleNamespace(device_type="cuda"))
+    assert [policy.reduce_dtype for policy in given] == [torch.float32]
+    assert given[0].param_dtype is (torch.bfloat16 if compute == "bfloat16" else None)

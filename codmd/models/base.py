@@ -38,20 +38,22 @@ class ShardPolicy:
     reshard_after_forward: bool = True
     offload: bool = False
 
-    def arguments(self, full_precision: bool = False) -> dict[str, Any]:
-        """Keyword arguments of `torch.distributed.fsdp.fully_shard`; `full_precision` keeps the stored dtype."""
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+    def shard(self, module: nn.Module, mesh: DeviceMesh, full_precision: bool = False) -> None:
+        """Shards one module, in place; `full_precision` keeps the stored dtype."""
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         mixed = MixedPrecisionPolicy(
             param_dtype=None if full_precision else self.param_dtype,
             reduce_dtype=self.reduce_dtype,
             cast_forward_inputs=False,  # a bfloat16 timestep turns 757 into 756
         )
-        return {
-            "mp_policy": mixed,
-            "reshard_after_forward": self.reshard_after_forward,
-            "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
-        }
+        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
+        sharded = fully_shard(
+            module, mesh=mesh, mp_policy=mixed, reshard_after_forward=self.reshard_after_forward, offload_policy=offload
+        )
+        if mesh.device_type == "cpu":
+            # gloo in torch 2.8 returns the sum where FSDP asks for the average; so FSDP sums and divides.
+            sharded.set_force_sum_reduction_for_comms(True)
 
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:

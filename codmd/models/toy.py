@@ -109,12 +109,10 @@ class ToyDenoiser(VideoDenoiser):
 
     def shard_blocks(self, mesh: DeviceMesh, policy: ShardPolicy | None = None) -> None:
         """FSDP2 over the residual blocks, then the rest; the arithmetic stays in float32."""
-        from torch.distributed.fsdp import fully_shard
-
-        arguments = (policy or ShardPolicy()).arguments(full_precision=True)
+        policy = policy or ShardPolicy()
         for block in self.blocks:
-            fully_shard(block, mesh=mesh, **arguments)
-        fully_shard(self, mesh=mesh, **arguments)
+            policy.shard(block, mesh, full_precision=True)
+        policy.shard(self, mesh, full_precision=True)
 
     def save_state(self, path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
         """Writes weights and configuration as safetensors: to a temporary sibling, then renamed over `path`."""

@@ -223,17 +223,15 @@ class WanDenoiser(VideoDenoiser):
 
     def shard_blocks(self, mesh: DeviceMesh, policy: ShardPolicy | None = None) -> None:
         """FSDP2 over every block, over the time embedding in float32, then over the rest; in place."""
-        from torch.distributed.fsdp import fully_shard
-
         policy = policy or ShardPolicy()
         self._offloaded = policy.offload
         if self.options.compute == "float32":
             policy = replace(policy, param_dtype=None)
         for module in float32_modules(self.transformer):
-            fully_shard(module, mesh=mesh, **policy.arguments(full_precision=True))
+            policy.shard(module, mesh, full_precision=True)
         for block in self.transformer.blocks:
-            fully_shard(block, mesh=mesh, **policy.arguments())
-        fully_shard(self.transformer, mesh=mesh, **policy.arguments())
+            policy.shard(block, mesh)
+        policy.shard(self.transformer, mesh)
 
     def save_state(self, path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
         """Writes a diffusers folder (config.json, safetensors) that `WanTransformer3DModel.from_pretrained` loads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from functools import cache
@@ -49,16 +50,19 @@ def transformer_folder(path: Path) -> Path:
     return nested if (nested / "config.json").is_file() else path
 
 
-def build_transformer(config: dict[str, Any]) -> Any:
-    """A `WanTransformer3DModel` on the default device, random.
+def build_transformer(config: dict[str, Any], device: str | None = None) -> Any:
+    """A `WanTransformer3DModel` on `device`, or else on the default one, random.
 
     Raises:
         ValueError: an argument is unknown or does not fit.
     """
+    # Before the device: under one, torch 2.8 cannot import its own compiler, which diffusers does.
     from diffusers import WanTransformer3DModel
 
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     try:
-        return WanTransformer3DModel(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            return WanTransformer3DModel(**arguments)
     except (TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(f"config: WanTransformer3DModel refuses it: {error}") from error
 
@@ -70,6 +74,5 @@ def parameter_shapes(config: dict[str, Any]) -> dict[str, torch.Size]:
 
 @cache
 def _parameter_shapes(config: str) -> tuple[tuple[str, torch.Size], ...]:
-    with torch.device("meta"):
-        model = build_transformer(json.loads(config))
+    model = build_transformer(json.loads(config), "meta")
     return tuple((name, value.shape) for name, value in model.state_dict().items())
