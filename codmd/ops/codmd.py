@@ -125,9 +125,7 @@ def codmd_loss(
     if not inputs.convention.fusable or relation.grid is None or not relation.relation_weight:
         terms = _composed(inputs, relation, group, backend)
     elif is_traced(student):
-        stacked, *_ = torch.ops.codmd.codmd_loss(
-            *inputs[:10], inputs.convention.encoded, *inputs.fused[11:], *relation, backend
-        )
+        stacked, *_ = torch.ops.codmd.codmd_loss(*_dmd_inputs.traced(inputs), *relation, backend)
         terms = CodmdTerms(*stacked.unbind())
     elif return_terms:
         terms = CodmdTerms(*_Terms.apply(inputs.student, inputs, relation, backend))

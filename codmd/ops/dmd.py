@@ -134,9 +134,7 @@ def _fused_terms(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _traced(inputs: Inputs, magnitude: bool, backend: str) -> tuple[Tensor, Tensor]:
-    values, norm, _ = torch.ops.codmd.dmd_loss(
-        *inputs[:10], inputs.convention.encoded, *inputs.fused[11:], magnitude, backend
-    )
+    values, norm, _ = torch.ops.codmd.dmd_loss(*_dmd_inputs.traced(inputs), magnitude, backend)
     return values, norm
 
 
