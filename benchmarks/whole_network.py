@@ -151,6 +151,7 @@ def environment(device: torch.device, module: str, arguments: Sequence[str] | No
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
+        "torch": str(torch.__version__),
         "command": shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)]),
     }
 

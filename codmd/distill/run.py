@@ -24,7 +24,7 @@ from .preview import to_pixels, write_preview
 from .settings import RunConfig, differences
 from .typed import ConfigError
 
-PACKAGES = ("torch", "diffusers", "triton", "peft")
+PACKAGES = ("diffusers", "triton", "peft")
 
 
 def run(config: RunConfig) -> bool:
@@ -98,7 +98,7 @@ def save(config: RunConfig, job: Job, store: CheckpointStore, team: Processes) -
         "position": None if job.positions is None else job.positions.position,
         "nonfinite": {name: [o.skipped, o.in_a_row] for name, o in trainer.optimizers.items()},
         "processes": team.size,
-        "versions": {"codmd": __version__, **{name: _version(name) for name in PACKAGES}},
+        "versions": {"codmd": __version__, "torch": str(torch.__version__), **{p: _version(p) for p in PACKAGES}},
         "config": config.as_mapping(),
     }
     store.save(trainer.update, {**trainer.tensors(), **random_states(trainer, team)}, record)
