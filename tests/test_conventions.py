@@ -200,9 +200,12 @@ def test_the_page_of_conventions_is_what_the_dataclass_writes(builder):
 def test_the_measured_cost_of_bfloat16_is_reproduced(builder):
     committed = builder.PAGE.read_text()
     for flow, cell in ((False, 2), (True, 4)):
-        for arithmetic, error in enumerate(builder.errors(0.03, flow)):
-            row = next(line for line in committed.splitlines() if line.startswith("| 0.03 |"))
-            assert error == pytest.approx(float(row.split("|")[cell + arithmetic]), rel=0.05)
+        row = next(line for line in committed.splitlines() if line.startswith("| 0.03 |"))
+        emulated, single = (float(number) for number in row.split("|")[cell : cell + 2])
+        found = builder.errors(0.03, flow)
+        assert found[0] == pytest.approx(emulated, rel=0.05)
+        # Releases of torch differ in the last bit of float32.
+        assert single / 3 < found[1] < 3 * single
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -126,7 +126,9 @@ def test_the_binary_holds_every_kernel_links_no_cuda_library_and_says_why_it_can
 @pytest.fixture(scope="module")
 def recording(binding, tmp_path_factory):
     """(the extension, its runtime): nvcc's objects on csrc/tests/cudart_recorder.cpp."""
-    target = link(tmp_path_factory.mktemp("recording"), *binding, "-fPIC", str(ROOT / "csrc/tests/cudart_recorder.cpp"))
+    # Symbolic, for a torch built for CUDA has brought its own runtime into the process.
+    recorder = "-fPIC", "-Wl,-Bsymbolic", str(ROOT / "csrc/tests/cudart_recorder.cpp")
+    target = link(tmp_path_factory.mktemp("recording"), *binding, *recorder)
     spec = importlib.util.spec_from_file_location("_C_cuda", target)
     assert spec is not None
     assert spec.loader is not None
