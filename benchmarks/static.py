@@ -146,6 +146,19 @@ def _amd(launch: Launch, target: str, compiled: Any) -> Report:
     )  # fmt: skip
 
 
+def links_for_amd() -> bool:
+    """Whether code for AMD GPUs can be linked: some older releases of Triton need an ``ld.lld`` beside them."""
+    from triton.backends.amd.compiler import HIPBackend
+
+    find = getattr(HIPBackend, "path_to_rocm_lld", None)
+    try:
+        return find is None or bool(find())
+    except Exception as error:  # Triton's own type, when there is none.
+        if "linker" not in str(error):
+            raise
+        return False
+
+
 def compile_ahead(launch: Launch, target: str) -> Report:
     """Compile one recorded launch for ``target`` and read off what it uses."""
     signature, constants, attributes = _specialise(launch)

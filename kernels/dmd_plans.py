@@ -14,7 +14,7 @@ from .dmd_gradient import gradient_kernel
 from .dmd_moments import COUNT_BITS, moments_kernel
 from .launch import Launcher, multiprocessors
 from .limits import grid_of
-from .relation_pooled_plans import ONE_TILE, RowsPlan, block_of
+from .relation_pooled_plans import ONE_TILE, ROWS_OF_A_TILE, RowsPlan, block_of
 from .tiling import Geometry, Tiling, cdiv, next_power_of_2, tile_planes
 
 TILE_BYTES = 2048
@@ -150,7 +150,7 @@ class MomentsPlan:
                 *grid, *tile.constants, *_scope(convention), convention.guard, convention.nan, huber,
                 convention.reduction == "sum", convention.norm_divides == "loss",
                 convention.weight_on == "direction", relation is not None, has_frames and here, has_batch and here,
-                16, block_of(frames) if has_frames and here else next_power_of_2(frames),
+                ROWS_OF_A_TILE, block_of(frames) if has_frames and here else next_power_of_2(frames),
                 block_of(min(samples, ONE_TILE)), 16,
                 next_power_of_2(segments),
                 max(1, min(next_power_of_2(samples), SUMS_TILE // next_power_of_2(segments))),

@@ -19,6 +19,9 @@ from torch import Tensor
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 """Triton's CPU interpreter runs the kernels (``TRITON_INTERPRET=1`` before the first import of triton)."""
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+"""Release of Triton."""
+
 ASSUMED_MULTIPROCESSORS = 132
 """Used to choose tiles where no device can be asked: under the interpreter and for ahead-of-time compilation."""
 

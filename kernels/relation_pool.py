@@ -67,7 +67,9 @@ def sum_columns(
 @triton.jit
 def store_regions(at, stride_k, third, x, r, d, left, width, top, bottom, GRID_W: tl.constexpr, TILE_W: tl.constexpr):
     """Add the columns of each of GRID_W regions, divide by the region's area, store at ``at + gx·stride_k``."""
-    GROUP: tl.constexpr = max(1, min(triton.next_power_of_2(GRID_W), 2048 // TILE_W))
+    REGIONS: tl.constexpr = triton.next_power_of_2(GRID_W)
+    ROOM: tl.constexpr = 2048 // TILE_W
+    GROUP: tl.constexpr = REGIONS if REGIONS < ROOM else ROOM
     column = left + tl.arange(0, TILE_W)
     region = ((column + 1) * GRID_W - 1) // width
     for first in tl.static_range(0, GRID_W, GROUP):
@@ -104,7 +106,7 @@ def finish_sample(
     weight = valid.to(tl.float32)
     count = tl.sum(weight, 0)
     rows = 3 * features
-    BLOCK_R: tl.constexpr = max(512 // BLOCK_F, 1)
+    BLOCK_R: tl.constexpr = 512 // BLOCK_F if BLOCK_F < 512 else 1
     for first in range(0, rows, BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
         mask = (row < rows)[:, None] & valid[None, :]

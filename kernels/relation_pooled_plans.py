@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import limits
-from .launch import Launcher, mask_strides, multiprocessors
+from .launch import TRITON, Launcher, mask_strides, multiprocessors
 from .limits import grid_of
 from .relation_broadcast import broadcast_kernel
 from .relation_pool import pool_kernel
@@ -14,6 +14,9 @@ from .tiling import Geometry, cdiv, next_power_of_2, tile_planes
 
 ONE_TILE = 32
 """Vectors of a relation that the last block computes alone; above, row blocks run in parallel."""
+
+ROWS_OF_A_TILE = 16 if TRITON >= (3, 8) else 8
+"""Rows of a tile of the relation that a pass over the latents ends with; older releases of Triton spill with 16."""
 
 REGISTERS, REGISTERS_BOTH_TERMS = 128, 168
 """Four (three) blocks of four warps on a multiprocessor: 48 (36) KB of loads in flight, more than the memory needs."""
@@ -113,7 +116,7 @@ class ForwardPlan:
                 *grid,
                 *tiling.constants,
                 # The registers of both terms leave no room for tiles of 16 rows.
-                8 if self.has_frames and self.has_batch else 16,
+                8 if self.has_frames and self.has_batch else ROWS_OF_A_TILE,
                 next_power_of_2(frames) if parallel or not self.has_frames else block_of(frames),
                 block_of(min(samples, ONE_TILE)),
                 16,

@@ -9,11 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import limits
-from .launch import Launcher, alignment, counters, current_stream, mask_key, mask_strides, multiprocessors
+from .launch import (
+    INTERPRETING,
+    TRITON,
+    Launcher,
+    alignment,
+    counters,
+    current_stream,
+    mask_key,
+    mask_strides,
+    multiprocessors,
+)
 from .relation_apply_batch import apply_batch_kernel
 from .relation_gram_batch import gram_batch_kernel
 from .relation_matrices import relations_kernel
@@ -29,8 +38,8 @@ MOST_ROWS = 256
 BLOCK_J = 16
 """Depth of a dot of the gradient: an IEEE float32 dot holds its operands in registers."""
 
-DOTS_OF_EIGHT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
-"""Whether ``tl.dot`` takes 8 columns, and 2 rows; older releases of Triton ask for 16."""
+DOTS_OF_EIGHT = INTERPRETING or TRITON >= (3, 8)
+"""Whether ``tl.dot`` takes 8 columns, and 2 rows; the compiler of older releases of Triton asks for 16."""
 
 _plans: dict[Any, Any] = {}
 

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from codmd.kernels.launch import INTERPRETING
+from codmd.kernels.launch import INTERPRETING, TRITON
+from codmd.kernels.relation_together import DOTS_OF_EIGHT
 from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic
 
 from benchmarks import roofline, static, static_cases
@@ -30,6 +31,14 @@ REGISTERS = {
     "moments_kernel": 176,
     "gradient_kernel": 48,
 }
+if TRITON < (3, 8):
+    REGISTERS |= {"apply_kernel": 224, "gradient_kernel": 52}
+TOGETHER = {"gram_batch_kernel", "relations_kernel", "apply_batch_kernel"}
+"""What only releases of Triton with small dots compile."""
+
+SPILLED = {("every pixel, 120 frames", "gram_kernel", "sm_100"): 88} if TRITON < (3, 8) else {}
+"""Bytes, where older releases of Triton spill nevertheless."""
+
 SCALAR = ("odd sizes",)
 """Cases whose pooled latents no 16-byte access fits."""
 
@@ -37,13 +46,16 @@ SCALAR = ("odd sizes",)
 @pytest.fixture(scope="module", params=static.TARGETS)
 def compiled(request):
     """(case, report) of every kernel and configuration on one architecture."""
+    if static.TARGETS[request.param].backend == "hip" and not static.links_for_amd():
+        pytest.skip("this Triton brings no linker for AMD GPUs, and ROCm's is not installed")
     return list(static.reports(static.CASES, [request.param]))
 
 
 def test_every_configuration_stays_within_registers_and_shared_memory_without_spilling(compiled):
     for case, report in compiled:
         assert report.registers <= REGISTERS[report.kernel], (case, report)
-        assert (report.spilled, report.local) == (0, 0), (case, report)
+        spilled = SPILLED.get((case, report.kernel, report.target), 0)
+        assert (report.spilled, report.local) == (spilled, 0), (case, report)
         assert report.shared <= static.SHARED_BUDGET, (case, report)
 
 
@@ -64,7 +76,8 @@ def test_latents_are_read_and_gradients_written_16_bytes_at_a_time(compiled):
 def test_every_kernel_of_the_package_is_compiled(compiled):
     sources = (Path(__file__).parent.parent / "kernels").glob("*.py")
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
-    assert {report.kernel for _, report in compiled} == kernels == set(REGISTERS)
+    assert kernels == set(REGISTERS)
+    assert {report.kernel for _, report in compiled} == (kernels if DOTS_OF_EIGHT else kernels - TOGETHER)
 
 
 def test_one_launch_forward_and_one_backward_up_to_32_frames_and_samples():
@@ -110,6 +123,8 @@ def test_whole_latents_move_at_most_1_05_times_the_bytes_they_must(name, dtype):
     samples, frames, *_ = shape = SHAPES[name]
     launches = static_cases.relation_launches(shape, dtype, pool=None)
     one_relation = samples == 1 or frames == 1
+    if not one_relation and not DOTS_OF_EIGHT:
+        pytest.skip("this Triton has no small dots: tables of averages are kept")
     together = ["gram_batch_kernel", "relations_kernel", "apply_batch_kernel"]
     assert [launch.name for launch in launches] == (["gram_kernel", "apply_kernel"] if one_relation else together)
     required = relation_bytes(torch.Size(shape).numel(), dtype.itemsize, whole=True)
@@ -138,6 +153,7 @@ def test_dmd_and_codmd_move_at_most_1_05_times_the_bytes_they_must(name, flow, r
     assert moved.moved <= 1.05 * required
 
 
+@pytest.mark.skipif(not DOTS_OF_EIGHT, reason="the page's launches are those of a Triton with small dots")
 def test_the_performance_page_is_the_one_its_command_writes():
     root = Path(__file__).parent.parent
     written = (root / "docs/performance.md").read_text()
