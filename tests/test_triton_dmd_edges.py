@@ -5,27 +5,21 @@ Run by Triton's CPU interpreter in a process of its own, as ``test_triton_dmd.py
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from cases import relative_error
+from cases import far_apart, relative_error
 from dmd_cases import run, same_dtype, scores, truth
+from interpreted import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 
 if not INTERPRETED:
 
     def test_the_edges_hold_under_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        run_interpreted(__file__)
 
 else:
     from codmd.kernels import dmd, launch, tiling
@@ -193,6 +187,29 @@ else:
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         assert results[0][-1].any()
 
+    def test_every_axis_may_pass_31_bits():
+        student, arguments = scores((1, 3, 3, 3, 3), torch.float16, flow=True)
+        sigma = arguments.pop("sigma")
+        near, mask = [student, *arguments.values()], mask_of("elements", student)
+        rule = "bfchw", conventions.longlive, 3.5, 0.5
+        results = []
+        for latents, selected, out in (
+            (near, mask, torch.empty_like(student)),
+            ([far_apart(tensor) for tensor in near], far_apart(mask), far_apart(student)),
+        ):
+            found = kernels.codmd_forward(*latents, sigma, selected, None, *rule, True, None, (2, 2), 0.1, 1.0, False)
+            kernels.codmd_backward(
+                out, torch.ones(()), None, None, None, *latents[1:-1], sigma, selected, None, found[1], found[2],
+                found[4], torch.empty(0), *rule, (2, 2), 0.1, 1.0, 1.0,
+            )  # fmt: skip
+            results.append([*found, out])
+        for value, expected in zip(*results, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
+
+    def test_more_columns_than_a_tile_holds():
+        student, arguments = scores((1, 2, 1, 2, 520))
+        assert_codmd(student, pool=(1, 3), **arguments)
+
     @pytest.mark.parametrize("perturbation", [1e-2, 1e-4])
     def test_a_critic_that_tracks_the_teacher_keeps_its_digits(perturbation):
         student, arguments = scores((1, 3, 2, 4, 8), perturbation=perturbation)
@@ -211,6 +228,7 @@ else:
         assert value == torch.inf
         assert not gradient[..., 0].any()
         assert gradient[..., 1:].abs().min() > 1e34
+        assert gradient.isfinite().all()
         same, nothing = run(ops.dmd_loss, student, {"fake": student, "real": student}, **options)
         assert same == 0
         assert not nothing.any()
@@ -230,6 +248,43 @@ else:
             results.append((*found, out))
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
+
+    @pytest.mark.parametrize(
+        ("name", "change"), [("self_forcing", {}), ("rcm", {}), ("self_forcing", {"guard": "none"})]
+    )
+    @pytest.mark.parametrize(("where", "bad"), [("student", torch.inf), ("fake", torch.nan), ("student", None)])
+    def test_broken_values_and_zero_norms_outside_of_the_mask_do_what_the_reference_does(name, change, where, bad):
+        rule = replace(NAMED[name], **change)
+        student, arguments = scores(SHAPE, layout=rule.layout)
+        mask = torch.ones(2, 1, 1, 1, 1, dtype=torch.bool).expand_as(student).clone()
+        mask[0] = False
+        if bad is None:
+            arguments["real_uncond"] = arguments["real"].clone()
+            student[0] = arguments["real"][0]
+        else:
+            (student if where == "student" else arguments[where])[0, 0, 0, 2, 3] = bad
+        scored = *arguments.values(), *[None] * (4 - len(arguments))
+        results = []
+        for module in (kernels, _reference_dmd):
+            found = module.dmd_forward(student, *scored, None, None, mask, None, rule.layout, rule, 3.5, 0.5, True)
+            results.append(found)
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
+
+    def test_a_constant_mask_of_flat_regions_is_read_where_it_is():
+        student, arguments = scores((2, 3, 1, 4, 8), torch.float16)
+        mask = torch.tensor([[True, False, True], [False, True, True]]).reshape(2, 3, 1, 1, 1)
+        with launch.recording(run=True) as recorded:
+            assert_codmd(student, pool=(2, 1), mask=mask, **arguments)
+        assert [launched.values["FLAT"] for launched in recorded] == [True, True]
+
+    def test_the_gradient_of_both_terms_is_rounded_once():
+        student, arguments = scores((2, 3, 2, 3, 8), torch.float16)
+        single = {name: value.float() for name, value in arguments.items()}
+        upstream = (0.0, 1.0, 0.1, 0.3)
+        _, found = terms_and_gradient(fused, student, upstream, backend="triton", **arguments)
+        _, exact = terms_and_gradient(fused, student.float(), upstream, backend="triton", **single)
+        assert (found != exact.half()).float().mean() < 0.01
 
     def test_what_the_mask_leaves_out_never_leaks():
         student, arguments = scores(SHAPE)

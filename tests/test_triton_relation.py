@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, frame_mask, latents, loss_and_gradient, relative_error, same_dtype, truth
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    far_apart,
+    frame_mask,
+    latents,
+    loss_and_gradient,
+    relative_error,
+    same_dtype,
+    truth,
+)
+from interpreted import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 
 if not INTERPRETED:
 
     def test_the_kernels_match_float64_under_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        run_interpreted(__file__)
 
 else:
-    from codmd.kernels import launch, relation_pooled, relation_together, tiling
+    from codmd.kernels import launch, relation_pooled, relation_together, relation_whole, relation_whole_plans, tiling
 
     from codmd import kernels
     from codmd.ops import _reference, relation_loss
@@ -105,7 +109,7 @@ else:
         dtype, layout, pool = CASES[number]
         shape = [(2, 3, 1, 5, 9), (3, 3, 1, 4, 16), (1, 5, 2, 3, 7)][number % 3]
         student, real, fake = latents(shape, dtype, layout, seed=number)
-        mask = frame_mask(*shape[:2], seed=number) if number % 2 else None
+        mask = frame_mask(*shape[:2], seed=number) if (number + number // 4) % 2 else None
         temperature = (0.1, 0.01, 10.0, 1.0)[number // 4 % 4]
         assert_as_accurate_as_pytorch(student, real, fake, temperature, layout=layout, pool=pool, frame_mask=mask)
 
@@ -118,6 +122,7 @@ else:
             ((1, 35, 1, 1, 3), "mean"),
             ((34, 1, 2, 1, 2), "mean"),
             ((1, 2, 1, 9, 3), (9, 3)),
+            ((1, 2, 2, 2, 6), (2, 1)),
             ((1, 1, 2, 3, 5), None),
             ((3, 1, 2, 3, 5), None),
             ((1, 70, 1, 2, 9), None),
@@ -146,6 +151,11 @@ else:
         assert relative_error(found[0], expected[0]) < 2e-6
         assert relative_error(found[1], expected[1]) < 3e-6
 
+    @pytest.mark.parametrize("pool", ["mean", None])
+    def test_a_critic_far_from_the_teacher_reaches_past_the_range_of_exp(pool):
+        student, real, fake = latents((2, 6, 2, 2, 3), perturbation=10.0)
+        assert_as_accurate_as_pytorch(student, real, fake, temperature=0.01, pool=pool)
+
     def strided(kind: str, tensor: torch.Tensor) -> torch.Tensor:
         if kind == "every second column":
             wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan, dtype=tensor.dtype)
@@ -171,6 +181,12 @@ else:
     def test_strides_are_honoured(kind, pool):
         student, real, fake = latents((1, 3, 2, 4, 6))
         assert_as_accurate_as_pytorch(strided(kind, student), real, strided(kind, fake), pool=pool)
+
+    @pytest.mark.parametrize(("padding", "pool"), [(3, "mean"), (2, "mean"), (2, None)])
+    def test_padded_lines_narrow_the_vectors(padding, pool):
+        """Lines of 6 elements, 9 apart: every other axis steps in fours; or 8 apart, where only their ends do not."""
+        inputs = [torch.nn.functional.pad(v.detach(), (0, padding), value=torch.nan) for v in latents((1, 3, 2, 4, 6))]
+        assert_as_accurate_as_pytorch(*(v[..., :6] for v in inputs), pool=pool)
 
     @pytest.mark.parametrize("pool", ["mean", (2, 2), None])
     def test_offsets_beyond_31_bits_are_reached(pool):
@@ -201,6 +217,22 @@ else:
             gradients.append(out)
         assert torch.equal(*gradients)
 
+    @pytest.mark.parametrize(("samples", "pool"), [(1, (2, 2)), (1, None), (2, None)])
+    def test_every_axis_may_pass_31_bits(samples, pool):
+        near = [v.detach() for v in latents((samples, 3, 3, 3, 3), torch.float16)]
+        results = []
+        for scores, out in ((near, torch.empty_like(near[0])), ([far_apart(v) for v in near], far_apart(near[0]))):
+            found = kernels.relation_forward(*scores, None, "bfchw", pool, 0.1, 1.0, 1.0)
+            tail = scores[0], None, *found[1:], "bfchw", pool, 1.0, 1.0
+            kernels.relation_backward(out, torch.ones(()), None, None, *tail)
+            results.append((*found, out))
+        for value, expected in zip(*results, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
+
+    def test_more_columns_than_a_tile_holds():
+        student, real, fake = latents((1, 2, 1, 2, 520))
+        assert_as_accurate_as_pytorch(student, real, fake, pool=(1, 3))
+
     @pytest.mark.parametrize("pool", ["mean", None])
     @pytest.mark.parametrize("which", ["student", "real", "fake", "all"])
     def test_zero_vectors_match_the_reference(which, pool):
@@ -209,6 +241,13 @@ else:
             inputs[name] = inputs[name].detach().clone()
             inputs[name][:, 1] = 0
         assert_as_accurate_as_pytorch(*inputs.values(), pool=pool)
+
+    @pytest.mark.parametrize(("frames", "pool"), [(3, "mean"), (33, "mean"), (3, None)])
+    def test_vectors_below_the_floor_of_the_norm_are_not_normalised(frames, pool):
+        student, real, fake = (v.detach().clone() for v in latents((1, frames, 2, 1, 3)))
+        student[:, 0] *= 3e-13
+        real[:, 1] *= 3e-13
+        assert_as_accurate_as_pytorch(student, real, fake, pool=pool)
 
     @pytest.mark.parametrize("pool", ["mean", None])
     def test_the_range_of_float16_is_no_limit(pool):
@@ -227,10 +266,18 @@ else:
         assert not terms[0].isfinite()
         assert not frame_grad.isfinite().all()
 
-    @pytest.mark.parametrize("pool", ["mean", (2, 2), None])
-    def test_masked_frames_never_leak(pool):
-        inputs = [v.detach().clone() for v in latents((2, 4, 1, 3, 4))]
-        mask = torch.ones(2, 4, dtype=torch.bool)
+    @pytest.mark.parametrize("pool", ["mean", None])
+    def test_one_valid_frame_has_no_relation_whatever_it_holds(pool):
+        inputs = [v.detach().clone() for v in latents((1, 3, 1, 2, 3))]
+        inputs[0][0, 1] = torch.nan
+        mask = torch.tensor([[False, True, False]])
+        terms, _, _ = kernels.relation_forward(*inputs, mask, "bfchw", pool, 0.1, 1.0, 1.0)
+        assert terms.eq(0).all()
+
+    @pytest.mark.parametrize(("samples", "pool"), [(2, "mean"), (2, (2, 2)), (2, None), (1, None)])
+    def test_masked_frames_never_leak(samples, pool):
+        inputs = [v.detach().clone() for v in latents((samples, 4, 1, 3, 4))]
+        mask = torch.ones(samples, 4, dtype=torch.bool)
         mask[:, 2] = False
         clean = kernels.relation_forward(*inputs, mask, "bfchw", pool, 0.1, 1.0, 1.0)
         for tensor in inputs:
@@ -265,11 +312,12 @@ else:
         frames = torch.stack([frame for frame, _, _ in stages]).mean()
         torch.testing.assert_close(frames, whole[0][2], rtol=1e-6, atol=0)
 
-    @pytest.mark.parametrize("pool", ["mean", None])
+    @pytest.mark.parametrize(("pool", "tables"), [("mean", False), (None, False), (None, True)])
     @pytest.mark.parametrize(
         "given", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
     )
-    def test_every_upstream_gradient_reaches_its_term(given, pool):
+    def test_every_upstream_gradient_reaches_its_term(monkeypatch, given, pool, tables):
+        monkeypatch.setattr(relation_together, "DOTS_OF_EIGHT", not tables)
         inputs = [v.detach() for v in latents((2, 2, 1, 3, 5))]
         upstream = [torch.tensor(g) if wanted else None for g, wanted in zip((0.5, -0.7, 0.9), given, strict=True)]
         _, *grads = kernels.relation_forward(*inputs, None, "bfchw", pool, 0.1, 0.6, 1.3)
@@ -331,6 +379,21 @@ else:
             assert_as_accurate_as_pytorch(student, real, fake, pool=None, layout=layout, frame_mask=mask)
         assert [launched.name for launched in recorded] == names
 
+    @pytest.mark.parametrize("pool", ["mean", None])
+    def test_a_broken_critic_of_a_zero_teacher_travels_to_the_loss(pool):
+        student, real, fake = (v.detach().clone() for v in latents((1, 3, 1, 3, 4)))
+        real[0, 1], fake[0, 1, 0, 0, 0] = 0, torch.nan
+        terms, *_ = kernels.relation_forward(student, real, fake, None, "bfchw", pool, 0.1, 1.0, 1.0)
+        assert not terms[2].isfinite()
+
+    def test_averages_alone_are_those_of_the_valid_frames(monkeypatch):
+        monkeypatch.setattr(relation_together, "DOTS_OF_EIGHT", False)
+        student, real, fake = latents((3, 3, 1, 5, 9))
+        mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 0]], dtype=torch.bool)
+        with launch.recording(run=True) as recorded:
+            assert_as_accurate_as_pytorch(student, real, fake, pool=None, frame_mask=mask, frame_weight=0.0)
+        assert [launched.values.get("GRAMS") for launched in recorded] == [False, True, None, None]
+
     @pytest.mark.parametrize("number", [0, 1])
     def test_older_releases_of_triton_keep_tables_of_averages(monkeypatch, number):
         monkeypatch.setattr(relation_together, "DOTS_OF_EIGHT", False)
@@ -353,11 +416,19 @@ else:
         assert min(splits_x, splits_s) > 4
         assert plan.counters > 4
 
+    def test_splits_and_groups_of_one_sample_add_up(monkeypatch):
+        monkeypatch.setattr(relation_whole_plans, "GROUP", 2)
+        monkeypatch.setattr(relation_whole, "_plans", {})
+        assert_as_accurate_as_pytorch(*latents((1, 4, 2, 12, 25)), pool=None)
+        plan = next(iter(relation_whole._plans.values()))
+        splits_x, splits_s, group, *_ = plan.launch.constants
+        assert min(splits_x, splits_s) > 2 * group
+
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("masked", [False, True])
     def test_images_relate_whole_in_one_launch(layout, masked):
         student, real, fake = latents((5, 1, 2, 3, 6), torch.float16, layout)
-        mask = torch.tensor([True, True, False, True, True])[:, None] if masked else None
+        mask = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 0], [1, 1]], dtype=torch.bool)[:, :1] if masked else None
         with launch.recording(run=True) as recorded:
             assert_as_accurate_as_pytorch(student, real, fake, pool=None, layout=layout, frame_mask=mask)
         assert [launched.name for launched in recorded] == ["gram_kernel", "apply_kernel"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreted import needs_interpreter
 
 pytest.importorskip("triton")
 from benchmarks import gpu_checks, gpu_suite, gpu_timing, roofline
@@ -25,6 +26,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_dry_run_passes_its_checks_and_times_nothing(tmp_path):
+    needs_interpreter()
     done = command("benchmarks.gpu_suite", "--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((tmp_path / "gpu.json").read_text())

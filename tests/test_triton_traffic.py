@@ -5,28 +5,21 @@ Triton's CPU interpreter runs the kernels, and a proxy of its memory counts the 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from cases import latents
+from interpreted import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
 
 if not INTERPRETED:
 
     def test_derived_traffic_is_what_the_interpreter_counts():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        run_interpreted(__file__)
 
 else:
     import triton.runtime.interpreter as interpreter
-    from codmd.kernels import launch, traffic
+    from codmd.kernels import launch, relation_pooled, tiling, traffic
 
     from codmd import conventions, kernels
 
@@ -80,6 +73,17 @@ else:
 
         passes = 2 if pool is None else 1
         assert counted(monkeypatch, (student, out), backward) == (passes * 4 * student.numel(),) * 2
+
+    def test_lines_that_do_not_divide_among_splits(monkeypatch):
+        monkeypatch.setattr(tiling, "TILE_BYTES", 64)
+        monkeypatch.setattr(tiling, "MOST_SPLITS", 4)
+        monkeypatch.setattr(relation_pooled, "_forward_plans", {})
+        scores = [v.detach() for v in latents((1, 2, 2, 7, 13))]
+
+        def forward():
+            kernels.relation_forward(*scores, None, "bfchw", (1, 2), 0.1, 0.0, 1.0)
+
+        assert counted(monkeypatch, scores, forward) == (3 * 4 * scores[0].numel(),) * 2
 
     @pytest.mark.parametrize("shape", [(2, 3, 2, 5, 8), (3, 20, 1, 3, 7)])
     @pytest.mark.parametrize("frame_weight", [0.0, 1.0])
