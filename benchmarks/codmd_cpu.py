@@ -32,7 +32,7 @@ from benchmarks.baselines import eager_relation_loss
 from benchmarks.shapes import SHAPES
 from codmd import ops, reference
 from codmd.ops import _cpp_dmd
-from codmd.ops._boundary import release_gradient_memory
+from codmd.ops.gradient_memory import release_gradient_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 GUIDANCE, RELATION_WEIGHT = 3.5, 0.1

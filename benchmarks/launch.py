@@ -69,8 +69,8 @@ def measurements(rounds: int) -> dict[str, float]:
     scores = (fake, real, uncond, None)
     _, norms, factors = kernels.dmd_forward(student, *scores, None, None, None, None, "bfchw", rule, 3.5, 3.5, False)
     relation = ops.relation_loss(leaf, real, fake, backend="triton")
-    dmd = ops.dmd_loss(leaf, fake, real, uncond, backend="triton")
-    total = ops.codmd_loss(leaf, fake, real, uncond, backend="triton")
+    dmd = ops.dmd_loss(leaf, real=real, fake=fake, real_uncond=uncond, backend="triton")
+    total = ops.codmd_loss(leaf, real=real, fake=fake, real_uncond=uncond, backend="triton")
     empty = Empty.apply(leaf, one, out)
 
     def backward(loss: Any) -> Callable[[], object]:
@@ -91,9 +91,9 @@ def measurements(rounds: int) -> dict[str, float]:
         ),
         "relation_loss, forward": lambda: ops.relation_loss(leaf, real, fake, backend="triton"),
         "relation_loss, backward": backward(relation),
-        "dmd_loss, forward": lambda: ops.dmd_loss(leaf, fake, real, uncond, backend="triton"),
+        "dmd_loss, forward": lambda: ops.dmd_loss(leaf, real=real, fake=fake, real_uncond=uncond, backend="triton"),
         "dmd_loss, backward": backward(dmd),
-        "codmd_loss, forward": lambda: ops.codmd_loss(leaf, fake, real, uncond, backend="triton"),
+        "codmd_loss, forward": lambda: ops.codmd_loss(leaf, real=real, fake=fake, real_uncond=uncond, backend="triton"),
         "codmd_loss, backward": backward(total),
         f"{EMPTY}, forward": lambda: Empty.apply(leaf, one, out),
         f"{EMPTY}, backward": backward(empty),

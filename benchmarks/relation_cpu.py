@@ -31,7 +31,7 @@ from benchmarks.baselines import eager_relation_loss, lean_relation_loss
 from benchmarks.shapes import SHAPES
 from benchmarks.speed_bars import Speed
 from codmd.ops import _cpp, relation_loss
-from codmd.ops._boundary import release_gradient_memory
+from codmd.ops.gradient_memory import release_gradient_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DEFAULT_SHAPES = ["wan-480p", "wan-480p-b2", "wan-720p"]

@@ -7,25 +7,50 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
+
+from codmd.ops.contract import Backend
 
 logger = logging.getLogger("codmd")
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _triton() -> Backend:
+    from codmd.kernels import backend
+
+    return getattr(backend, "adapter", backend)
+
+
+def _cuda() -> Backend:
+    from codmd.ops.backends import cuda
+
+    return getattr(cuda, "adapter", cuda)
+
+
+def _cpp() -> Backend:
+    from codmd.ops.backends import cpp
+
+    return getattr(cpp, "adapter", cpp) or cpp
+
+
+def _reference() -> Backend:
+    from codmd.ops.backends import reference
+
+    return reference
+
+
 @dataclass(frozen=True)
-class Backend:
-    """One implementation: where its module lies and which tensors it takes."""
+class Implementation:
+    """One implementation: how to import it and which tensors it takes."""
 
     name: str
-    module: str
+    imported: Callable[[], Backend]
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     summary: str
@@ -34,30 +59,26 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("triton", "codmd.kernels", ("cuda",), HALF_AND_SINGLE, "Triton kernels, NVIDIA and AMD GPUs"),
-        Backend("cuda", "codmd.ops._cuda", ("cuda",), HALF_AND_SINGLE, "CUDA extension, NVIDIA GPUs"),
-        Backend("cpp", "codmd.ops._cpp", ("cpu",), HALF_AND_SINGLE, "C++ extension, CPUs"),
-        Backend(
-            "reference",
-            "codmd.ops._reference",
-            ("cpu", "cuda", "any other"),
-            (*HALF_AND_SINGLE, torch.float64),
+        Implementation("triton", _triton, ("cuda",), HALF_AND_SINGLE, "Triton kernels, NVIDIA and AMD GPUs"),
+        Implementation("cuda", _cuda, ("cuda",), HALF_AND_SINGLE, "CUDA extension, NVIDIA GPUs"),
+        Implementation("cpp", _cpp, ("cpu",), HALF_AND_SINGLE, "C++ extension, CPUs"),
+        Implementation(
+            "reference", _reference, ("cpu", "cuda", "any other"), (*HALF_AND_SINGLE, torch.float64),
             "PyTorch, any device",
         ),
     )
-}
+}  # fmt: skip
 NAMES = ("auto", *BACKENDS)
 
 
 @functools.cache
-def load(name: str) -> tuple[ModuleType | None, str]:
+def load(name: str) -> tuple[Backend | None, str]:
     """Import a backend once. Returns ``(module, "")`` or ``(None, why it cannot be used)``; never raises."""
     try:
-        module = importlib.import_module(BACKENDS[name].module)
+        module = BACKENDS[name].imported()
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    reason = getattr(module, "load_error", None)
-    return (None, reason) if reason else (module, "")
+    return (None, module.load_error) if module.load_error else (module, "")
 
 
 def interpreting() -> bool:
@@ -77,7 +98,7 @@ def _refusal(name: str, device: str, dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _resolve(requested: str, device: str, dtype: torch.dtype) -> ModuleType:
+def _resolve(requested: str, device: str, dtype: torch.dtype) -> Backend:
     if requested == "auto":
         for name in BACKENDS:
             reason = _refusal(name, device, dtype)
@@ -95,7 +116,7 @@ def _resolve(requested: str, device: str, dtype: torch.dtype) -> ModuleType:
     return module
 
 
-def select(requested: str, tensor: torch.Tensor) -> ModuleType:
+def select(requested: str, tensor: torch.Tensor) -> Backend:
     """The module that serves ``tensor``.
 
     Args:

@@ -141,7 +141,7 @@ class Convention:
         """This convention's ``scale`` in the cond form, k in c + k(c - u)."""
         return scale if self.guidance_form == "cond" else scale - 1
 
-    @functools.cached_property
+    @property
     def unfusable(self) -> str:
         """Why the fused kernels cannot serve this convention; empty when they can."""
         if self.arithmetic != "float32":
@@ -152,7 +152,7 @@ class Convention:
             return 'nan="zero_sample" without a guard needs every 0/0'
         return ""
 
-    @functools.cached_property
+    @property
     def fusable(self) -> bool:
         """Whether one pass over the latents can serve this convention."""
         return not self.unfusable

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codmd import private
+
 BatchGrad = Literal["global", "local"]
 
 # PyTorch's newer name where it has it: the older one warns there.
@@ -51,9 +53,7 @@ def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return companion
 
 
-def resolve(group_name: str) -> dist.ProcessGroup:
-    """The process group of a name (operators carry names: a schema cannot hold a group)."""
-    return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+resolve = private.group_of_name
 
 
 def check_equal_rows(rows: int, columns: int, group: dist.ProcessGroup) -> None:

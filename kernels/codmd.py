@@ -15,7 +15,7 @@ from .relation import takes_rows
 
 
 def _reference() -> ModuleType:
-    from ..ops import _reference_dmd as module
+    from ..ops.backends import old_dmd as module
 
     return module
 

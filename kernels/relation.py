@@ -19,7 +19,7 @@ LONG_FEATURES = 2048
 
 
 def _reference() -> ModuleType:
-    from ..ops import _reference as module
+    from ..ops.backends import old as module
 
     return module
 

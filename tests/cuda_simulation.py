@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from codmd import backends
-from codmd.ops import _cuda, _cuda_dmd, _dmd_backend, _reference_dmd
+from codmd.ops import _cuda
+from codmd.ops.backends import cuda
 
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -67,8 +68,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     reference, wide, extension = backends.select, torch.float64, module()
     monkeypatch.setattr(_cuda, "_C", extension)
     monkeypatch.setattr(_cuda, "_tickets", {})
-    monkeypatch.setattr(backends, "select", lambda name, t: reference("reference", t) if t.dtype is wide else _cuda)
-    monkeypatch.setattr(_dmd_backend, "select", lambda name, t: _reference_dmd if t.dtype is wide else _cuda_dmd)
+    monkeypatch.setattr(
+        backends, "select", lambda name, t: reference("reference", t) if t.dtype is wide else cuda.adapter
+    )
     extension.shuffle(0)
     yield extension
     for tickets in _cuda._tickets.values():

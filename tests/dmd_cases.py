@@ -8,7 +8,6 @@ from cases import relative_error
 from torch import Tensor
 
 from codmd import backends, ops, reference
-from codmd.ops import _dmd_backend
 
 LAYOUTS = ("bfchw", "bcfhw", "bchw")
 
@@ -16,7 +15,7 @@ LAYOUTS = ("bfchw", "bcfhw", "bchw")
 def has_fused(name: str) -> bool:
     """Whether a backend can serve CPU tensors with its own fused DMD pass."""
     try:
-        _dmd_backend.select(name, torch.empty(1))
+        backends.select(name, torch.empty(1))
     except ValueError:
         return False
     return True

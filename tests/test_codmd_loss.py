@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from cases import DTYPES, frame_mask, relative_error
 from dmd_cases import BACKENDS, has_fused, scores
+from operators import check_every_operator
 from torch.nn.parallel import DistributedDataParallel
 from workers import run_processes
 
@@ -218,10 +219,10 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize("name", ["self_forcing", "longlive"])
 def test_opcheck(name):
     student, arguments = scores((2, 4, 3, 5, 9), flow=True)
-    tensors = [student.requires_grad_(), *(arguments[key] for key in ("fake", "real", "real_uncond"))]
-    tensors += [None, arguments["noisy"], arguments["sigma"], None, torch.rand(2)]
-    options = ("bfchw", NAMED[name].encoded, 3.5, 2.0, frame_mask(2, 4), [2, 3], 0.1, 0.1, 1.0, 1.0, "", "global")
-    torch.library.opcheck(torch.ops.codmd.codmd_loss.default, (*tensors, *options, "auto"))
+    student.requires_grad_()
+    options = {"convention": name, "prediction": "flow", "pool": (2, 3), "frame_mask": frame_mask(2, 4)}
+    checked = check_every_operator(lambda: ops.codmd_loss(student, **arguments, **options))
+    assert checked == ["codmd::objective", "codmd::objective_backward"]
 
 
 @pytest.mark.parametrize("options", [{}, {"pool": None}, {"convention": "longlive", "batch_weight": 0.0}], ids=str)
@@ -264,7 +265,7 @@ def test_a_step_from_velocities_needs_no_memory_but_the_gradient(dtype):
 RELATION_ERRORS = [
     ({"temperature": 0.0}, ValueError, "temperature must be greater than 0, got 0.0"),
     ({"relation_weight": -1.0}, ValueError, "relation_weight must be 0 or greater, got -1.0"),
-    ({"batch_weight": "1"}, TypeError, "batch_weight must be a Python number, got str"),
+    ({"batch_weight": "1"}, TypeError, "batch_weight must be a Python number or a 0-dim tensor, got str"),
     ({"frame_weight": float("inf")}, ValueError, "frame_weight must be finite, got inf"),
     ({"pool": "max"}, ValueError, 'pool must be "mean", None or a tuple of two integers'),
     ({"pool": (99, 1)}, ValueError, "pool=(99, 1) must lie between (1, 1) and the latent's height and width"),

@@ -14,7 +14,8 @@ import torch
 from cases import DTYPES, LAYOUTS, frame_mask, latents, loss_and_gradient, relative_error, same_dtype, truth
 
 import codmd
-from codmd.ops import _cpp, _reference, relation_loss
+from codmd.ops import _cpp, relation_loss
+from codmd.ops.backends import old as _reference
 
 pytestmark = pytest.mark.skipif(_cpp.load_error is not None, reason=str(_cpp.load_error))
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import types
 from dataclasses import replace
 
 import pytest
 import torch
 from dmd_cases import BACKENDS, mask_of, run, scores
+from operators import check_every_operator
 
-from codmd import backends, conventions, ops
+from codmd import conventions, ops
 from codmd.conventions import NAMED
-from codmd.ops import _dmd_backend, _reference_dmd
+from codmd.ops import emulation
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,10 +56,10 @@ def test_autocast_changes_nothing(arithmetic):
 @pytest.mark.parametrize("name", ["self_forcing", "longlive", "rcm"])
 def test_opcheck(name):
     student, arguments = scores(layout=NAMED[name].layout, flow=True)
-    options = (NAMED[name].layout, NAMED[name].encoded, 3.5, 2.0, True, "auto")
-    order = ("fake", "real", "real_uncond", "fake_uncond", "noisy", "sigma")
-    tensors = [student.requires_grad_(), *(arguments[key] for key in order), None, torch.rand(2)]
-    torch.library.opcheck(torch.ops.codmd.dmd_loss.default, (*tensors, *options))
+    student.requires_grad_()
+    options = {"convention": name, "prediction": "flow", "fake_guidance": 2.0, "sample_weight": torch.rand(2)}
+    checked = check_every_operator(lambda: ops.dmd_loss(student, **arguments, **options))
+    assert checked == ["codmd::objective", "codmd::objective_backward"]
 
 
 @pytest.mark.parametrize("arithmetic", ["float32", "emulate"])
@@ -110,7 +110,7 @@ WRONG = [
         "fake requires a gradient, but only student",
     ),
     ({"fake": torch.zeros(2, 3, 4, 5, 6, device="meta")}, ValueError, "fake must be on the device of student"),
-    ({"guidance": "high"}, TypeError, "guidance must be a Python number, got str"),
+    ({"guidance": "high"}, TypeError, "guidance must be a Python number or a 0-dim tensor, got str"),
     ({"guidance": float("nan")}, ValueError, "guidance must be finite, got nan"),
     ({"fake_guidance": float("inf")}, ValueError, "fake_guidance must be finite, got inf"),
     ({"convention": "wan"}, ValueError, "convention='wan' is not known; known: causvid"),
@@ -175,17 +175,8 @@ def test_a_wrong_argument_is_named_with_what_came_and_what_is_allowed(change, ki
     assert message in str(error.value)
 
 
-def test_a_backend_without_a_fused_pass_is_a_logged_reason(monkeypatch, caplog):
-    monkeypatch.setattr(backends, "select", lambda requested, tensor: types.ModuleType("codmd.ops._absent"))
-    with caplog.at_level(logging.INFO, logger="codmd"):
-        assert _dmd_backend.select("auto", torch.empty(1)) is _reference_dmd
-    assert "the DMD losses run on the reference instead of codmd.ops._absent: ModuleNotFoundError" in caplog.text
-    with pytest.raises(ValueError, match="backend='cpp' has no fused DMD loss: ModuleNotFoundError"):
-        _dmd_backend.select("cpp", torch.empty(1))
-
-
 def test_a_convention_that_runs_step_by_step_says_so_once(caplog):
-    _dmd_backend._log_once.cache_clear()
+    emulation._log_once.cache_clear()
     student, arguments = scores((1, 2, 2, 2, 2))
     with caplog.at_level(logging.INFO, logger="codmd"):
         for _ in range(2):

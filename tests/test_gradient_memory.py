@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from codmd import ops
-from codmd.ops import _boundary
-from codmd.ops._boundary import KEPT_BYTES, empty_gradient
+from codmd.ops import gradient_memory
+from codmd.ops.gradient_memory import KEPT_BYTES, empty_gradient
 
 SHAPE = (1, 8, 16, 60, 104)
 """3 MiB in float32."""
@@ -26,8 +26,8 @@ def gradient(loss, student, real, fake):
 
 LOSSES = {
     "relation": ops.relation_loss,
-    "dmd": lambda student, real, fake: ops.dmd_loss(student, fake, real),
-    "codmd": lambda student, real, fake: ops.codmd_loss(student, fake, real),
+    "dmd": lambda student, real, fake: ops.dmd_loss(student, real=real, fake=fake),
+    "codmd": lambda student, real, fake: ops.codmd_loss(student, real=real, fake=fake),
 }
 
 
@@ -78,9 +78,9 @@ def test_shared_memory_is_left_alone():
 def test_one_block_is_kept_and_can_be_released():
     for shape in (SHAPE, (2, *SHAPE[1:]), SHAPE):
         gradient(ops.relation_loss, *latents(shape))
-    assert [memory.nbytes() for memory in _boundary._kept] == [latents()[0].nbytes]
-    _boundary.release_gradient_memory()
-    assert not _boundary._kept
+    assert [memory.nbytes() for memory in gradient_memory._kept] == [latents()[0].nbytes]
+    gradient_memory.release_gradient_memory()
+    assert not gradient_memory._kept
 
 
 def test_sizes_in_turn_and_small_gradients_keep_their_values():

@@ -280,7 +280,7 @@ def frames_on_two_ranks(rank, world):
     exec(textwrap.dedent(text), scope)
     scope["loss"].backward()
     whole = x.clone().requires_grad_()
-    loss = codmd.ops.codmd_loss(whole, f, c, u)
+    loss = codmd.ops.codmd_loss(whole, real=c, fake=f, real_uncond=u)
     loss.backward()
     torch.testing.assert_close(world * scope["loss"], loss)
     torch.testing.assert_close(scope["student"].grad, whole.grad[:, own])

@@ -29,7 +29,7 @@ Launcher.__call__ = recorded
 student = torch.randn(2, 3, 4, 8, 8, dtype=torch.bfloat16, requires_grad=True)
 fake, real, uncond = torch.randn(3, 2, 3, 4, 8, 8, dtype=torch.bfloat16)
 mask = torch.ones(2, 3, dtype=torch.bool)
-ops.codmd_loss(student, fake, real, uncond, frame_mask=mask, backend="triton").backward()
+ops.codmd_loss(student, real=real, fake=fake, real_uncond=uncond, frame_mask=mask, backend="triton").backward()
 ops.relation_loss(student, real, fake, backend="triton").backward()
 ops.relation_loss(student, real, fake, pool=None, backend="triton").backward()
 Launcher.__call__ = launch

@@ -107,8 +107,12 @@ print(backends.describe())
     "blocked, module, reason",
     [
         (["triton"], None, "triton is blocked"),
-        (["codmd._C"], "codmd.ops._reference", "codmd._C is blocked"),
-        (["triton", "codmd._C", "diffusers", "matplotlib", "tqdm", "safetensors"], "codmd.ops._reference", "blocked"),
+        (["codmd._C"], "codmd.ops.backends.reference", "codmd._C is blocked"),
+        (
+            ["triton", "codmd._C", "diffusers", "matplotlib", "tqdm", "safetensors"],
+            "codmd.ops.backends.reference",
+            "blocked",
+        ),
     ],
 )
 def test_a_fresh_process_works_without(blocked, module, reason, tmp_path):

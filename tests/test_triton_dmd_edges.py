@@ -29,7 +29,7 @@ else:
 
     from codmd import conventions, kernels, ops
     from codmd.conventions import NAMED
-    from codmd.ops import _reference_dmd
+    from codmd.ops.backends import old_dmd as _reference_dmd
 
     SHAPE = (2, 4, 1, 3, 5)
     UPSTREAM = (0.5, -2.0, 0.7, 3.0)

@@ -36,7 +36,8 @@ else:
     from codmd.kernels import launch, relation_pooled, relation_together, relation_whole, relation_whole_plans, tiling
 
     from codmd import kernels
-    from codmd.ops import _reference, relation_loss
+    from codmd.ops import relation_loss
+    from codmd.ops.backends import old as _reference
 
     UPSTREAM = (0.7, 0.3, -0.2)
 

@@ -116,9 +116,9 @@ def distillation_loss(
     weight = config.relation_weight if relation_weight is None else relation_weight
     terms = ops.codmd_loss(
         sample,
-        scores.fake,
-        scores.real,
-        scores.real_uncond,
+        real=scores.real,
+        fake=scores.fake,
+        real_uncond=scores.real_uncond,
         guidance=0.0 if config.guidance is None else config.guidance,
         relation_weight=weight if config.uses_relation else 0.0,
         convention=config.convention,
@@ -129,7 +129,6 @@ def distillation_loss(
         group=group,
         return_terms=True,
     )
-    assert isinstance(terms, ops.CodmdTerms)
     relation = config.batch_weight * terms.batch + config.frame_weight * terms.frame
     return GeneratorLoss(terms.total, terms.dmd, relation, terms.batch, terms.frame, weight)
 

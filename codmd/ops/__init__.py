@@ -1,7 +1,6 @@
 """The public operators."""
 
-from codmd.ops.codmd import CodmdTerms, codmd_loss
-from codmd.ops.dmd import DmdTerms, dmd_loss
+from codmd.ops.objective import CodmdTerms, DmdTerms, codmd_loss, dmd_loss
 from codmd.ops.relation import RelationTerms, relation_loss, relation_matrix
 
 __all__ = [

@@ -4,79 +4,61 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from codmd import backends, conventions, reference
 from codmd.conventions import Convention
-from codmd.ops import _checks
-from codmd.ops._boundary import remembered
+from codmd.ops import checks
+from codmd.ops.checks import Number
 
 LAYOUTS = ("bfchw", "bcfhw", "bchw")
 PREDICTIONS = ("x0", "flow")
-LATENTS = ("fake", "real", "real_uncond", "fake_uncond", "noisy")
+LATENTS = ("student", "real", "fake", "real_uncond", "fake_uncond", "noisy")
 
 
 class Inputs(NamedTuple):
     """Checked arguments. Latents have five axes in ``layout`` and ``sigma`` is ``[B, F]``.
 
-    ``real_scale`` and ``fake_scale`` are in the cond form, ``guidance`` and ``fake_guidance`` in the convention's own.
+    ``tensors`` are the first nine fields of :class:`codmd.ops.contract.Objective`. ``real_scale`` and ``fake_scale``
+    are in the cond form, ``guidance`` and ``fake_guidance`` in the convention's own.
     """
 
-    student: Tensor
-    fake: Tensor
-    real: Tensor
-    real_uncond: Tensor | None
-    fake_uncond: Tensor | None
-    noisy: Tensor | None
-    sigma: Tensor | None
-    mask: Tensor | None
-    sample_weight: Tensor | None
+    tensors: tuple[Any, ...]
     layout: str
     convention: Convention
-    real_scale: float
-    fake_scale: float
-    guidance: float
-    fake_guidance: float
+    real_scale: Number
+    fake_scale: Number
+    guidance: Number
+    fake_guidance: Number
 
     @property
-    def fused(self) -> tuple[Any, ...]:
-        """The arguments of a fused forward pass."""
-        return self[:13]
-
-
-def traced(inputs: Inputs) -> list[Any]:
-    """``inputs.fused`` for a traced call. torch 2.8 traces neither slices nor properties of a NamedTuple."""
-    operands: list[Any] = list(inputs)
-    operands[10] = operands[10].encoded
-    return operands[:13]
+    def student(self) -> Tensor:
+        return self.tensors[0]
 
 
 def check(
-    student: Tensor,
-    fake: Tensor,
-    real: Tensor,
-    real_uncond: Tensor | None,
-    fake_uncond: Tensor | None,
-    guidance: float,
-    fake_guidance: float | None,
+    latents: tuple[Any, ...],
+    guidance: Number,
+    fake_guidance: Number | None,
     convention: str | Convention,
     mask: Tensor | None,
     sample_weight: Tensor | None,
     layout: str | None,
     prediction: str,
-    noisy: Tensor | None,
     sigma: Tensor | None,
     backend: str,
 ) -> Inputs:
-    """Raise ``TypeError`` or ``ValueError`` naming the argument, or return the canonical form."""
-    rule, layout, (real_scale, fake_scale, real_guidance, fake_guidance) = _options(
-        convention, layout, guidance, fake_guidance, prediction, backend
-    )
-    latents: tuple[Any, ...] = student, fake, real, real_uncond, fake_uncond, noisy
+    """Raise ``TypeError`` or ``ValueError`` naming the argument, or return the canonical form.
+
+    Args:
+        latents: in the order of ``LATENTS``.
+    """
+    rule, layout, scales = _options(convention, layout, guidance, fake_guidance, prediction, backend)
+    student, real, fake, real_uncond, fake_uncond, noisy = latents
     images = layout == "bchw"
-    if images or fake is None or real is None or not _checks.plainly_match(student, latents[1:]):
-        student, fake, real, real_uncond, fake_uncond, noisy = _latents(latents, layout)
+    others = (real, fake, real_uncond, fake_uncond, noisy)
+    if images or fake is None or real is None or not checks.plainly_match(student, others):
+        student, real, fake, real_uncond, fake_uncond, noisy = _latents(latents, layout)
         layout = "bfchw" if images else layout
     if prediction != "x0" or noisy is not None or sigma is not None:
         sigma = _sigma(prediction, noisy, sigma, student, layout, rule)
@@ -84,54 +66,50 @@ def check(
         mask = _mask(mask, student, images)
     if sample_weight is not None:
         sample_weight = _sample_weight(sample_weight, student, rule)
-    return Inputs(
-        student, fake, real, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, layout, rule, real_scale,
-        fake_scale, real_guidance, fake_guidance,
-    )  # fmt: skip
+    tensors = student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight
+    return Inputs(tensors, layout, rule, scales[0], scales[1], scales[2], scales[3])
 
 
-@remembered
+@checks.remembered
 def _options(
     convention: str | Convention,
     layout: str | None,
-    guidance: float,
-    fake_guidance: float | None,
+    guidance: Number,
+    fake_guidance: Number | None,
     prediction: str,
     backend: str,
-) -> tuple[Convention, str, tuple[float, float, float, float]]:
+) -> tuple[Convention, str, tuple[Number, Number, Number, Number]]:
     """The convention, the layout, and the scales of :class:`Inputs`; raises where an option is not as described."""
     rule = conventions.resolve(convention)
     layout = rule.layout if layout is None else layout
-    _checks.check_one_of("layout", layout, LAYOUTS)
-    _checks.check_one_of("prediction", prediction, PREDICTIONS)
-    real = _checks.check_number("guidance", guidance)
-    fake = real if fake_guidance is None else _checks.check_number("fake_guidance", fake_guidance)
+    checks.check_one_of("layout", layout, LAYOUTS)
+    checks.check_one_of("prediction", prediction, PREDICTIONS)
+    real = checks.check_number("guidance", guidance)
+    fake = real if fake_guidance is None else checks.check_number("fake_guidance", fake_guidance)
     backends.check_name(backend)
     return rule, layout, (rule.cond_scale(real), rule.cond_scale(fake), real, fake)
 
 
 def _latents(given: tuple[Any, ...], layout: str) -> tuple[Any, ...]:
     """The latents with five axes; raises where one is not as described."""
-    student, fake, real, *_ = given
-    _check_axes(student, layout)
-    if fake is None or real is None:
-        raise TypeError(f"{'fake' if fake is None else 'real'} must be a torch.Tensor, got NoneType")
-    if layout == "bchw":
-        given = tuple(v.unsqueeze(1) if isinstance(v, Tensor) and v.ndim == 4 else v for v in given)
-    student, *others = given
-    _checks.check_latents(student, **dict(zip(LATENTS, others, strict=True)))
-    return given
-
-
-def _check_axes(student: Any, layout: str) -> None:
-    if not isinstance(student, Tensor):
-        raise TypeError(f"student must be a torch.Tensor, got {type(student).__name__}")
+    student, real, fake, *_ = given
+    checks.check_memory("student", student)
     axes = 4 if layout == "bchw" else 5
     if student.ndim != axes:
         raise ValueError(
             f"student must have {axes} axes for layout={layout!r}, got shape {tuple(student.shape)}; "
             f"pass layout= one of {', '.join(LAYOUTS)} when the convention's default is another"
         )
+    for name, value in (("real", real), ("fake", fake)):
+        if value is None:
+            raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
+    for name, value in zip(LATENTS, given, strict=True):
+        if value is not None:
+            checks.check_memory(name, value)
+    if layout == "bchw":
+        given = tuple(v.unsqueeze(1) if v is not None and v.ndim == 4 else v for v in given)
+    checks.check_latents(**dict(zip(LATENTS, given, strict=True)))
+    return given
 
 
 def _sigma(
@@ -152,23 +130,18 @@ def _sigma(
             raise TypeError(f'{name} must be a torch.Tensor with prediction="flow", got {type(value).__name__}')
     assert sigma is not None
     samples, frames = len(student), student.shape[1 if layout == "bfchw" else 2]
+    _check_values("sigma", sigma, student)
     if sigma.shape not in ((samples,), (samples, frames)):
         raise ValueError(
             f"sigma must have shape (batch,) = ({samples},) or (batch, frames) = ({samples}, {frames}), "
             f"got {tuple(sigma.shape)}"
         )
-    _check_plain("sigma", sigma, student)
     sigma = _fused(sigma, student, convention)
     return (sigma[:, None] if sigma.ndim == 1 else sigma).expand(samples, frames)
 
 
 def _mask(mask: Any, student: Tensor, images: bool) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a boolean torch.Tensor, got {type(mask).__name__}")
-    if mask.dtype is not torch.bool:
-        raise TypeError(f"mask must be torch.bool (True selects an element), got {mask.dtype}")
-    if mask.device != student.device:
-        raise ValueError(f"mask must be on the device of student {student.device}, got {mask.device}")
+    checks.check_mask("mask", mask, student, "selects an element")
     if images and mask.ndim == 4:
         mask = mask.unsqueeze(1)
     sizes = student.shape[student.ndim - mask.ndim :] if mask.ndim <= student.ndim else ()
@@ -178,11 +151,9 @@ def _mask(mask: Any, student: Tensor, images: bool) -> Tensor:
 
 
 def _sample_weight(weight: Any, student: Tensor, convention: Convention) -> Tensor:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"sample_weight must be a torch.Tensor, got {type(weight).__name__}")
+    _check_values("sample_weight", weight, student)
     if weight.shape != (len(student),):
         raise ValueError(f"sample_weight must have shape (batch,) = ({len(student)},), got {tuple(weight.shape)}")
-    _check_plain("sample_weight", weight, student)
     return _fused(weight, student, convention).contiguous()
 
 
@@ -191,10 +162,8 @@ def _fused(values: Tensor, student: Tensor, convention: Convention) -> Tensor:
     return values.to(reference.compute_dtype(student.dtype)) if convention.fusable else values
 
 
-def _check_plain(name: str, value: Tensor, student: Tensor) -> None:
+def _check_values(name: str, value: Any, student: Tensor) -> None:
+    checks.check_memory(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-    if value.device != student.device:
-        raise ValueError(f"{name} must be on the device of student {student.device}, got {value.device}")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires a gradient, but only student receives one: pass {name}.detach()")
+    checks.check_beside(name, value, student)

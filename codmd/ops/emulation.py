@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from codmd.ops import _dmd_backend
-from codmd.ops._boundary import is_traced
-from codmd.ops._dmd_inputs import Inputs
+from codmd.ops.objective_checks import Inputs
+from codmd.ops.operator import is_traced
 from codmd.reference import dmd as equations
 from codmd.reference import guidance
 
+logger = logging.getLogger("codmd")
+
 
 def loss_and_terms(inputs: Inputs, backend: str, return_terms: bool) -> tuple[Tensor, ...]:
-    """(loss,), or (loss, mean|g|, norm) when ``return_terms``."""
-    _dmd_backend.report_stepwise(backend, inputs.convention.unfusable)
-    loss = _stepwise_loss(*inputs) if is_traced(inputs.student) else _Stepwise.apply(*inputs)
+    """(loss,), or (loss, mean|g|, norm) when ``return_terms``.
+
+    Raises:
+        ValueError: ``backend`` names another than the reference.
+    """
+    _report(backend, inputs.convention.unfusable)
+    loss = _loss(inputs) if is_traced(inputs.student) else _Stepwise.apply(inputs.student, inputs)
     if not return_terms:
         return (loss,)
     with torch.no_grad(), torch.autocast(inputs.student.device.type, enabled=False):
@@ -32,27 +39,19 @@ def loss_and_terms(inputs: Inputs, backend: str, return_terms: bool) -> tuple[Te
             )
         else:
             norm = found.norm.flatten()
-        return loss, equations.mean_magnitude(found, inputs.mask), norm
+        return loss, equations.mean_magnitude(found, inputs.tensors[7]), norm
 
 
 def teacher_prediction(inputs: Inputs) -> guidance.Prediction:
     """The teacher's x0, with guidance in the convention's arithmetic."""
-    return guidance.x0_prediction(
-        inputs.real, inputs.real_uncond, inputs.guidance, inputs.convention, inputs.layout, inputs.noisy, inputs.sigma
-    )
+    _, real, _, uncond, _, noisy, sigma, *_ = inputs.tensors
+    return guidance.x0_prediction(real, uncond, inputs.guidance, inputs.convention, inputs.layout, noisy, sigma)
 
 
 def critic_prediction(inputs: Inputs) -> guidance.Prediction:
     """The critic's x0, with guidance in the convention's arithmetic."""
-    return guidance.x0_prediction(
-        inputs.fake,
-        inputs.fake_uncond,
-        inputs.fake_guidance,
-        inputs.convention,
-        inputs.layout,
-        inputs.noisy,
-        inputs.sigma,
-    )
+    _, _, fake, _, uncond, noisy, sigma, *_ = inputs.tensors
+    return guidance.x0_prediction(fake, uncond, inputs.fake_guidance, inputs.convention, inputs.layout, noisy, sigma)
 
 
 def guided(prediction: Any, inputs: Inputs) -> Tensor:
@@ -64,33 +63,43 @@ def guided(prediction: Any, inputs: Inputs) -> Tensor:
 def _direction(inputs: Inputs) -> equations.Direction:
     teacher, critic = teacher_prediction(inputs), critic_prediction(inputs)
     return equations.direction(
-        inputs.student, critic, teacher, inputs.guidance, inputs.convention, inputs.layout, inputs.sample_weight
+        inputs.student, critic, teacher, inputs.guidance, inputs.convention, inputs.layout, inputs.tensors[8]
     )
 
 
-def _stepwise_loss(*arguments: Any) -> Tensor:
-    inputs = Inputs(*arguments)
+def _loss(inputs: Inputs) -> Tensor:
+    mask, weight = inputs.tensors[7], inputs.tensors[8]
     with torch.autocast(inputs.student.device.type, enabled=False):
-        return equations.loss_of_direction(
-            inputs.student, _direction(inputs), inputs.convention, inputs.mask, inputs.sample_weight
-        )
+        return equations.loss_of_direction(inputs.student, _direction(inputs), inputs.convention, mask, weight)
 
 
 class _Stepwise(torch.autograd.Function):
     """The reference composition, computed again in the backward pass instead of keeping its intermediates."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        inputs = Inputs(*arguments)
-        ctx.save_for_backward(*inputs[:9])
-        ctx.options = inputs[9:]
-        return _stepwise_loss(*inputs)
+    def forward(ctx: Any, student: Tensor, inputs: Inputs) -> Tensor:
+        ctx.save_for_backward(*inputs.tensors)
+        ctx.inputs = inputs._replace(tensors=())
+        return _loss(inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         student, *others = ctx.saved_tensors
         with torch.enable_grad():
             leaf = student.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(_stepwise_loss(leaf, *others, *ctx.options), leaf, grad)
-        return gradient, *[None] * 14
+            (gradient,) = torch.autograd.grad(_loss(ctx.inputs._replace(tensors=(leaf, *others))), leaf, grad)
+        return gradient, None
+
+
+def _report(requested: str, reason: str) -> None:
+    """Log, once, why a convention does not run fused; an explicit backend other than the reference is an error."""
+    if requested not in ("auto", "reference"):
+        raise ValueError(f"backend={requested!r} cannot serve this convention: {reason}. Use backend='reference'")
+    if not torch.compiler.is_compiling():
+        _log_once(reason)
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.info("codmd: this DMD convention runs on the reference: %s", reason)

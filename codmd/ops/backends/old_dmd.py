@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codmd import reference
 from codmd.conventions import Convention
-from codmd.ops._reference import _frames, _plain, _pooled, _upstream, relation_backward
+from codmd.ops.backends.old import _frames, _plain, _pooled, _upstream, relation_backward
 from codmd.reference.dmd import guard
 from codmd.reference.relation import Pool
 

@@ -1,0 +1,1 @@
+"""Implementations of :class:`codmd.ops.contract.Backend` beside the Triton kernels."""

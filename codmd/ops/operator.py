@@ -1,0 +1,376 @@
+"""One operator: schema, eager call, traced call, fake, backward pass and autograd, made from the fields of a call.
+
+An :class:`Operator` describes itself by the NamedTuple that its backends take (:mod:`codmd.ops.contract`). The forward
+pass finds the terms *and* what the backward pass needs of them (a few kilobytes); the backward pass writes the gradient
+of the latents. Eager calls go straight from an ``autograd.Function`` to the backend; traced calls (``torch.compile``,
+``export``, fake tensors) go through ``torch.ops.codmd``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from codmd import backends, conventions, distributed, private
+from codmd.conventions import Convention
+from codmd.ops.checks import PLAIN, check_number, check_positive, check_weight
+from codmd.ops.contract import Backend, Call, Found, Grid, Numbers, Objective, Relation, Upstream
+from codmd.ops.gradient_memory import dense_strides, empty_gradient, gradient_strides
+from codmd.reference import compute_dtype
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Gather(NamedTuple):
+    """Whose samples form the batch relation: the name of a process group, ``""`` for this process alone."""
+
+    group: str
+    batch_grad: str
+
+
+def gather_of(group: dist.ProcessGroup | None, batch_grad: str) -> Gather:
+    """The form of ``group`` and ``batch_grad`` that a schema can hold."""
+    if group is None:
+        return Gather("", batch_grad)
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    return Gather(private.name_of_group(group), batch_grad)
+
+
+def numbers_of(student: Tensor, *numbers: float | Tensor) -> Numbers | Tensor:
+    """Checked numbers in the order of :class:`Numbers`: floats, or one tensor where the device or a trace holds one."""
+    if torch.compiler.is_compiling():
+        # A graph takes a float for a constant; added to a tensor it is an input, whatever its value.
+        device = _device_of(student, numbers) or torch.device("cpu")
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        return torch.stack([torch.zeros((), dtype=dtype, device=device) + n for n in numbers])
+    device = _device_of(student, numbers)
+    if device is None:
+        return Numbers(*numbers)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    return torch.stack([n.to(**options) if isinstance(n, Tensor) else torch.full((), n, **options) for n in numbers])
+
+
+def _device_of(student: Tensor, numbers: tuple[float | Tensor, ...]) -> torch.device | None:
+    for name, number in zip(Numbers._fields, numbers, strict=True):
+        if isinstance(number, Tensor):
+            if number.device != student.device and number.device.type != "cpu":
+                raise ValueError(f"{name} must be a number or on the device of student {student.device}, "
+                                 f"got {number.device}")  # fmt: skip
+            if number.device.type != "cpu" or torch.compiler.is_compiling():
+                return number.device
+    return None
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a call must go through the dispatcher: compiled, exported, or on a tensor subclass."""
+    return torch.compiler.is_compiling() or type(tensor) not in PLAIN or private.modes_active()
+
+
+def once_differentiable(function: Function) -> Function:
+    """PyTorch's decorator for a ``backward``, at no cost where no graph of the gradient is asked for."""
+    guarded = torch.autograd.function.once_differentiable(function)
+
+    @functools.wraps(function)
+    def backward(*arguments: Any) -> Any:
+        return guarded(*arguments) if torch.is_grad_enabled() else function(*arguments)
+
+    return backward  # type: ignore[return-value]
+
+
+_SCHEMA: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", Grid: "int[]", Grid | None: "int[]?",
+    Convention: "str", Numbers | Tensor: "Tensor",
+}  # fmt: skip
+"""Types of a call's fields in a schema."""
+
+
+class Operator:
+    """``codmd::NAME`` and ``codmd::NAME_backward``.
+
+    Args:
+        name: in ``torch.ops.codmd``.
+        call: the NamedTuple of its arguments, tensors first.
+        kept: the tensors of a call that the backward pass reads; it sees ``out`` for an absent latent.
+        found: the fields of :class:`Found` that the forward pass returns.
+        local: the backend's function for one process.
+        gradient: the backend's function that writes the gradient.
+        upstream: the terms' gradients, in the terms' order, as an :class:`Upstream`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: type[Relation] | type[Objective],
+        *,
+        kept: tuple[str, ...],
+        found: tuple[str, ...],
+        local: Callable[[Backend, Any, bool], Found],
+        gradient: Callable[[Backend, Tensor, Upstream, Any, Found], None],
+        upstream: Callable[..., Upstream],
+    ) -> None:
+        self.call: Any = call
+        self._local, self._gradient, self._upstream = local, gradient, upstream
+        self.types = get_type_hints(call)
+        tensors = [field for field, kind in self.types.items() if kind in (Tensor, Tensor | None)]
+        assert tuple(self.types)[: len(tensors)] == tuple(tensors), "tensors come first"
+        self.tensors, self.options = len(tensors), list(self.types)[len(tensors) :]
+        self.found = found
+        self._kept = [tensors.index(field) for field in kept]
+        required = [self.types[field] is Tensor for field in tensors]
+        places = {at: place for place, at in enumerate(self._kept)}
+        self._absent = [places.get(at, None if required[at] else -1) for at in range(len(tensors))]
+        self._kept_types = [(field, self.types[field]) for field in kept]
+        self._register(name)
+
+    def __call__(self, call: Any, gather: Gather, backend: str) -> Tensor:
+        """The total alone: one output costs an eager call less than all of them."""
+        if is_traced(call.student):
+            return self._traced(call, gather, backend)[0][0]
+        return _apply_total(call.student, self, call, gather, backend)
+
+    def terms(self, call: Any, gather: Gather, backend: str) -> tuple[Tensor, ...]:
+        """All terms, each with its own gradient, then the norms (detached) where it has them."""
+        if not is_traced(call.student):
+            return _apply_terms(call.student, self, call, gather, backend)
+        terms, *rest = self._traced(call, gather, backend)
+        return (*terms.unbind(), rest[0].detach()) if "norms" in self.found else terms.unbind()
+
+    def find(self, run: Backend, call: Any, gather: Gather, separate: bool) -> Found:
+        """The forward pass: on this process, or around one collective."""
+        group = distributed.resolve(gather.group) if gather.group and call.batch else None
+        if group is None or group.size() == 1:
+            return self._local(run, call, separate)
+        pending = run.features(call)
+        rows = distributed.gather_rows(pending.rows, gather.group)
+        scale = distributed.gradient_scale(gather.batch_grad, group.size())
+        return run.gathered(call, pending, rows, group.rank() * len(call.student), scale)
+
+    def write_gradient(
+        self, run: Backend, out: Tensor, gradients: tuple[Tensor | None, ...], saved: Any, options: Any, found: Found
+    ) -> None:
+        """The backward pass, from the kept tensors and the options of the call."""
+        tensors = [out if at is None else None if at < 0 else saved[at] for at in self._absent]
+        self._gradient(run, out, self._upstream(*gradients), self.call(*tensors, *options), found)
+
+    # Eager calls
+
+    def eager_forward(self, ctx: Any, call: Any, gather: Gather, backend: str) -> Found:
+        student = call.student
+        run = backends.select(backend, student)
+        found = self.find(run, call, gather, False)
+        ctx.save_for_backward(*[call[at] for at in self._kept])
+        # Neither an input nor, but for the terms' base, an output of the graph: ctx may hold it and makes no cycle.
+        ctx.found = found
+        ctx.student = run, student.shape, gradient_strides(student), student.dtype, student.device
+        ctx.options = call[self.tensors :]
+        ctx.set_materialize_grads(False)
+        return found
+
+    def eager_backward(self, ctx: Any, *gradients: Tensor | None) -> Tensor:
+        run, shape, strides, dtype, device = ctx.student
+        out = empty_gradient(shape, strides, dtype, device)
+        self.write_gradient(run, out, gradients, ctx.saved_tensors, ctx.options, ctx.found)
+        return out
+
+    # Traced calls
+
+    def _traced(self, call: Any, gather: Gather, backend: str) -> Any:
+        return self._forward_op(*self._encoded(list(call)), *list(gather), backend)
+
+    def _encoded(self, values: list[Any]) -> list[Any]:
+        kinds = list(self.types.values())
+        encoded = []
+        for i in range(len(values)):
+            value = values[i]
+            if kinds[i] is Convention:
+                value = value.encoded
+            elif isinstance(value, Numbers):
+                value = torch.tensor(list(value), dtype=torch.float64, device="cpu")
+            encoded.append(value)
+        return encoded
+
+    def _decoded(self, values: tuple[Any, ...], first: int = 0) -> list[Any]:
+        decoded = []
+        for kind, value in zip(list(self.types.values())[first:], values, strict=True):
+            if kind is Convention:
+                value = conventions.decode(value)
+            elif kind in (Grid, Grid | None) and value is not None:
+                value = tuple(value)
+            elif kind == Numbers | Tensor and value.device.type == "cpu":
+                value = checked(Numbers(*value.tolist()))
+            decoded.append(value)
+        return decoded
+
+    def _register(self, name: str) -> None:
+        arguments = ", ".join(f"{_SCHEMA[kind]} {field}" for field, kind in self.types.items())
+        count = len(self.types)
+
+        def forward(*values: Any) -> tuple[Tensor, ...]:
+            call, gather, backend = self.call(*self._decoded(values[:count])), Gather(*values[count:-1]), values[-1]
+            found = self.find(backends.select(backend, call.student), call, gather, True)
+            return tuple(getattr(found, field) for field in self.found)
+
+        def fake(*values: Any) -> tuple[Tensor, ...]:
+            call = self.call(*values[: count - 1], values[count - 1])
+            shapes = found_shapes(self._shaped(call), Gather(*values[count:-1]), values[-1])
+            dtype = compute_dtype(call.student.dtype)
+            return tuple(call.student.new_empty(getattr(shapes, field), dtype=dtype) for field in self.found)
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            student, numbers = inputs[0], inputs[count - 1]
+            ctx.save_for_backward(*[inputs[at] for at in self._kept], numbers, *output[1:])
+            ctx.student = list(student.shape), list(dense_strides(student.shape, student.stride())), student.dtype
+            ctx.options = *inputs[self.tensors : count - 1], inputs[-1]
+            ctx.set_materialize_grads(False)
+
+        def backward(ctx: Any, grad_terms: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+            none = (None,) * (count + 2)
+            if grad_terms is None:
+                return (None, *none)
+            return (self._backward_op(grad_terms, *ctx.saved_tensors, *ctx.student, *ctx.options), *none)
+
+        returns = ", ".join(["Tensor"] * len(self.found))
+        operator = torch.library.custom_op(
+            f"codmd::{name}", forward, mutates_args=(), schema=f"({arguments}, str group, str batch_grad, str backend)"
+            f" -> ({returns})",
+        )  # fmt: skip
+        operator.register_fake(fake)
+        operator.register_autograd(backward, setup_context=setup_context)
+        self._forward_op = getattr(torch.ops.codmd, name)
+        self._register_backward(name)
+
+    def _register_backward(self, name: str) -> None:
+        kept, found = len(self._kept), len(self.found) - 1
+        options = ", ".join(f"{_SCHEMA[self.types[field]]} {field}" for field in self.options[:-1])
+        saved = ", ".join(
+            [f"{_SCHEMA[kind]} {field}" for field, kind in self._kept_types]
+            + ["Tensor numbers"]
+            + [f"Tensor {field}" for field in self.found[1:]]
+        )
+
+        def empty(grad_terms: Tensor, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+            return torch.empty_strided(size, stride, dtype=dtype, device=grad_terms.device)
+
+        def backward(grad_terms: Tensor, *values: Any) -> Tensor:
+            saved, numbers, rest = values[:kept], values[kept], values[kept + 1 : kept + 1 + found]
+            at = kept + 1 + found
+            out = empty(grad_terms, *values[at : at + 3])
+            options = self._decoded((*values[at + 3 : -1], numbers), self.tensors)
+            fields = dict(zip(self.found[1:], rest, strict=True))
+            self.write_gradient(
+                backends.select(values[-1], out), out, grad_terms.unbind(), saved, options,
+                Found(terms=grad_terms, **{"norms": None, "factors": None, **fields}),
+            )  # fmt: skip
+            return out
+
+        def fake(grad_terms: Tensor, *values: Any) -> Tensor:
+            return empty(grad_terms, *values[kept + 1 + found : kept + 4 + found])
+
+        operator = torch.library.custom_op(
+            f"codmd::{name}_backward", backward, mutates_args=(),
+            schema=f"(Tensor grad_terms, {saved}, SymInt[] size, SymInt[] stride, ScalarType dtype, {options}, "
+            "str backend) -> Tensor",
+        )  # fmt: skip
+        operator.register_fake(fake)
+        self._backward_op = getattr(torch.ops.codmd, f"{name}_backward")
+
+    def _shaped(self, call: Any) -> Any:
+        """``call`` of schema values, as far as shapes need it."""
+        rule = getattr(call, "convention", None)
+        return call if rule is None else call._replace(convention=conventions.decode(rule))
+
+
+class _Total(torch.autograd.Function):
+    """The total of an eager call."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, operator: Any, call: Any, gather: Gather, backend: str) -> Tensor:
+        ctx.operator = operator
+        return operator.eager_forward(ctx, call, gather, backend).terms[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None if total is None else ctx.operator.eager_backward(ctx, total)), None, None, None, None
+
+
+class _Terms(torch.autograd.Function):
+    """All terms of an eager call, then the norms where there are any."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, operator: Any, call: Any, gather: Gather, backend: str
+    ) -> tuple[Tensor, ...]:
+        ctx.operator = operator
+        found = operator.eager_forward(ctx, call, gather, backend)
+        terms = found.terms.unbind()
+        if found.norms is None:
+            return terms
+        # Pieces of one allocation stay the backend's; what the caller gets has its shape.
+        shape = norm_shape(call)
+        norms = found.norms[: shape.numel()].view(shape)
+        ctx.mark_non_differentiable(terms[-1], norms)
+        return *terms, norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = any(grad is not None for grad in gradients)
+        return (ctx.operator.eager_backward(ctx, *gradients) if wanted else None), None, None, None, None
+
+
+_apply_total, _apply_terms = private.base_apply(_Total), private.base_apply(_Terms)
+
+
+def checked(numbers: Numbers) -> Numbers:
+    """Numbers that a traced call could not look at."""
+    check_positive("temperature", numbers.temperature)
+    for name in ("batch_weight", "frame_weight", "relation_weight"):
+        check_weight(name, getattr(numbers, name))
+    for name in ("real_scale", "fake_scale"):
+        check_number(name, getattr(numbers, name))
+    return numbers
+
+
+def norm_shape(call: Objective) -> torch.Size:
+    """Shape of the norms: one value a segment."""
+    samples, rule = call.student.shape[0], call.convention
+    frames = call.student.shape[1 if call.layout == "bfchw" else 2]
+    shapes = {"sample": (samples,), "batch": (1,), "block": (samples, len(rule.segments(frames)) - 1)}
+    return torch.Size(shapes[rule.norm_scope])
+
+
+class Shapes(NamedTuple):
+    """Shapes of :class:`Found`."""
+
+    terms: tuple[int, ...]
+    norms: tuple[int, ...]
+    factors: tuple[int, ...]
+    frame_grad: tuple[int, ...]
+    batch_grad: tuple[int, ...]
+
+
+def found_shapes(call: Call, gather: Gather, backend: str) -> Shapes:
+    """What a forward pass returns for the shapes of ``call``."""
+    samples, frames, channels, height, width = call.student.shape
+    if call.layout == "bcfhw":
+        frames, channels = channels, frames
+    features = channels * (height * width if call.pool is None else call.pool[0] * call.pool[1])
+    ranks = distributed.resolve(gather.group).size() if gather.group else 1
+    frame_grad: tuple[int, ...] = (0,)
+    batch_grad: tuple[int, ...] = (0,)
+    if call.frame and frames > 1:
+        frame_grad = samples, frames, frames if call.pool is None else features
+    if call.batch and ranks * samples > 1:
+        batch_grad = samples, features
+        if call.pool is None and ranks == 1:
+            batch_grad = backends.select(backend, call.student).whole_batch_grad(samples, frames, features)
+    if isinstance(call, Objective):
+        return Shapes((5,), norm_shape(call), (samples,), frame_grad, batch_grad)
+    return Shapes((3,), (0,), (0,), frame_grad, batch_grad)

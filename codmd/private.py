@@ -1,0 +1,70 @@
+"""Private interfaces of PyTorch, each with what serves where a release lacks it.
+
+They save host time before a kernel, or see what no public function shows. ``tests/test_private.py`` holds each to its
+fallback.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import forward_ad
+
+transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+"""Whether a torch.func transform surrounds the call. Fallback: PyTorch's own refusal, further down."""
+
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+
+
+def modes_active() -> bool:
+    """Whether a dispatch or function mode may want to see the call. Fallback: always, through the dispatcher."""
+    return _dispatch_modes() > 0 or _function_modes() > 0
+
+
+def dual_level_active() -> bool:
+    """Whether tensors may be dual numbers. Fallback: always, each is then looked at."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+storage_owners: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+"""How many tensors hold the storage of a ``_cdata``. Fallback: None; no memory is used a second time."""
+
+
+def base_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``apply`` of an ``autograd.Function`` before it binds defaults. Fallback: ``apply`` itself."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
+_resolve_group: Callable[[str], dist.ProcessGroup] | None = getattr(
+    dist.distributed_c10d, "_resolve_process_group", None
+)
+_groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = weakref.WeakValueDictionary()
+
+
+def name_of_group(group: dist.ProcessGroup) -> str:
+    """The name that stands for a group in an operator's schema, which cannot hold a group."""
+    if _resolve_group is None:
+        _groups[group.group_name] = group
+    return group.group_name
+
+
+def group_of_name(name: str) -> dist.ProcessGroup:
+    """The group of :func:`name_of_group`. Fallback: those that this process named."""
+    return _groups[name] if _resolve_group is None else _resolve_group(name)
+
+
+def current_stream(index: int) -> int:
+    """Raw handle of the current stream of a CUDA device. Fallback: through a ``torch.cuda.Stream``."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index)
+
+
+def current_device() -> int:
+    """Index of the current CUDA device. Fallback: the public function, which may initialise CUDA."""
+    return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)()
