@@ -79,6 +79,13 @@ class Objective(NamedTuple):
 Call = Relation | Objective
 
 
+class Gather(NamedTuple):
+    """Whose samples form the batch relation: the name of a process group, ``""`` for this process alone."""
+
+    group: str
+    batch_grad: str
+
+
 class Upstream(NamedTuple):
     """Gradients of the terms, 0-dim on the latents' device; None where none arrives."""
 

@@ -39,19 +39,27 @@ def loss_and_terms(inputs: Inputs, backend: str, return_terms: bool) -> tuple[Te
             )
         else:
             norm = found.norm.flatten()
-        return loss, equations.mean_magnitude(found, inputs.tensors[7]), norm
+        return loss, equations.mean_magnitude(found, inputs.mask), norm
 
 
 def teacher_prediction(inputs: Inputs) -> guidance.Prediction:
     """The teacher's x0, with guidance in the convention's arithmetic."""
-    _, real, _, uncond, _, noisy, sigma, *_ = inputs.tensors
-    return guidance.x0_prediction(real, uncond, inputs.guidance, inputs.convention, inputs.layout, noisy, sigma)
+    return guidance.x0_prediction(
+        inputs.real, inputs.real_uncond, inputs.guidance, inputs.convention, inputs.layout, inputs.noisy, inputs.sigma
+    )
 
 
 def critic_prediction(inputs: Inputs) -> guidance.Prediction:
     """The critic's x0, with guidance in the convention's arithmetic."""
-    _, _, fake, _, uncond, noisy, sigma, *_ = inputs.tensors
-    return guidance.x0_prediction(fake, uncond, inputs.fake_guidance, inputs.convention, inputs.layout, noisy, sigma)
+    return guidance.x0_prediction(
+        inputs.fake,
+        inputs.fake_uncond,
+        inputs.fake_guidance,
+        inputs.convention,
+        inputs.layout,
+        inputs.noisy,
+        inputs.sigma,
+    )
 
 
 def guided(prediction: Any, inputs: Inputs) -> Tensor:
@@ -63,14 +71,15 @@ def guided(prediction: Any, inputs: Inputs) -> Tensor:
 def _direction(inputs: Inputs) -> equations.Direction:
     teacher, critic = teacher_prediction(inputs), critic_prediction(inputs)
     return equations.direction(
-        inputs.student, critic, teacher, inputs.guidance, inputs.convention, inputs.layout, inputs.tensors[8]
+        inputs.student, critic, teacher, inputs.guidance, inputs.convention, inputs.layout, inputs.sample_weight
     )
 
 
 def _loss(inputs: Inputs) -> Tensor:
-    mask, weight = inputs.tensors[7], inputs.tensors[8]
     with torch.autocast(inputs.student.device.type, enabled=False):
-        return equations.loss_of_direction(inputs.student, _direction(inputs), inputs.convention, mask, weight)
+        return equations.loss_of_direction(
+            inputs.student, _direction(inputs), inputs.convention, inputs.mask, inputs.sample_weight
+        )
 
 
 class _Stepwise(torch.autograd.Function):
@@ -78,17 +87,18 @@ class _Stepwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, inputs: Inputs) -> Tensor:
-        ctx.save_for_backward(*inputs.tensors)
-        ctx.inputs = inputs._replace(tensors=())
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+        ctx.options = [None if isinstance(value, Tensor) else value for value in inputs]
         return _loss(inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        student, *others = ctx.saved_tensors
+        student, *_ = ctx.saved_tensors
+        inputs = Inputs(*(o if t is None else t for t, o in zip(ctx.saved_tensors, ctx.options, strict=True)))
         with torch.enable_grad():
             leaf = student.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(_loss(ctx.inputs._replace(tensors=(leaf, *others))), leaf, grad)
+            (gradient,) = torch.autograd.grad(_loss(inputs._replace(student=leaf)), leaf, grad)
         return gradient, None
 
 

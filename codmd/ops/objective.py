@@ -15,10 +15,11 @@ from torch import Tensor
 from codmd.conventions import Convention
 from codmd.ops import checks, emulation, objective_checks
 from codmd.ops.checks import Number
-from codmd.ops.contract import Objective, Upstream
+from codmd.ops.contract import Grid, Objective, Upstream
 from codmd.ops.objective_checks import Inputs
-from codmd.ops.operator import Operator, gather_of, numbers_of
+from codmd.ops.operator import Operator, gather_of
 from codmd.ops.relation import relation_loss
+from codmd.ops.scheduled import numbers_of
 from codmd.reference.relation import Pool
 
 
@@ -173,9 +174,22 @@ def _dmd_loss(inputs: Inputs, backend: str) -> Tensor:
 
 def _plain(inputs: Inputs) -> Objective:
     """The call without a relation."""
-    numbers = numbers_of(inputs.student, 1.0, 0.0, 0.0, 0.0, inputs.real_scale, inputs.fake_scale)
+    return _call(inputs, None, False, (1, 1), False, False, (1.0, 0.0, 0.0, 0.0))
+
+
+def _call(
+    inputs: Inputs,
+    frame_mask: Tensor | None,
+    related: bool,
+    grid: Grid,
+    batch: bool,
+    frame: bool,
+    weights: tuple[Number, Number, Number, Number],
+) -> Objective:
     return Objective(
-        *inputs.tensors, None, inputs.layout, inputs.convention, False, (1, 1), False, False, numbers
+        inputs.student, inputs.real, inputs.fake, inputs.real_uncond, inputs.fake_uncond, inputs.noisy, inputs.sigma,
+        inputs.mask, inputs.sample_weight, frame_mask, inputs.layout, inputs.convention, related, grid, batch, frame,
+        numbers_of(inputs.student, *weights, inputs.real_scale, inputs.fake_scale),
     )  # fmt: skip
 
 
@@ -275,15 +289,12 @@ def codmd_loss(
         )  # fmt: skip
         total = dmd + relation_weight * relation.total
         return CodmdTerms(total, dmd, relation.batch, relation.frame) if return_terms else total
-    call = Objective(
-        *inputs.tensors, frame_mask, inputs.layout, inputs.convention, True, grid, checks.computed(batch_weight),
-        checks.computed(frame_weight), numbers_of(inputs.student, *weights, inputs.real_scale, inputs.fake_scale),
-    )  # fmt: skip
-    gather = gather_of(group, batch_grad)
+    batch, frame = checks.computed(batch_weight), checks.computed(frame_weight)
+    call, gather = _call(inputs, frame_mask, True, grid, batch, frame, weights), gather_of(group, batch_grad)
     if not return_terms:
         return OBJECTIVE(call, gather, backend)
-    total, dmd, batch, frame, *_ = OBJECTIVE.terms(call, gather, backend)
-    return CodmdTerms(total, dmd, batch, frame)
+    total, dmd, batch_term, frame_term, _, _ = OBJECTIVE.terms(call, gather, backend)
+    return CodmdTerms(total, dmd, batch_term, frame_term)
 
 
 @checks.remembered

@@ -19,21 +19,25 @@ LATENTS = ("student", "real", "fake", "real_uncond", "fake_uncond", "noisy")
 class Inputs(NamedTuple):
     """Checked arguments. Latents have five axes in ``layout`` and ``sigma`` is ``[B, F]``.
 
-    ``tensors`` are the first nine fields of :class:`codmd.ops.contract.Objective`. ``real_scale`` and ``fake_scale``
-    are in the cond form, ``guidance`` and ``fake_guidance`` in the convention's own.
+    The tensors are those of :class:`codmd.ops.contract.Objective`. ``real_scale`` and ``fake_scale`` are in the cond
+    form, ``guidance`` and ``fake_guidance`` in the convention's own.
     """
 
-    tensors: tuple[Any, ...]
+    student: Tensor
+    real: Tensor
+    fake: Tensor
+    real_uncond: Tensor | None
+    fake_uncond: Tensor | None
+    noisy: Tensor | None
+    sigma: Tensor | None
+    mask: Tensor | None
+    sample_weight: Tensor | None
     layout: str
     convention: Convention
     real_scale: Number
     fake_scale: Number
     guidance: Number
     fake_guidance: Number
-
-    @property
-    def student(self) -> Tensor:
-        return self.tensors[0]
 
 
 def check(
@@ -53,7 +57,9 @@ def check(
     Args:
         latents: in the order of ``LATENTS``.
     """
-    rule, layout, scales = _options(convention, layout, guidance, fake_guidance, prediction, backend)
+    rule, layout, (real_scale, fake_scale, real_guidance, fake_guidance) = _options(
+        convention, layout, guidance, fake_guidance, prediction, backend
+    )
     student, real, fake, real_uncond, fake_uncond, noisy = latents
     images = layout == "bchw"
     others = (real, fake, real_uncond, fake_uncond, noisy)
@@ -66,8 +72,10 @@ def check(
         mask = _mask(mask, student, images)
     if sample_weight is not None:
         sample_weight = _sample_weight(sample_weight, student, rule)
-    tensors = student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight
-    return Inputs(tensors, layout, rule, scales[0], scales[1], scales[2], scales[3])
+    return Inputs(
+        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, layout, rule, real_scale,
+        fake_scale, real_guidance, fake_guidance,
+    )  # fmt: skip
 
 
 @checks.remembered

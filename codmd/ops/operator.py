@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from itertools import islice
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -18,19 +19,14 @@ from torch import Tensor
 
 from codmd import backends, conventions, distributed, private
 from codmd.conventions import Convention
-from codmd.ops.checks import PLAIN, check_number, check_positive, check_weight
-from codmd.ops.contract import Backend, Call, Found, Grid, Numbers, Objective, Relation, Upstream
+from codmd.ops.checks import PLAIN
+from codmd.ops.contract import Backend, Found, Gather, Grid, Numbers, Objective, Relation, Upstream
 from codmd.ops.gradient_memory import dense_strides, empty_gradient, gradient_strides
+from codmd.ops.scheduled import checked
+from codmd.ops.shapes import found_shapes, norm_shape
 from codmd.reference import compute_dtype
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class Gather(NamedTuple):
-    """Whose samples form the batch relation: the name of a process group, ``""`` for this process alone."""
-
-    group: str
-    batch_grad: str
 
 
 def gather_of(group: dist.ProcessGroup | None, batch_grad: str) -> Gather:
@@ -40,31 +36,6 @@ def gather_of(group: dist.ProcessGroup | None, batch_grad: str) -> Gather:
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     return Gather(private.name_of_group(group), batch_grad)
-
-
-def numbers_of(student: Tensor, *numbers: float | Tensor) -> Numbers | Tensor:
-    """Checked numbers in the order of :class:`Numbers`: floats, or one tensor where the device or a trace holds one."""
-    if torch.compiler.is_compiling():
-        # A graph takes a float for a constant; added to a tensor it is an input, whatever its value.
-        device = _device_of(student, numbers) or torch.device("cpu")
-        dtype = torch.float64 if device.type == "cpu" else torch.float32
-        return torch.stack([torch.zeros((), dtype=dtype, device=device) + n for n in numbers])
-    device = _device_of(student, numbers)
-    if device is None:
-        return Numbers(*numbers)
-    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    return torch.stack([n.to(**options) if isinstance(n, Tensor) else torch.full((), n, **options) for n in numbers])
-
-
-def _device_of(student: Tensor, numbers: tuple[float | Tensor, ...]) -> torch.device | None:
-    for name, number in zip(Numbers._fields, numbers, strict=True):
-        if isinstance(number, Tensor):
-            if number.device != student.device and number.device.type != "cpu":
-                raise ValueError(f"{name} must be a number or on the device of student {student.device}, "
-                                 f"got {number.device}")  # fmt: skip
-            if number.device.type != "cpu" or torch.compiler.is_compiling():
-                return number.device
-    return None
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -195,7 +166,7 @@ class Operator:
             encoded.append(value)
         return encoded
 
-    def _decoded(self, values: tuple[Any, ...], first: int = 0) -> list[Any]:
+    def _decoded(self, values: list[Any], first: int = 0) -> list[Any]:
         decoded = []
         for kind, value in zip(list(self.types.values())[first:], values, strict=True):
             if kind is Convention:
@@ -209,74 +180,86 @@ class Operator:
 
     def _register(self, name: str) -> None:
         arguments = ", ".join(f"{_SCHEMA[kind]} {field}" for field, kind in self.types.items())
-        count = len(self.types)
 
         def forward(*values: Any) -> tuple[Tensor, ...]:
-            call, gather, backend = self.call(*self._decoded(values[:count])), Gather(*values[count:-1]), values[-1]
-            found = self.find(backends.select(backend, call.student), call, gather, True)
+            *fields, group, batch_grad, backend = values
+            call = self.call(*self._decoded(fields))
+            found = self.find(backends.select(backend, call.student), call, Gather(group, batch_grad), True)
             return tuple(getattr(found, field) for field in self.found)
 
         def fake(*values: Any) -> tuple[Tensor, ...]:
-            call = self.call(*values[: count - 1], values[count - 1])
-            shapes = found_shapes(self._shaped(call), Gather(*values[count:-1]), values[-1])
+            *fields, group, batch_grad, backend = values
+            call = self.call(*fields)
+            shapes = found_shapes(self._shaped(call), Gather(group, batch_grad), backend)
             dtype = compute_dtype(call.student.dtype)
             return tuple(call.student.new_empty(getattr(shapes, field), dtype=dtype) for field in self.found)
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            student, numbers = inputs[0], inputs[count - 1]
-            ctx.save_for_backward(*[inputs[at] for at in self._kept], numbers, *output[1:])
+            student, *_ = inputs
+            *fields, _group, _batch_grad, backend = inputs
+            *options, numbers = fields[self.tensors :]
+            _terms, *found = output
+            ctx.save_for_backward(*[inputs[at] for at in self._kept], numbers, *found)
             ctx.student = list(student.shape), list(dense_strides(student.shape, student.stride())), student.dtype
-            ctx.options = *inputs[self.tensors : count - 1], inputs[-1]
+            ctx.options = *options, backend
+            ctx.none = [None] * (len(inputs) - 1)
             ctx.set_materialize_grads(False)
 
         def backward(ctx: Any, grad_terms: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-            none = (None,) * (count + 2)
             if grad_terms is None:
-                return (None, *none)
-            return (self._backward_op(grad_terms, *ctx.saved_tensors, *ctx.student, *ctx.options), *none)
+                return None, *ctx.none
+            return self._backward_op(grad_terms, *ctx.saved_tensors, *ctx.student, *ctx.options), *ctx.none
 
-        returns = ", ".join(["Tensor"] * len(self.found))
+        returns = ", ".join("Tensor" for _ in self.found)
         operator = torch.library.custom_op(
-            f"codmd::{name}", forward, mutates_args=(), schema=f"({arguments}, str group, str batch_grad, str backend)"
-            f" -> ({returns})",
-        )  # fmt: skip
+            f"codmd::{name}",
+            forward,
+            mutates_args=(),
+            schema=f"({arguments}, str group, str batch_grad, str backend) -> ({returns})",
+        )
         operator.register_fake(fake)
         operator.register_autograd(backward, setup_context=setup_context)
         self._forward_op = getattr(torch.ops.codmd, name)
         self._register_backward(name)
 
     def _register_backward(self, name: str) -> None:
-        kept, found = len(self._kept), len(self.found) - 1
-        options = ", ".join(f"{_SCHEMA[self.types[field]]} {field}" for field in self.options[:-1])
-        saved = ", ".join(
-            [f"{_SCHEMA[kind]} {field}" for field, kind in self._kept_types]
-            + ["Tensor numbers"]
-            + [f"Tensor {field}" for field in self.found[1:]]
-        )
+        _terms, *found = self.found
+        *options, _numbers = self.options
+        fields = [*(f"{_SCHEMA[kind]} {field}" for field, kind in self._kept_types), "Tensor numbers"]
+        fields += [*(f"Tensor {field}" for field in found), "SymInt[] size", "SymInt[] stride", "ScalarType dtype"]
+        fields += [*(f"{_SCHEMA[self.types[field]]} {field}" for field in options), "str backend"]
 
-        def empty(grad_terms: Tensor, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
-            return torch.empty_strided(size, stride, dtype=dtype, device=grad_terms.device)
+        def taken(grad_terms: Tensor, values: tuple[Any, ...]) -> tuple[list[Any], Any, list[Any], Tensor, list[Any]]:
+            """(kept tensors, numbers, what was found, memory for the gradient, options)."""
+            rest = iter(values)
+            kept, numbers = list(islice(rest, len(self._kept))), next(rest)
+            parts, (size, stride, dtype) = list(islice(rest, len(found))), islice(rest, 3)
+            out = torch.empty_strided(size, stride, dtype=dtype, device=grad_terms.device)
+            return kept, numbers, parts, out, list(rest)
 
         def backward(grad_terms: Tensor, *values: Any) -> Tensor:
-            saved, numbers, rest = values[:kept], values[kept], values[kept + 1 : kept + 1 + found]
-            at = kept + 1 + found
-            out = empty(grad_terms, *values[at : at + 3])
-            options = self._decoded((*values[at + 3 : -1], numbers), self.tensors)
-            fields = dict(zip(self.found[1:], rest, strict=True))
+            kept, numbers, parts, out, (*encoded, backend) = taken(grad_terms, values)
+            held = Found(grad_terms, None, None, out, out)._replace(**dict(zip(found, parts, strict=True)))
             self.write_gradient(
-                backends.select(values[-1], out), out, grad_terms.unbind(), saved, options,
-                Found(terms=grad_terms, **{"norms": None, "factors": None, **fields}),
-            )  # fmt: skip
+                backends.select(backend, out),
+                out,
+                grad_terms.unbind(),
+                kept,
+                self._decoded([*encoded, numbers], self.tensors),
+                held,
+            )
             return out
 
         def fake(grad_terms: Tensor, *values: Any) -> Tensor:
-            return empty(grad_terms, *values[kept + 1 + found : kept + 4 + found])
+            _, _, _, out, _ = taken(grad_terms, values)
+            return out
 
         operator = torch.library.custom_op(
-            f"codmd::{name}_backward", backward, mutates_args=(),
-            schema=f"(Tensor grad_terms, {saved}, SymInt[] size, SymInt[] stride, ScalarType dtype, {options}, "
-            "str backend) -> Tensor",
-        )  # fmt: skip
+            f"codmd::{name}_backward",
+            backward,
+            mutates_args=(),
+            schema=f"(Tensor grad_terms, {', '.join(fields)}) -> Tensor",
+        )
         operator.register_fake(fake)
         self._backward_op = getattr(torch.ops.codmd, f"{name}_backward")
 
@@ -326,51 +309,3 @@ class _Terms(torch.autograd.Function):
 
 
 _apply_total, _apply_terms = private.base_apply(_Total), private.base_apply(_Terms)
-
-
-def checked(numbers: Numbers) -> Numbers:
-    """Numbers that a traced call could not look at."""
-    check_positive("temperature", numbers.temperature)
-    for name in ("batch_weight", "frame_weight", "relation_weight"):
-        check_weight(name, getattr(numbers, name))
-    for name in ("real_scale", "fake_scale"):
-        check_number(name, getattr(numbers, name))
-    return numbers
-
-
-def norm_shape(call: Objective) -> torch.Size:
-    """Shape of the norms: one value a segment."""
-    samples, rule = call.student.shape[0], call.convention
-    frames = call.student.shape[1 if call.layout == "bfchw" else 2]
-    shapes = {"sample": (samples,), "batch": (1,), "block": (samples, len(rule.segments(frames)) - 1)}
-    return torch.Size(shapes[rule.norm_scope])
-
-
-class Shapes(NamedTuple):
-    """Shapes of :class:`Found`."""
-
-    terms: tuple[int, ...]
-    norms: tuple[int, ...]
-    factors: tuple[int, ...]
-    frame_grad: tuple[int, ...]
-    batch_grad: tuple[int, ...]
-
-
-def found_shapes(call: Call, gather: Gather, backend: str) -> Shapes:
-    """What a forward pass returns for the shapes of ``call``."""
-    samples, frames, channels, height, width = call.student.shape
-    if call.layout == "bcfhw":
-        frames, channels = channels, frames
-    features = channels * (height * width if call.pool is None else call.pool[0] * call.pool[1])
-    ranks = distributed.resolve(gather.group).size() if gather.group else 1
-    frame_grad: tuple[int, ...] = (0,)
-    batch_grad: tuple[int, ...] = (0,)
-    if call.frame and frames > 1:
-        frame_grad = samples, frames, frames if call.pool is None else features
-    if call.batch and ranks * samples > 1:
-        batch_grad = samples, features
-        if call.pool is None and ranks == 1:
-            batch_grad = backends.select(backend, call.student).whole_batch_grad(samples, frames, features)
-    if isinstance(call, Objective):
-        return Shapes((5,), norm_shape(call), (samples,), frame_grad, batch_grad)
-    return Shapes((3,), (0,), (0,), frame_grad, batch_grad)

@@ -16,7 +16,8 @@ from codmd import backends, reference
 from codmd.ops import checks
 from codmd.ops.checks import Number
 from codmd.ops.contract import Relation, Upstream
-from codmd.ops.operator import Operator, gather_of, numbers_of
+from codmd.ops.operator import Operator, gather_of
+from codmd.ops.scheduled import numbers_of
 from codmd.reference.relation import Pool
 
 

@@ -1,0 +1,50 @@
+"""The numbers of a call that a schedule may change: floats, or one tensor where a trace or the device holds one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codmd.ops.checks import check_number, check_positive, check_weight
+from codmd.ops.contract import Numbers
+
+
+def numbers_of(student: Tensor, *numbers: float | Tensor) -> Numbers | Tensor:
+    """Checked numbers in the order of :class:`Numbers`, in the form that a call holds.
+
+    Raises:
+        ValueError: a tensor lies neither on the student's device nor on the host.
+    """
+    if torch.compiler.is_compiling():
+        # A graph takes a float for a constant; added to a tensor it is an input, whatever its value.
+        place = _device_of(student, numbers) or torch.device("cpu")
+        dtype = torch.float64 if place.type == "cpu" else torch.float32
+        return torch.stack([torch.zeros((), dtype=dtype, device=place) + n for n in numbers])
+    device = _device_of(student, numbers)
+    if device is None:
+        return Numbers(*numbers)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    return torch.stack([n.to(**options) if isinstance(n, Tensor) else torch.full((), n, **options) for n in numbers])
+
+
+def _device_of(student: Tensor, numbers: tuple[float | Tensor, ...]) -> torch.device | None:
+    for name, number in zip(Numbers._fields, numbers, strict=True):
+        if isinstance(number, Tensor):
+            if number.device != student.device and number.device.type != "cpu":
+                raise ValueError(f"{name} must be a number or on the device of student {student.device}, "
+                                 f"got {number.device}")  # fmt: skip
+            if number.device.type != "cpu" or torch.compiler.is_compiling():
+                return number.device
+    return None
+
+
+def checked(numbers: Numbers) -> Numbers:
+    """Numbers that a traced call could not look at."""
+    check_positive("temperature", numbers.temperature)
+    for name in ("batch_weight", "frame_weight", "relation_weight"):
+        check_weight(name, getattr(numbers, name))
+    for name in ("real_scale", "fake_scale"):
+        check_number(name, getattr(numbers, name))
+    return numbers
