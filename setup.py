@@ -158,7 +158,7 @@ setup(
     package_dir={"codmd.kernels": "kernels"},
     package_data={
         "codmd": ["py.typed", "configs/*.yaml", "configs/*.json"],
-        "codmd.models": ["configs/*.json"],
+        "codmd.models.wan": ["configs/*.json"],
         "codmd.compare": ["page.html"],
     },
     ext_modules=extensions(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import whole_network as network
-from codmd.distill.sections import ModelSettings
+from codmd.distill.config.sections import ModelSettings
 
 NAMES = ("native", "_native_flash", "_native_cudnn", "flash", "_flash_3", "sage", "xformers")
 """By the names of the model's option: torch's own choice, two of its kernels, and packages that bring their own."""

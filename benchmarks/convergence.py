@@ -31,9 +31,9 @@ from benchmarks import convergence_report
 from benchmarks import whole_network as network
 from benchmarks.convergence_measures import measure
 from codmd.cli import INTERRUPTED
-from codmd.distill.integrity import CheckpointError, read_meta
-from codmd.distill.settings import RunConfig, differences, read_config
-from codmd.distill.typed import ConfigError
+from codmd.distill.config.run_config import RunConfig, differences, read_config
+from codmd.distill.config.typed import ConfigError
+from codmd.distill.run.integrity import CheckpointError, read_meta
 from codmd.train_command import STOPPED
 
 HERE = Path(__file__).resolve().parent

@@ -15,11 +15,11 @@ from benchmarks import whole_network as network
 from codmd import conventions, metrics, reference
 from codmd.demo.experiment import MEASURES, TEACHER_STEPS
 from codmd.demo.summary import Column
-from codmd.distill.config import DistillConfig
-from codmd.distill.rollout import sample_euler, sample_few_step
-from codmd.distill.schedule import sampling_sigmas
-from codmd.distill.settings import RunConfig
-from codmd.distill.textures import Textures
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.config.run_config import RunConfig
+from codmd.distill.data.textures import Textures
+from codmd.distill.update.rollout import sample_euler, sample_few_step
+from codmd.distill.update.schedule import sampling_sigmas
 from codmd.inspect.clips import Clip
 from codmd.inspect.measures import Measurement
 from codmd.inspect.measures import measure as inspect_clip

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from benchmarks import attention
 from benchmarks import whole_network as network
-from codmd.distill.noise import NoiseStream
-from codmd.distill.sections import ModelSettings
+from codmd.distill.config.sections import ModelSettings
+from codmd.distill.update.noise import NoiseStream
 from codmd.models.base import VideoDenoiser
 from codmd.sample.samplers import FewStep, Guided
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from benchmarks.baselines import eager_relation_loss
 from benchmarks.whole_network import synchronise
 from codmd import conventions, reference
-from codmd.distill.config import DistillConfig
-from codmd.distill.objective import GeneratorLoss, Scores
-from codmd.distill.rollout import rollout, trajectory
-from codmd.distill.trainer import Batch, CycleLog, Distiller
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.update.cycle_log import CycleLog
+from codmd.distill.update.objective import GeneratorLoss, Scores
+from codmd.distill.update.rollout import rollout, trajectory
+from codmd.distill.update.trainer import Batch, Distiller
 from codmd.models.base import Condition, VideoDenoiser
 
 

@@ -28,8 +28,8 @@ from benchmarks import attention
 from benchmarks import whole_network as network
 from benchmarks.schedules import Lap, MeasuredDistiller, Meter, Schedule, exit_steps, schedules
 from codmd import backends
-from codmd.distill.forwards import Forwards
-from codmd.distill.objective import Scores
+from codmd.distill.plan.layouts import Forwards
+from codmd.distill.update.objective import Scores
 
 GOAL, LOSS_GOAL = 0.75, 0.001
 ATTENTION_S = 90

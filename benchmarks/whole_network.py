@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import processor
 from codmd import models
-from codmd.distill.sections import ModelSettings
-from codmd.distill.settings import RunConfig, read_config
-from codmd.distill.typed import ConfigError
+from codmd.distill.config.run_config import RunConfig, read_config
+from codmd.distill.config.sections import ModelSettings
+from codmd.distill.config.typed import ConfigError
 from codmd.models.base import VideoDenoiser
 
 RESULTS = Path("benchmarks/results")

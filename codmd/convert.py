@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
         import torch
         from tqdm import tqdm
 
-        from codmd.models.wan_config import parameter_shapes
-        from codmd.models.weights import write_diffusers_folder
+        from codmd.models.wan.config import parameter_shapes
+        from codmd.models.wan.export import write_diffusers_folder
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
 
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def open_source(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Mapping[str, Tensor]]]:
     """The configuration and the weights, by diffusers' names, that the command line asks for."""
-    from codmd.models.wan_config import read_config
-    from codmd.models.weights import fitting_config, open_wan
+    from codmd.models.wan.config import read_config
+    from codmd.models.wan.weights import fitting_config, open_wan
 
     if not args.codmd:
         from codmd.trained import Renamed, open_student

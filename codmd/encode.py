@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from codmd.cli import CommandError, integer_in
 
 if TYPE_CHECKING:
-    from codmd.models.wan_text import PromptEncoder
+    from codmd.models.wan.text import PromptEncoder
 
 HELP = "encode prompts with Wan's text encoder into safetensors shards"
 PROMPTS = "prompts"
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
         import torch
         import transformers  # noqa: F401
 
-        from codmd.distill.data import read_prompts
-        from codmd.models.wan_text import NEGATIVE_PROMPT, PromptEncoder
+        from codmd.distill.data.prompts import read_prompts
+        from codmd.models.wan.text import NEGATIVE_PROMPT, PromptEncoder
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
     try:
@@ -73,7 +73,7 @@ def encode(encoder: PromptEncoder, prompts: Sequence[str], negative: str, out: P
     """
     from tqdm import tqdm
 
-    from codmd.models.wan_text import NEGATIVE_FILE
+    from codmd.models.wan.text import NEGATIVE_FILE
 
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
@@ -106,7 +106,7 @@ def _one(
     import torch
 
     from codmd.models.tensor_files import save_tensors
-    from codmd.models.wan_text import EMBEDDING
+    from codmd.models.wan.text import EMBEDDING
 
     if _complete(path, prompts, expected):
         progress(len(prompts))
@@ -124,7 +124,7 @@ def _complete(path: Path, prompts: Sequence[str], expected: tuple[Any, ...]) -> 
     from safetensors import SafetensorError, safe_open
 
     from codmd.models.safetensors_stream import DTYPES
-    from codmd.models.wan_text import EMBEDDING
+    from codmd.models.wan.text import EMBEDDING
 
     tokens, width, dtype = expected
     try:

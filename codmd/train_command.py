@@ -31,19 +31,19 @@ def run(args: argparse.Namespace) -> int:
         CommandError: the configuration cannot be used, or the run could not go on; the message says what to do.
     """
     try:
-        from codmd.distill.dry_run import dry_run
-        from codmd.distill.guard import NonFiniteRun
-        from codmd.distill.integrity import CheckpointError
-        from codmd.distill.run import run as run_training
-        from codmd.distill.settings import read_config
-        from codmd.distill.typed import ConfigError
+        from codmd.distill.config.run_config import read_config
+        from codmd.distill.config.typed import ConfigError
+        from codmd.distill.plan.dry_run import dry_run
+        from codmd.distill.run.integrity import CheckpointError
+        from codmd.distill.run.training import run as run_training
+        from codmd.distill.update.optimizer import NonFiniteRun
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
     try:
         source, overrides = config_first([args.config, *args.overrides])
         config = read_config(source, overrides, complete=not args.plan)
         if args.plan:
-            from codmd.distill.plan import describe
+            from codmd.distill.plan.page import describe
 
             print(describe(config))
             return 0

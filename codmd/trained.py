@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codmd.distill.checkpoint import read_student, resolve
-from codmd.distill.integrity import META, CheckpointError, read_meta
-from codmd.distill.parallel import Processes
-from codmd.distill.settings import RunConfig
-from codmd.distill.typed import ConfigError, structured
+from codmd.distill.config.run_config import RunConfig
+from codmd.distill.config.typed import ConfigError, structured
+from codmd.distill.run.checkpoint import read_student, resolve
+from codmd.distill.run.integrity import META, CheckpointError, read_meta
+from codmd.distill.run.parallel import Processes
 from codmd.models.lora import LoraOptions
-from codmd.models.weights import open_wan
+from codmd.models.wan.weights import open_wan
 
 
 @dataclass(frozen=True)

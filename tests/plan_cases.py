@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from codmd.distill.config import DistillConfig
-from codmd.distill.sections import ModelSettings
-from codmd.distill.settings import RunConfig
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.config.run_config import RunConfig
+from codmd.distill.config.sections import ModelSettings
 from codmd.models import options_class
-from codmd.models.wan_config import read_config as wan_config
+from codmd.models.wan.config import read_config as wan_config
 
 SIZE = {"frames": 5, "height": 8, "width": 8}
 

@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 
-from codmd.distill import checkpoint as checkpoints
-from codmd.distill.checkpoint import CheckpointStore, load, read_student, resolve
-from codmd.distill.integrity import CheckpointError, read_meta
-from codmd.distill.parallel import Processes
+from codmd.distill.run import checkpoint as checkpoints
+from codmd.distill.run.checkpoint import CheckpointStore, load, read_student, resolve
+from codmd.distill.run.integrity import CheckpointError, read_meta
+from codmd.distill.run.parallel import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"), None, None)
 RECORD = {"mode": "distill"}

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from codmd import cli
-from codmd.distill.settings import PACKAGED, differences, find_config, read_config
-from codmd.distill.typed import ConfigError, convert, structured
+from codmd.distill.config.run_config import PACKAGED, differences, find_config, read_config
+from codmd.distill.config.typed import ConfigError, convert, structured
 
 GIVEN = ["model.weights=w", "data.path=p", "model.null_embedding=n"]
 PACKAGED_NAMES = ["textures_tiny", "toy", "wan_1.3b", "wan_14b", "wan_tiny"]

@@ -16,12 +16,12 @@ from tiny_wan import LATENT
 
 from codmd import models
 from codmd.cli import main
-from codmd.distill.checkpoint import CheckpointStore
-from codmd.distill.parallel import Processes
-from codmd.distill.sections import ModelSettings
-from codmd.distill.settings import RunConfig
+from codmd.distill.config.run_config import RunConfig
+from codmd.distill.config.sections import ModelSettings
+from codmd.distill.run.checkpoint import CheckpointStore
+from codmd.distill.run.parallel import Processes
 from codmd.models.lora import LoraOptions, LoraRoles
-from codmd.models.wan import WanOptions
+from codmd.models.wan.options import WanOptions
 
 ALONE = Processes(0, 1, torch.device("cpu"), None, None)
 

@@ -23,7 +23,7 @@ from codmd.demo.arc import ArcConfig, ArcVideo
 from codmd.demo.experiment import ARMS, MEASURES, Job, Settings, run_job
 from codmd.demo.summary import difference_table, summarize, verdict
 from codmd.demo.teacher import TeacherConfig
-from codmd.distill.config import DistillConfig
+from codmd.distill.config.recipe import DistillConfig
 from codmd.models.toy import ToyConfig, ToyDenoiser
 
 TINY = TeacherConfig(steps=3, batch_size=8, model=ToyConfig(width=16, blocks=1))

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from codmd import ops, reference
-from codmd.distill.config import DistillConfig
-from codmd.distill.noise import NoiseStream, noise_like
-from codmd.distill.objective import Scores, critic_loss, distillation_loss, predict_scores
-from codmd.distill.rollout import draw_exit_step, rollout, sample_euler, sample_few_step
-from codmd.distill.schedule import check_step_list, sample_sigma, sampling_sigmas, shift_sigma
-from codmd.distill.trainer import Distiller
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.update.noise import NoiseStream, noise_like
+from codmd.distill.update.objective import Scores, critic_loss, distillation_loss, predict_scores
+from codmd.distill.update.rollout import draw_exit_step, rollout, sample_euler, sample_few_step
+from codmd.distill.update.schedule import check_step_list, sample_sigma, sampling_sigmas, shift_sigma
+from codmd.distill.update.trainer import Distiller
 from codmd.models.base import VideoDenoiser, per_sample
 from codmd.models.toy import ToyConfig, ToyDenoiser
 

@@ -14,8 +14,8 @@ from tiny_wan import PROMPTS, TEXT_DIM
 from codmd import encode as command
 from codmd import models
 from codmd.cli import main
-from codmd.distill.data import Embeddings
-from codmd.models.wan_text import NEGATIVE_PROMPT, PromptEncoder
+from codmd.distill.data.prompts import Embeddings
+from codmd.models.wan.text import NEGATIVE_PROMPT, PromptEncoder
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from plan_cases import wan
 
-from codmd.distill.footprint import LiveBytes, flash_attention, footprint
+from codmd.distill.plan.footprint import LiveBytes, flash_attention, footprint
 from codmd.models import build
 from codmd.models.lora import LoraOptions, LoraRoles
 

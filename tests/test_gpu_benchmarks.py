@@ -26,11 +26,11 @@ from benchmarks import (
     whole_network,
 )
 from codmd import backends, cli
-from codmd.distill.config import DistillConfig
-from codmd.distill.log import read_log
-from codmd.distill.objective import Scores, distillation_loss
-from codmd.distill.textures import Textures
-from codmd.distill.trainer import Distiller
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.data.textures import Textures
+from codmd.distill.run.log import read_log
+from codmd.distill.update.objective import Scores, distillation_loss
+from codmd.distill.update.trainer import Distiller
 from codmd.metrics import PairedDifference
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from workers import run_processes
 
 from codmd import cli
-from codmd.distill.checkpoint import read_student
-from codmd.distill.guard import GuardedAdamW, NonFiniteRun
-from codmd.distill.log import read_log
-from codmd.distill.parallel import processes
-from codmd.distill.sections import ParallelSettings
-from codmd.distill.typed import ConfigError
+from codmd.distill.config.sections import ParallelSettings
+from codmd.distill.config.typed import ConfigError
+from codmd.distill.run.checkpoint import read_student
+from codmd.distill.run.log import read_log
+from codmd.distill.run.parallel import processes
+from codmd.distill.update.optimizer import GuardedAdamW, NonFiniteRun
 
 LOSSES = ("loss", "dmd", "relation_batch", "relation_frame", "critic", "student_grad_norm", "critic_grad_norm")
 TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=32", "model.blocks=2", "distill.batch_size=8",

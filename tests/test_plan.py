@@ -8,15 +8,14 @@ import torch
 from plan_cases import run_config, wan
 from safetensors.torch import save_file
 
-from codmd.distill import footprint as footprints
-from codmd.distill.config import DistillConfig
-from codmd.distill.forwards import Forwards
-from codmd.distill.job import assemble
-from codmd.distill.parallel import Processes
-from codmd.distill.plan import Layout, Sizes, describe, layouts, plan
-from codmd.distill.scaling_page import PLACEHOLDERS, TITLE, page
-from codmd.distill.sections import DataSettings, ModelSettings
-from codmd.distill.settings import read_config
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.config.run_config import read_config
+from codmd.distill.config.sections import DataSettings, ModelSettings
+from codmd.distill.plan import footprint as footprints
+from codmd.distill.plan.layouts import Forwards, Layout, Sizes, layouts, plan
+from codmd.distill.plan.page import PLACEHOLDERS, TITLE, describe, page
+from codmd.distill.run.job import assemble
+from codmd.distill.run.parallel import Processes
 from codmd.models import build, options_class
 from codmd.models.lora import LoraOptions, RoleView
 

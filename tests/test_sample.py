@@ -17,9 +17,9 @@ from tiny_wan import LATENT, PIXELS, PROMPTS
 
 from codmd import models
 from codmd.cli import main
-from codmd.distill.rollout import sample_few_step
-from codmd.distill.sections import ModelSettings
-from codmd.models.wan import WanOptions
+from codmd.distill.config.sections import ModelSettings
+from codmd.distill.update.rollout import sample_few_step
+from codmd.models.wan.options import WanOptions
 from codmd.sample.names import file_name, jobs_of, vbench_jobs
 from codmd.sample.samplers import FewStep, Guided, noise_of
 from codmd.sample.video import read_video, video_is_complete, write_video

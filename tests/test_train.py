@@ -12,18 +12,17 @@ import torch
 from torch import nn
 
 from codmd import models
-from codmd.distill import trainer as trainer_module
-from codmd.distill.config import DistillConfig
-from codmd.distill.ema import WeightAverage
-from codmd.distill.guard import GuardedAdamW, NonFiniteRun
-from codmd.distill.noise import noise_like
-from codmd.distill.objective import Scores, distillation_loss, predict_scores
-from codmd.distill.rollout import sample_few_step, trajectory
-from codmd.distill.sections import TeacherSettings
-from codmd.distill.signs import early_signs
-from codmd.distill.teacher import FlowMatching
-from codmd.distill.trainer import Distiller
-from codmd.distill.weights import trainable_weights
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.config.sections import TeacherSettings
+from codmd.distill.update import trainer as trainer_module
+from codmd.distill.update.cycle_log import early_signs
+from codmd.distill.update.ema import WeightAverage
+from codmd.distill.update.noise import noise_like
+from codmd.distill.update.objective import Scores, distillation_loss, predict_scores
+from codmd.distill.update.optimizer import GuardedAdamW, NonFiniteRun, trainable_weights
+from codmd.distill.update.rollout import sample_few_step, trajectory
+from codmd.distill.update.teacher import FlowMatching
+from codmd.distill.update.trainer import Distiller
 from codmd.models.lora import LoraOptions, LoraRoles
 from codmd.models.toy import ToyConfig, ToyDenoiser
 

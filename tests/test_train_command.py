@@ -14,11 +14,11 @@ import pytest
 import torch
 from train_cases import ALONE, QUIET, TOY, curve, train
 
-from codmd.distill.checkpoint import read_student
-from codmd.distill.integrity import read_meta
-from codmd.distill.log import read_log
-from codmd.distill.outside import only_run
-from codmd.models.wan import WanDenoiser
+from codmd.distill.run.checkpoint import read_student
+from codmd.distill.run.integrity import read_meta
+from codmd.distill.run.lock import only_run
+from codmd.distill.run.log import read_log
+from codmd.models.wan.network import WanDenoiser
 
 
 def start(*arguments):
@@ -242,6 +242,6 @@ def test_a_plan_needs_no_files(capsys):
 
 
 def test_a_missing_package_names_the_extra_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "codmd.distill.run", None)
+    monkeypatch.setitem(sys.modules, "codmd.distill.run.training", None)
     train(*TOY, status=1)
     assert "pip install 'codmd[train]'" in capsys.readouterr().err

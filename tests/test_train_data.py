@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from codmd.distill.data import Conditions, Embeddings, Positions, Prompts, read_prompts
-from codmd.distill.preview import heatmap, tile, to_pixels
-from codmd.distill.textures import DEPTH, MOTIONS, PHOTOGRAPHS, Textures
-from codmd.distill.typed import ConfigError
+from codmd.distill.config.typed import ConfigError
+from codmd.distill.data.conditions import Conditions, Positions
+from codmd.distill.data.prompts import Embeddings, Prompts, read_prompts
+from codmd.distill.data.textures import DEPTH, MOTIONS, PHOTOGRAPHS, Textures
+from codmd.distill.run.preview import heatmap, tile, to_pixels
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from train_cases import curve
 
-from codmd.distill.integrity import problems, read_meta
+from codmd.distill.run.integrity import problems, read_meta
 
 pytestmark = [
     pytest.mark.slow,

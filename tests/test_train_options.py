@@ -9,8 +9,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 from codmd import cli, models, train_command
-from codmd.distill.settings import RunConfig, read_config
-from codmd.distill.typed import ConfigError
+from codmd.distill.config.run_config import RunConfig, read_config
+from codmd.distill.config.typed import ConfigError
 from codmd.models.lora import LoraOptions
 
 WRONG = {
@@ -156,7 +156,7 @@ def test_configuration_overrides_and_options_stand_in_any_order(line, capsys, tm
     monkeypatch.chdir(tmp_path)
     read = []
     monkeypatch.setattr(
-        "codmd.distill.settings.read_config", lambda *a, **k: read.append(read_config(*a, **k)) or read[0]
+        "codmd.distill.config.run_config.read_config", lambda *a, **k: read.append(read_config(*a, **k)) or read[0]
     )
     assert cli.main(["train", *line.split()]) == 0
     assert (read[0].seed, read[0].distill.micro_batch) == (3, 16)

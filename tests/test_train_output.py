@@ -12,8 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from train_cases import ALONE, QUIET, TOY, curve, train
 
-from codmd.distill.integrity import read_meta
-from codmd.distill.log import RunLog, read_log
+from codmd.distill.run.integrity import read_meta
+from codmd.distill.run.log import RunLog, read_log
 from codmd.models.toy import ToyConfig, ToyDenoiser
 
 

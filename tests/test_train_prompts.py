@@ -8,8 +8,8 @@ import torch
 from train_cases import curve, train
 
 from codmd import cli
-from codmd.distill.checkpoint import read_student
-from codmd.distill.integrity import read_meta
+from codmd.distill.run.checkpoint import read_student
+from codmd.distill.run.integrity import read_meta
 
 LORA = ("lora.rank=2", "lora.alpha=2")
 

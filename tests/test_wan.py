@@ -12,8 +12,9 @@ from workers import run_processes
 
 from codmd import models
 from codmd.models.base import cat_cond, index_cond, move_cond
-from codmd.models.wan import WanDenoiser, WanOptions
-from codmd.models.wan_config import SHIPPED, parameter_shapes, read_config
+from codmd.models.wan.config import SHIPPED, parameter_shapes, read_config
+from codmd.models.wan.network import WanDenoiser
+from codmd.models.wan.options import WanOptions
 
 BATCH = 2
 

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from codmd.atomic import creating_folder, replacing_file
-from codmd.models.wan_config import parameter_shapes, read_config
-from codmd.models.wan_keys import diffusers_names, strip_prefixes
-from codmd.models.weights import fitting_config, open_wan, write_diffusers_folder
+from codmd.models.wan.config import parameter_shapes, read_config
+from codmd.models.wan.export import write_diffusers_folder
+from codmd.models.wan.keys import diffusers_names, strip_prefixes
+from codmd.models.wan.weights import fitting_config, open_wan
 
 TINY = read_config("tiny")
 
@@ -305,8 +306,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 MEASURE = """
 import resource, sys, torch
-from codmd.models.weights import open_wan, write_diffusers_folder
-from codmd.models.wan_config import read_config, parameter_shapes
+from codmd.models.wan.export import write_diffusers_folder
+from codmd.models.wan.weights import open_wan
+from codmd.models.wan.config import read_config, parameter_shapes
 config = read_config(sys.argv[1])
 parameter_shapes(config)
 import diffusers

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from codmd import cli
-from codmd.distill.log import read_log
-from codmd.distill.parallel import Processes
+from codmd.distill.run.log import read_log
+from codmd.distill.run.parallel import Processes
 
 TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=16", "model.blocks=1", "distill.batch_size=4",
        "distill.critic_updates=2", "log.every=1"]  # fmt: skip

@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
         CommandError: the output folder cannot be used, a package is missing, or a run failed.
     """
     try:
-        from codmd.distill.config import DistillConfig
-        from codmd.distill.schedule import sampling_sigmas
+        from codmd.distill.config.recipe import DistillConfig
+        from codmd.distill.update.schedule import sampling_sigmas
         from codmd.output import OutputError, building, check_output
 
         from .pool import JobFailed

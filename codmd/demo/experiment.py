@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from codmd import metrics
-from codmd.distill.config import DistillConfig
-from codmd.distill.rollout import sample_euler, sample_few_step
-from codmd.distill.schedule import sampling_sigmas
-from codmd.distill.trainer import CycleLog, Distiller
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.update.cycle_log import CycleLog
+from codmd.distill.update.rollout import sample_euler, sample_few_step
+from codmd.distill.update.schedule import sampling_sigmas
+from codmd.distill.update.trainer import Distiller
 from codmd.models.toy import ToyDenoiser
 
 from .arc import ArcConfig, ArcVideo

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from codmd import __version__
-from codmd.distill.config import DistillConfig
+from codmd.distill.config.recipe import DistillConfig
 from codmd.models.toy import ToyDenoiser
 
 from .arc import ArcConfig

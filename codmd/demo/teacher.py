@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from codmd.distill.rollout import noise_like
-from codmd.distill.schedule import shift_sigma
+from codmd.distill.update.rollout import noise_like
+from codmd.distill.update.schedule import shift_sigma
 from codmd.models.toy import ToyConfig, ToyDenoiser
 
 from .arc import ArcConfig, ArcVideo

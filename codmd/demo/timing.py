@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import torch
 
-from codmd.distill.config import DistillConfig
-from codmd.distill.rollout import sample_euler, sample_few_step
-from codmd.distill.schedule import sampling_sigmas
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.update.rollout import sample_euler, sample_few_step
+from codmd.distill.update.schedule import sampling_sigmas
 from codmd.models.toy import ToyDenoiser
 
 from .experiment import TEACHER_STEPS

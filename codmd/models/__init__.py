@@ -12,7 +12,7 @@ from .base import VideoDenoiser
 
 REGISTRY = {
     "toy": ("codmd.models.toy", "ToyDenoiser", "ToyOptions"),
-    "wan": ("codmd.models.wan", "WanDenoiser", "WanOptions"),
+    "wan": ("codmd.models.wan.network", "WanDenoiser", "WanOptions"),
 }
 """Name to (module, adapter, options dataclass); modules are imported when they are asked for."""
 

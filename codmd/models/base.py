@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,42 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from .sharding import ShardPolicy
+
 Condition = Any
 """What `encode` returns: a tensor or a mapping of tensors, batch first; None for an unconditional model."""
-
-
-@dataclass(frozen=True)
-class ShardPolicy:
-    """How `shard_blocks` lays a model over a mesh (FSDP2).
-
-    Attributes:
-        param_dtype: dtype of the gathered weights in forward and backward; None keeps the stored one.
-        reduce_dtype: dtype in which gradients are reduced.
-        reshard_after_forward: free the gathered weights between forward and backward.
-        offload: keep the shards in host memory and copy them to the device when they are used.
-    """
-
-    param_dtype: torch.dtype | None = torch.bfloat16
-    reduce_dtype: torch.dtype | None = torch.float32
-    reshard_after_forward: bool = True
-    offload: bool = False
-
-    def shard(self, module: nn.Module, mesh: DeviceMesh, full_precision: bool = False) -> None:
-        """Shards one module, in place; `full_precision` keeps the stored dtype."""
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
-        mixed = MixedPrecisionPolicy(
-            param_dtype=None if full_precision else self.param_dtype,
-            reduce_dtype=self.reduce_dtype,
-            cast_forward_inputs=False,  # a bfloat16 timestep turns 757 into 756
-        )
-        offload = CPUOffloadPolicy() if self.offload else OffloadPolicy()
-        sharded = fully_shard(
-            module, mesh=mesh, mp_policy=mixed, reshard_after_forward=self.reshard_after_forward, offload_policy=offload
-        )
-        if mesh.device_type == "cpu":
-            # gloo in torch 2.8 returns the sum where FSDP asks for the average; so FSDP sums and divides.
-            sharded.set_force_sum_reduction_for_comms(True)
 
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:

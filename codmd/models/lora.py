@@ -22,7 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from .base import Condition, ShardPolicy, VideoDenoiser
+from .base import Condition, VideoDenoiser
+from .sharding import ShardPolicy
 
 TEACHER, STUDENT, CRITIC = "teacher", "student", "critic"
 ADAPTERS = (STUDENT, CRITIC)

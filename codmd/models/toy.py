@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from codmd.atomic import replacing_file
 
-from .base import Condition, ShardPolicy, VideoDenoiser
-from .materialize import copy_weights
+from .base import Condition, VideoDenoiser
+from .sharding import ShardPolicy, copy_weights
 
 
 @dataclass(frozen=True)

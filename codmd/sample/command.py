@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _levels(text: str) -> tuple[float, ...]:
-    from codmd.distill.schedule import check_step_list
+    from codmd.distill.update.schedule import check_step_list
 
     try:
         return check_step_list([float(level) for level in text.split(",")])
@@ -143,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _jobs(args: argparse.Namespace) -> tuple[Any, list[PromptJob]]:
     """The embeddings of `codmd encode`, if `--prompts` is their folder, and the videos wanted."""
-    from codmd.distill.data import Embeddings, read_prompts
+    from codmd.distill.data.prompts import Embeddings, read_prompts
 
     from .names import jobs_of, vbench_jobs
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from codmd.distill.noise import NoiseStream
-from codmd.distill.rollout import sample_few_step
+from codmd.distill.update.noise import NoiseStream
+from codmd.distill.update.rollout import sample_few_step
 from codmd.models.base import Condition, VideoDenoiser
 
 Solver = Literal["unipc", "euler"]

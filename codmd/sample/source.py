@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from codmd.models.wan import WanDenoiser, WanOptions
+from codmd.models.wan.network import WanDenoiser
+from codmd.models.wan.options import WanOptions
 from codmd.trained import Renamed, open_student
 
 FRAME_STRIDE, PIXEL_STRIDE = 4, 8

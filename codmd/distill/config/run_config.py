@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from codmd.models.lora import LoraOptions
 
-from .config import DistillConfig, check_count
+from .recipe import DistillConfig, check_count
 from .sections import (
     CheckpointSettings,
     DataSettings,

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from codmd.models.base import VideoDenoiser
+
 
 class NonFiniteRun(FloatingPointError):
     """Too many updates of one network in a row had a loss or a gradient that is not finite."""
@@ -107,3 +109,9 @@ class GuardedAdamW:
             for name, weight in self.weights.items()
             for key, value in self.adamw.state[weight].items()
         }
+
+
+def trainable_weights(model: VideoDenoiser) -> dict[str, nn.Parameter]:
+    """Name to parameter of what an optimizer updates, in the order of `model.named_parameters()`."""
+    trained = {id(weight) for weight in model.trainable_parameters()}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) in trained}

@@ -4,62 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codmd.distill.config.recipe import DistillConfig
 from codmd.models.base import Condition, VideoDenoiser
 
-from .config import DistillConfig
+from .cycle_log import CycleLog, EarlySigns, early_signs
 from .ema import WeightAverage
-from .guard import GuardedAdamW, Step
 from .noise import NoiseStream, normal
 from .objective import GeneratorLoss, Scores, critic_loss, distillation_loss, predict_scores
+from .optimizer import GuardedAdamW, Step, trainable_weights
 from .rollout import draw_exit_step, rollout, trajectory
-from .signs import EarlySigns, early_signs
-from .weights import trainable_weights
 
 Batch = tuple[Tensor, Condition]
 """Detached samples of the student, and the condition they were drawn for."""
-
-
-@dataclass(frozen=True)
-class CycleLog:
-    """What one cycle measured; tensors are detached scalars on the device (reading one synchronises).
-
-    Attributes:
-        generator: the student's loss, averaged over its micro-batches.
-        critic: the loss of the last critic update.
-        exit_step: of the last micro-batch of the student update.
-        student, critic_step: the student's update, and the last of the critic's.
-        relation_to_dmd: norm of lambda * grad(relation) over norm of grad(DMD), with respect to the last sample;
-            None when not asked for.
-        signs: of over-saturation and frozen motion, in the last sample; None when not asked for.
-    """
-
-    generator: GeneratorLoss
-    critic: Tensor
-    exit_step: int
-    student: Step
-    critic_step: Step
-    relation_to_dmd: Tensor | None
-    signs: EarlySigns | None
-
-    def scalars(self) -> dict[str, Tensor | float]:
-        """Name to value, for a log."""
-        loss = self.generator
-        measured: dict[str, Tensor] = {} if self.signs is None else self.signs._asdict()
-        if self.relation_to_dmd is not None:
-            measured["relation_to_dmd"] = self.relation_to_dmd
-        return {
-            "loss": loss.total, "dmd": loss.dmd, "relation_batch": loss.relation_batch,
-            "relation_frame": loss.relation_frame, "relation_weight": loss.relation_weight, "critic": self.critic,
-            "student_grad_norm": self.student.grad_norm, "critic_grad_norm": self.critic_step.grad_norm,
-            "exit_step": float(self.exit_step), **measured,
-        }  # fmt: skip
 
 
 class _StudentPass(NamedTuple):

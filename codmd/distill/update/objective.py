@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codmd import conventions, ops, reference
+from codmd.distill.config.recipe import DistillConfig
 from codmd.models.base import Condition, VideoDenoiser, cat_cond, per_sample
 
-from .config import DistillConfig
 from .noise import Randomness, noise_like
 from .schedule import sample_sigma
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from codmd import models
 
-from .config import check_count, check_decays, check_number
+from .recipe import check_count, check_decays, check_number
 from .typed import ConfigError, nearest, structured
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from codmd import models
+from codmd.distill.config.run_config import RunConfig
+from codmd.distill.config.sections import ModelSettings
 from codmd.models.base import VideoDenoiser
 from codmd.models.lora import LoraRoles
 
 from .parallel import Processes
-from .sections import ModelSettings
-from .settings import RunConfig
 
 RANDOM = "random"
 

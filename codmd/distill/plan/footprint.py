@@ -21,10 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from codmd import models
+from codmd.distill.config.sections import ModelSettings
 from codmd.models.base import VideoDenoiser
 from codmd.models.lora import ADAPTERS, LoraOptions, LoraRoles
-
-from .sections import ModelSettings
 
 DEPTHS = (2, 4)
 TOKENS = 512

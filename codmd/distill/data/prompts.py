@@ -1,82 +1,17 @@
-"""What updates are conditioned on: prompts or their embeddings, in one global order that every process reads alike."""
+"""Prompts as text and as embeddings, read from the files that people and `codmd encode` write."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from codmd.models.base import Condition, VideoDenoiser, move_cond
-
-from .noise import seeded
-from .typed import ConfigError
-
-
-class Source(Protocol):
-    """A numbered set of conditions and the prompts they stand for."""
-
-    @property
-    def prompts(self) -> Sequence[str]: ...
-
-    def __len__(self) -> int: ...
-
-    def condition(self, numbers: Sequence[int]) -> Condition:
-        """The joint condition of those items, on the CPU or on the model's device."""
-        ...
-
-
-class Positions:
-    """Which items come next: epochs in orders of their own, dealt out to the processes row by row.
-
-    The order depends on the seed alone. A position counts samples of all processes, so a run goes on where it
-    stopped on any number of them.
-
-    Args:
-        length: items of an epoch.
-        seed: of the orders.
-        rows: items a process takes at a time.
-        rank, processes: which rows are this process's.
-
-    Attributes:
-        position: samples that all processes have taken together.
-    """
-
-    def __init__(self, length: int, seed: int, rows: int, rank: int = 0, processes: int = 1) -> None:
-        self.length, self.seed, self.rows, self.rank, self.processes = length, seed, rows, rank, processes
-        self.position = 0
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def take(self) -> tuple[list[int], list[int]]:
-        """(items, global positions) of this process's next rows."""
-        start = self.position + self.rank * self.rows
-        self.position += self.rows * self.processes
-        positions = list(range(start, start + self.rows))
-        return [self._item(position) for position in positions], positions
-
-    def _item(self, position: int) -> int:
-        epoch, place = divmod(position, self.length)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, torch.randperm(self.length, generator=seeded(self.seed, epoch))
-        return int(self._order[place])
-
-
-class Conditions(Iterator[Condition]):
-    """One condition per micro-batch of this process, without end.
-
-    Attributes:
-        positions: where the data stands; part of a checkpoint.
-    """
-
-    def __init__(self, source: Source, positions: Positions, device: torch.device) -> None:
-        self.source, self.positions, self.device = source, positions, device
-
-    def __next__(self) -> Condition:
-        items, _ = self.positions.take()
-        return move_cond(self.source.condition(items), self.device)
+from codmd.distill.config.typed import ConfigError
+from codmd.models.base import Condition, VideoDenoiser
 
 
 class Prompts:

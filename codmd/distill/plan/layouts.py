@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.config.run_config import RunConfig
+from codmd.distill.config.sections import ModelSettings
 from codmd.models.lora import LoraOptions
 
-from .config import DistillConfig
 from .footprint import Footprint, footprint, stored_bytes
-from .forwards import Forwards
-from .sections import ModelSettings
-from .settings import RunConfig
 
 GPUS = (1, 8, 32, 128)
 NODE = 8
@@ -63,7 +62,7 @@ class Sizes:
     @classmethod
     def of(cls, config: RunConfig, micro_batch: int) -> Sizes:
         """Measures the networks of a configuration."""
-        teacher_batch = micro_batch * (2 if _batches_guidance(config.distill) else 1)
+        teacher_batch = micro_batch * (2 if batches_guidance(config.distill) else 1)
         frozen = _frozen(config)
         return cls(
             footprint(config.model, micro_batch, teacher_batch),
@@ -107,6 +106,36 @@ class Plan:
         return next((f"{size} GB" for size in CAPACITIES if self.total < HEADROOM * size * 1e9), "no")
 
 
+@dataclass(frozen=True)
+class Forwards:
+    """Network evaluations of one cycle (one student update and its critic updates), per micro-batch, on average.
+
+    Attributes:
+        student, teacher, critic: without gradient.
+        student_trained, critic_trained: with gradient.
+    """
+
+    student: float
+    student_trained: float
+    teacher: float
+    critic: float
+    critic_trained: float
+
+    @classmethod
+    def of(cls, config: DistillConfig, accumulate: int = 1) -> Forwards:
+        """Counts from the recipe; the exit step is uniform, so a rollout to it has (n - 1) / 2 earlier steps."""
+        rollout = (len(config.sigmas) - 1) / 2
+        fresh = config.critic_updates - config.share_rollout
+        window = config.relation_accumulate and accumulate > 1 and config.uses_relation and config.batch_weight > 0
+        guided = config.guidance is not None and not config.batch_guidance
+        return cls(rollout + window + fresh * (rollout + 1), 1, 1 + guided, 1, config.critic_updates)
+
+    def equivalent(self, recompute: bool, batched_guidance: bool) -> float:
+        """In evaluations of one sample: a backward pass counts 2, recomputation 1."""
+        trained = (3 + recompute) * (self.student_trained + self.critic_trained)
+        return self.student + self.teacher * (1 + batched_guidance) + self.critic + trained
+
+
 def layouts(config: RunConfig, gpus: Sequence[int] = GPUS) -> list[Layout]:
     """Full and hybrid sharding, an offloaded teacher, and adapters, on those numbers of GPUs."""
     lora = _adapters(config)
@@ -124,7 +153,7 @@ def layouts(config: RunConfig, gpus: Sequence[int] = GPUS) -> list[Layout]:
 def plan(config: RunConfig, layout: Layout, sizes: Sizes) -> Plan:
     """Adds up one layout."""
     recipe, size = config.distill, sizes.adapted if layout.lora else sizes.whole
-    _, accumulate = _micro_batches(recipe, layout.gpus)
+    _, accumulate = micro_batches(recipe, layout.gpus)
     # Gradients of student and critic never exist at the same time.
     kept = 2 * (MASTER + MOMENTS) + GRADIENT + (AVERAGE if recipe.ema_decay is not None else 0)
     frozen = sizes.frozen / layout.shards
@@ -188,58 +217,12 @@ def _adapters(config: RunConfig) -> LoraOptions:
     return config.lora or LoraOptions()
 
 
-def _batches_guidance(recipe: DistillConfig) -> bool:
+def batches_guidance(recipe: DistillConfig) -> bool:
     return recipe.guidance is not None and recipe.batch_guidance
 
 
-def _micro_batches(recipe: DistillConfig, gpus: int) -> tuple[int, int]:
+def micro_batches(recipe: DistillConfig, gpus: int) -> tuple[int, int]:
     """(micro-batch, accumulated) on that many GPUs; more GPUs than samples take one sample each."""
     if recipe.batch_size < gpus:
         return 1, 1
     return recipe.micro_batches(gpus)
-
-
-def describe(config: RunConfig, gpus: Sequence[int] = GPUS) -> str:
-    """The table of a configuration in Markdown: memory per GPU and communication per cycle for every layout.
-
-    Raises:
-        ValueError: the batch does not divide among that many GPUs, or the model cannot be built.
-    """
-    recipe, sizes, plans = config.distill, dict[int, Sizes](), []
-    for layout in layouts(config, gpus):
-        micro, _ = _micro_batches(recipe, layout.gpus)
-        if micro not in sizes:
-            sizes[micro] = Sizes.of(config, micro)
-        plans.append(plan(config, layout, sizes[micro]))
-    recompute = bool(getattr(config.model.options, "gradient_checkpointing", False))
-    evaluations = Forwards.of(recipe).equivalent(recompute, _batches_guidance(recipe))
-    at_a_time = recipe.micro_batch or "a GPU's whole share"
-    lines = [
-        f"{next(iter(sizes.values())).whole.parameters / 1e9:.3f} billion parameters a network; latents of "
-        f"{' x '.join(str(n) for n in _latent_shape(config))}; {recipe.batch_size} samples an update, "
-        f"{at_a_time} at a time; {evaluations:g} network forwards a sample and cycle.",
-        "",
-        "| GPUs | layout | trained | frozen | gathered | activations | GB a GPU | fits | host GB | GB moved a cycle |",
-        "|---:|---|---:|---:|---:|---:|---:|---|---:|---:|",
-    ]
-    for row in plans:
-        parts = (row.trained, row.frozen, row.gathered, row.activations, row.total)
-        cells = [str(row.layout.gpus), row.layout.name, *(_gigabytes(part) for part in parts), row.fits]
-        lines.append(f"| {' | '.join([*cells, _gigabytes(row.host), _gigabytes(row.received)])} |")
-    if recipe.batch_size < max(gpus):
-        lines += ["", f"On more than {recipe.batch_size} GPUs the batch is taken to be one sample a GPU."]
-    return "\n".join(lines)
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f}" if count else "–"
-
-
-def _latent_shape(config: RunConfig) -> tuple[int, ...]:
-    import torch
-
-    from codmd import models
-
-    with torch.device("meta"):
-        options = {**vars(config.model.options), "weights": "random"}
-        return models.build(config.model.name, **options).latent_shape

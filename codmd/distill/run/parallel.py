@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from codmd.models.base import ShardPolicy
-
-from .sections import ParallelSettings
-from .typed import ConfigError
+from codmd.distill.config.sections import ParallelSettings
+from codmd.distill.config.typed import ConfigError
+from codmd.models.sharding import ShardPolicy
 
 
 @dataclass(frozen=True)

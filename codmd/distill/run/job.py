@@ -10,22 +10,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.config.run_config import RunConfig
+from codmd.distill.config.sections import ModelSettings
+from codmd.distill.config.typed import ConfigError, nearest
+from codmd.distill.data.conditions import Conditions, Positions, Source
+from codmd.distill.data.prompts import Embeddings, Prompts
+from codmd.distill.data.textures import Textures
+from codmd.distill.update.ema import WeightAverage
+from codmd.distill.update.optimizer import GuardedAdamW
+from codmd.distill.update.rollout import sample_euler, sample_few_step
+from codmd.distill.update.schedule import sampling_sigmas
+from codmd.distill.update.teacher import FlowMatching
+from codmd.distill.update.trainer import Distiller
 from codmd.models.base import Condition, VideoDenoiser, move_cond
 
-from .config import DistillConfig
-from .data import Conditions, Embeddings, Positions, Prompts, Source
-from .ema import WeightAverage
-from .guard import GuardedAdamW
 from .parallel import Processes
 from .roles import RANDOM, build_network, build_roles
-from .rollout import sample_euler, sample_few_step
-from .schedule import sampling_sigmas
-from .sections import ModelSettings
-from .settings import RunConfig
-from .teacher import FlowMatching
-from .textures import Textures
-from .trainer import Distiller
-from .typed import ConfigError, nearest
 
 TEACHER_PREVIEW_STEPS = 50
 

@@ -10,15 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codmd.distill.config.recipe import split_batch
+from codmd.distill.config.sections import TeacherSettings
 from codmd.models.base import Condition, VideoDenoiser, per_sample
 
-from .config import split_batch
 from .ema import WeightAverage
-from .guard import GuardedAdamW, Step
 from .noise import NoiseStream, noise_like, uniform
+from .optimizer import GuardedAdamW, Step, trainable_weights
 from .schedule import shift_sigma
-from .sections import TeacherSettings
-from .weights import trainable_weights
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from codmd import models
+from codmd.distill.config.recipe import split_batch
+from codmd.distill.config.run_config import RunConfig
+from codmd.distill.config.sections import ModelSettings
+from codmd.distill.config.typed import ConfigError
+from codmd.distill.run.job import check_paths, open_source, preview_numbers
+from codmd.distill.run.parallel import check_shards
 from codmd.models.base import Condition, VideoDenoiser, cat_cond
-
-from .config import split_batch
-from .job import check_paths, open_source, preview_numbers
-from .parallel import check_shards
-from .sections import ModelSettings
-from .settings import RunConfig
-from .typed import ConfigError
 
 
 def dry_run(config: RunConfig) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from codmd.distill.config.typed import ConfigError
 
 from .parallel import Processes
-from .typed import ConfigError
 
 try:
     import fcntl
@@ -42,28 +41,3 @@ def only_run(folder: Path, team: Processes) -> Iterator[None]:
     finally:
         if held is not None:
             held.close()
-
-
-class Stop:
-    """Whether SIGTERM has come."""
-
-    def __init__(self) -> None:
-        self.set = False
-
-    def is_set(self) -> bool:
-        return self.set
-
-
-@contextmanager
-def stop_requests() -> Iterator[Stop]:
-    """Inside the block SIGTERM asks for an end instead of ending the process."""
-    stop = Stop()
-
-    def request(_signal: int, _frame: Any) -> None:
-        stop.set = True
-
-    before = signal.signal(signal.SIGTERM, request)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)

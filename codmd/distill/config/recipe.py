@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 from codmd.conventions import resolve
-
-from .schedule import check_sigma_range, check_step_list
+from codmd.distill.update.schedule import check_sigma_range, check_step_list
 
 
 @dataclass(frozen=True)

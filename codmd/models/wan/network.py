@@ -9,86 +9,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from . import weights
+from codmd.models.base import Condition, VideoDenoiser
+from codmd.models.sharding import ShardPolicy, copy_weights
+
 from .attention import set_attention, supports_backward
-from .base import Condition, ShardPolicy, VideoDenoiser
-from .materialize import copy_weights
+from .config import build_transformer
+from .export import write_diffusers_folder
+from .options import RANDOM, ZEROS, WanOptions
 from .precision import compute_in_float32, float32_modules, store_in_bfloat16
-from .wan_config import build_transformer, read_config
-from .wan_text import NEGATIVE_PROMPT, PromptEncoder, read_embedding
-from .wan_vae import WanVideoDecoder
+from .text import PromptEncoder, read_embedding
+from .vae import WanVideoDecoder
+from .weights import open_wan
 
 TIMESTEPS = 1000.0
-RANDOM = "random"
-ZEROS = "zeros"
-
-
-@dataclass(frozen=True)
-class WanOptions:
-    """Options of the registry's "wan".
-
-    Attributes:
-        weights: a diffusers folder, a single file (.safetensors, .pt), or "random".
-        config: "1.3b", "14b", "tiny", or a JSON file; "" takes the diffusers folder's own, or for a single file the
-            shipped configuration that it fits.
-        frames, height, width: of the latents; 21 x 60 x 104 is 81 frames of 480 x 832.
-        compute: dtype of the matrix products and of attention.
-        storage: dtype of the weights; "bfloat16" is for networks that are not trained.
-        attention: backend by diffusers' name: native, flash, _flash_3, sage, ...
-        gradient_checkpointing: recompute every block's activations in the backward pass.
-        compile: compile the repeated block, once for all of them.
-        text_encoder: folder with `text_encoder` and `tokenizer`, for prompts given as text.
-        null_embedding: the folder that `codmd encode` wrote (or a file with one embedding), or "zeros"; ""
-            encodes `negative_prompt`.
-        negative_prompt: the text of the unconditional branch.
-        vae: folder of an AutoencoderKLWan, or of a pipeline that has one, for decoding.
-    """
-
-    weights: str = ""
-    config: str = ""
-    frames: int = 21
-    height: int = 60
-    width: int = 104
-    compute: Literal["bfloat16", "float32"] = "bfloat16"
-    storage: Literal["float32", "bfloat16"] = "float32"
-    attention: str = "native"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    text_encoder: str = ""
-    null_embedding: str = ""
-    negative_prompt: str = NEGATIVE_PROMPT
-    vae: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.weights:
-            raise ValueError('weights: not given; expected a diffusers folder, a weight file, or "random"')
-        if self.weights == RANDOM and not self.config:
-            raise ValueError('config: not given; random weights need "1.3b", "14b", "tiny", or a JSON file')
-        for name in ("frames", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; expected a positive number of latent cells")
-        for name in ("compute", "storage"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected 'float32' or 'bfloat16'")
-        if self.storage == "bfloat16" and self.compute == "float32":
-            raise ValueError("storage: bfloat16 weights cannot compute in float32; set compute or storage")
-
-    def network(self) -> dict[str, Any]:
-        """Arguments of `WanTransformer3DModel`, from `config` or found out from `weights`."""
-        if self.config:
-            return read_config(self.config)
-        if Path(self.weights).is_dir():
-            return read_config(self.weights)
-        return weights.fitting_config(self.weights)
 
 
 class WanDenoiser(VideoDenoiser):
@@ -238,11 +179,11 @@ class WanDenoiser(VideoDenoiser):
         if any(isinstance(value, DTensor) for value in state.values()):
             raise ValueError("save: the model is sharded; write a distributed checkpoint and use codmd convert")
         bare = {name.removeprefix("transformer."): value for name, value in state.items()}
-        weights.write_diffusers_folder(path, self.network_config, bare)
+        write_diffusers_folder(path, self.network_config, bare)
 
     def load_weights(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
         """Replaces the transformer's weights in place, one tensor at a time, from any file `codmd convert` reads."""
-        with weights.open_wan(path, self.network_config) as tensors:
+        with open_wan(path, self.network_config) as tensors:
             self.fill(tensors, device)
 
     def fill(self, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:

@@ -1,12 +1,14 @@
-"""Writes docs/scaling.md: `python -m codmd.distill.scaling_page docs/scaling.md`."""
+"""Writes docs/scaling.md: `python -m codmd.distill.plan.page docs/scaling.md`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from .plan import describe
-from .settings import read_config
+from codmd.distill.config.run_config import RunConfig, read_config
+
+from .layouts import GPUS, Forwards, Sizes, batches_guidance, layouts, micro_batches, plan
 
 PLACEHOLDERS = ("model.weights=teacher", "model.null_embedding=embeddings", "data.path=embeddings")
 SIZES = {"wan_1.3b": "Wan2.1-T2V 1.3B", "wan_14b": "Wan2.1-T2V 14B"}
@@ -14,7 +16,7 @@ TITLE = """# Scaling: memory and communication
 
 How many GPUs a distillation needs, from the packaged configurations. `codmd train --plan CONFIG` prints the table of
 any configuration, with `key=value` changes; this page is the output of
-`python -m codmd.distill.scaling_page docs/scaling.md`.
+`python -m codmd.distill.plan.page docs/scaling.md`.
 
 - **trained**: float32 weights and Adam moments of student and critic, one float32 gradient (they never have one at the
   same time) and the running average; with LoRA all of these for the two adapters alone. Sharded over the GPUs of one
@@ -38,6 +40,52 @@ any configuration, with `key=value` changes; this page is the output of
 `full` shards over all GPUs; `hybrid` keeps a copy on every 8 GPUs, so that gathers stay inside a machine and only
 gradients cross. These are estimates from the configuration, not measurements on a cluster.
 """
+
+
+def describe(config: RunConfig, gpus: Sequence[int] = GPUS) -> str:
+    """The table of a configuration in Markdown: memory per GPU and communication per cycle for every layout.
+
+    Raises:
+        ValueError: the batch does not divide among that many GPUs, or the model cannot be built.
+    """
+    recipe, sizes, plans = config.distill, dict[int, Sizes](), []
+    for layout in layouts(config, gpus):
+        micro, _ = micro_batches(recipe, layout.gpus)
+        if micro not in sizes:
+            sizes[micro] = Sizes.of(config, micro)
+        plans.append(plan(config, layout, sizes[micro]))
+    recompute = bool(getattr(config.model.options, "gradient_checkpointing", False))
+    evaluations = Forwards.of(recipe).equivalent(recompute, batches_guidance(recipe))
+    at_a_time = recipe.micro_batch or "a GPU's whole share"
+    lines = [
+        f"{next(iter(sizes.values())).whole.parameters / 1e9:.3f} billion parameters a network; latents of "
+        f"{' x '.join(str(n) for n in _latent_shape(config))}; {recipe.batch_size} samples an update, "
+        f"{at_a_time} at a time; {evaluations:g} network forwards a sample and cycle.",
+        "",
+        "| GPUs | layout | trained | frozen | gathered | activations | GB a GPU | fits | host GB | GB moved a cycle |",
+        "|---:|---|---:|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for row in plans:
+        parts = (row.trained, row.frozen, row.gathered, row.activations, row.total)
+        cells = [str(row.layout.gpus), row.layout.name, *(_gigabytes(part) for part in parts), row.fits]
+        lines.append(f"| {' | '.join([*cells, _gigabytes(row.host), _gigabytes(row.received)])} |")
+    if recipe.batch_size < max(gpus):
+        lines += ["", f"On more than {recipe.batch_size} GPUs the batch is taken to be one sample a GPU."]
+    return "\n".join(lines)
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f}" if count else "–"
+
+
+def _latent_shape(config: RunConfig) -> tuple[int, ...]:
+    import torch
+
+    from codmd import models
+
+    with torch.device("meta"):
+        options = {**vars(config.model.options), "weights": "random"}
+        return models.build(config.model.name, **options).latent_shape
 
 
 def page() -> str:

@@ -1,11 +1,7 @@
-"""One run from configuration to last checkpoint: assemble, resume, then update, log, preview and save."""
+"""What a checkpoint keeps of a run beside its weights, and the way back: save, find, resume."""
 
 from __future__ import annotations
 
-import gc
-import os
-import shutil
-from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -13,76 +9,15 @@ import torch
 from torch import Tensor
 
 from codmd import __version__
+from codmd.distill.config.run_config import RunConfig, differences
+from codmd.distill.config.typed import ConfigError
 
-from .checkpoint import CheckpointStore, load, read_student, resolve
+from .checkpoint import CheckpointStore, load, resolve
 from .integrity import read_meta
-from .job import Job, Trainer, assemble
-from .log import RunLog
-from .outside import only_run, stop_requests
-from .parallel import Processes, processes
-from .preview import to_pixels, write_preview
-from .settings import RunConfig, differences
-from .typed import ConfigError
+from .job import Job, Trainer
+from .parallel import Processes
 
 PACKAGES = ("diffusers", "triton", "peft")
-
-
-def run(config: RunConfig) -> bool:
-    """Trains until the last update, or until SIGTERM asks for an end, which first saves a checkpoint.
-
-    Returns:
-        Whether all updates were made.
-
-    Raises:
-        ConfigError: the configuration cannot be used. CheckpointError: a checkpoint cannot be written or read.
-        NonFiniteRun: too many updates in a row were not finite.
-    """
-    with processes(config.parallel) as team:
-        try:
-            return _train(config, team)
-        finally:
-            # Sharded networks keep their process groups in reference cycles, and a group that lives on into the
-            # interpreter's end aborts the process there.
-            gc.collect()
-
-
-def _train(config: RunConfig, team: Processes) -> bool:
-    """:func:`run` among the processes of `team`, in a scope that ends before their group does."""
-    with only_run(config.folder, team), stop_requests() as stop:
-        job = assemble(config, team)
-        trainer = job.trainer
-        notes: list[str] = []
-        store = CheckpointStore(config.folder / "checkpoints", team, config.checkpoint.keep_last, notes.append)
-        saved = resume(config, job, store, team, notes)
-        with RunLog(config.folder, team, trainer.update, job.updates, config.log.tensorboard) as log:
-            for note in notes:
-                log.say(note)
-            while trainer.update < job.updates and not any(team.gather(stop.is_set())):
-                due = is_due(trainer.update + 1, config.log.every, job.updates)
-                skipped = skipped_updates(trainer)
-                measured = trainer.cycle(measure_gradients=due)
-                log.bar.update()
-                if skipped_updates(trainer) != skipped:
-                    log.event(trainer.update, skipped=skipped_updates(trainer))
-                if due:
-                    log.scalars(
-                        trainer.update, {**measured.scalars(), "skipped": sum(skipped_updates(trainer).values())}
-                    )
-                if config.log.preview_every and is_due(trainer.update, config.log.preview_every, job.updates):
-                    preview(config, job, team, log)
-                if is_due(trainer.update, config.checkpoint.every, job.updates):
-                    saved = save(config, job, store, team)
-            if saved != trainer.update:
-                save(config, job, store, team)
-        finished = trainer.update >= job.updates
-        if config.mode == "teacher" and finished:
-            export_teacher(config, job, store, team)
-        return finished
-
-
-def is_due(update: int, every: int, last: int) -> bool:
-    """Whether something that happens `every` so many updates, and at the last one, happens at this one."""
-    return update % every == 0 or update == last
 
 
 def skipped_updates(trainer: Trainer) -> dict[str, int]:
@@ -168,36 +103,6 @@ def restore_random_states(path: Path, trainer: Trainer, team: Processes, saved_b
     if f"{own}.cuda" in states:
         torch.cuda.set_rng_state(states[f"{own}.cuda"], team.device)
     return fresh
-
-
-def preview(config: RunConfig, job: Job, team: Processes, log: RunLog) -> None:
-    """Samples of the running average where there is one; drawn by all processes, written by the first."""
-    average = job.trainer.average
-    with nullcontext() if average is None else average.applied():
-        latents = job.draw_preview()
-    if team.first:
-        pixels = to_pixels(latents, job.decode)
-        folder = config.folder / "previews"
-        write_preview(folder, log.writer, job.trainer.update, latents, pixels, config.log.fps)
-
-
-def export_teacher(config: RunConfig, job: Job, store: CheckpointStore, team: Processes) -> None:
-    """Writes the trained teacher as a model that the option `weights` reads: `model` in the run's folder."""
-    if team.first:
-        weights = read_student(store.paths()[0], ema=job.trainer.average is not None)
-        target, partial = config.folder / "model", config.folder / ".model.partial"
-        _remove(partial)
-        job.model.save_state(partial, weights)
-        _remove(target)
-        os.rename(partial, target)
-    team.share(None)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _version(package: str) -> str | None:

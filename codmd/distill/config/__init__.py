@@ -1,0 +1,1 @@
+"""A run's configuration: typed, checked, read from YAML."""

@@ -1,0 +1,1 @@
+"""What updates are conditioned on, and what a teacher learns from."""

@@ -1,0 +1,1 @@
+"""A run: its processes, networks, checkpoints and log, and the loop that ties them."""

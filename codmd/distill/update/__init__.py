@@ -1,0 +1,1 @@
+"""The update rule: losses, rollouts, noise, optimizers, running averages."""

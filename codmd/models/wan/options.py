@@ -1,0 +1,73 @@
+"""Options of the registry's "wan", checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import read_config
+from .text import NEGATIVE_PROMPT
+from .weights import fitting_config
+
+RANDOM = "random"
+ZEROS = "zeros"
+
+
+@dataclass(frozen=True)
+class WanOptions:
+    """Options of the registry's "wan".
+
+    Attributes:
+        weights: a diffusers folder, a single file (.safetensors, .pt), or "random".
+        config: "1.3b", "14b", "tiny", or a JSON file; "" takes the diffusers folder's own, or for a single file the
+            shipped configuration that it fits.
+        frames, height, width: of the latents; 21 x 60 x 104 is 81 frames of 480 x 832.
+        compute: dtype of the matrix products and of attention.
+        storage: dtype of the weights; "bfloat16" is for networks that are not trained.
+        attention: backend by diffusers' name: native, flash, _flash_3, sage, ...
+        gradient_checkpointing: recompute every block's activations in the backward pass.
+        compile: compile the repeated block, once for all of them.
+        text_encoder: folder with `text_encoder` and `tokenizer`, for prompts given as text.
+        null_embedding: the folder that `codmd encode` wrote (or a file with one embedding), or "zeros"; ""
+            encodes `negative_prompt`.
+        negative_prompt: the text of the unconditional branch.
+        vae: folder of an AutoencoderKLWan, or of a pipeline that has one, for decoding.
+    """
+
+    weights: str = ""
+    config: str = ""
+    frames: int = 21
+    height: int = 60
+    width: int = 104
+    compute: Literal["bfloat16", "float32"] = "bfloat16"
+    storage: Literal["float32", "bfloat16"] = "float32"
+    attention: str = "native"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    text_encoder: str = ""
+    null_embedding: str = ""
+    negative_prompt: str = NEGATIVE_PROMPT
+    vae: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError('weights: not given; expected a diffusers folder, a weight file, or "random"')
+        if self.weights == RANDOM and not self.config:
+            raise ValueError('config: not given; random weights need "1.3b", "14b", "tiny", or a JSON file')
+        for name in ("frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a positive number of latent cells")
+        for name in ("compute", "storage"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected 'float32' or 'bfloat16'")
+        if self.storage == "bfloat16" and self.compute == "float32":
+            raise ValueError("storage: bfloat16 weights cannot compute in float32; set compute or storage")
+
+    def network(self) -> dict[str, Any]:
+        """Arguments of `WanTransformer3DModel`, from `config` or found out from `weights`."""
+        if self.config:
+            return read_config(self.config)
+        if Path(self.weights).is_dir():
+            return read_config(self.weights)
+        return fitting_config(self.weights)
