@@ -74,7 +74,7 @@ def test_only_the_last_checkpoints_stay(store):
 
 
 def largest(path):
-    return max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    return max(path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
 
 
 def truncate(path):
@@ -92,10 +92,6 @@ def lose_a_file(path):
     largest(path).unlink()
 
 
-def lose_the_index(path):
-    (path / ".metadata").unlink()
-
-
 def lose_the_mark(path):
     (path / "meta.json").unlink()
 
@@ -109,7 +105,7 @@ def empty_the_mark(path):
     (path / "meta.json").write_text("{}")
 
 
-DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_index, lose_the_mark, truncate_the_mark, empty_the_mark]
+DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_mark, truncate_the_mark, empty_the_mark]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -155,8 +151,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_previous_checkpoint_alone(s
     before = {file.name: file.read_bytes() for file in (store.folder / "step_00000001").iterdir()}
     with monkeypatch.context() as patch:
         if moment == "write":
-            patch.setattr("torch.distributed.checkpoint.filesystem.torch.save", disk_full)
-            patch.setattr("torch.distributed.checkpoint.filesystem._write_item", disk_full)
+            patch.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", disk_full)
         else:
             patch.setattr(checkpoints, {"check": "sums", "finish": "_flush_folder"}[moment], disk_full)
         if moment == "finish":
@@ -220,4 +215,4 @@ def test_the_mark_lists_every_other_file_with_its_size(store):
     meta = json.loads((path / "meta.json").read_text())
     sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.name != "meta.json"}
     assert {name: size for name, (size, _) in meta["files"].items()} == sizes
-    assert ".metadata" in sizes
+    assert list(sizes) == ["shard-00001-model-00001-of-00001.safetensors"]

@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_or_one_without_an_average_is_refused(tmp_path, cap
         tmp_path / "lora", "random", None, ModelSettings("toy", models.options_class("toy")(weights="random"))
     )
     assert "trained a 'toy' model" in refused(capsys, tmp_path, lora, tmp_path / "out")
-    (shard,) = checkpoint.glob("*.distcp")
+    (shard,) = checkpoint.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-100])
     assert "step_00000007" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")
     meta = checkpoint / "meta.json"

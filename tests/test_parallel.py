@@ -71,7 +71,7 @@ def assert_same_student(folder, other, ema=False):
 
 def test_two_processes_have_the_losses_of_one_and_one_continues_their_checkpoint(one, tmp_path, capsys):
     torchrun(2, *TOY, f"out={tmp_path}", "updates=4", "checkpoint.every=4")
-    assert len(list((tmp_path / "checkpoints" / "step_00000004").glob("*.distcp"))) == 2
+    assert len(list((tmp_path / "checkpoints" / "step_00000004").glob("*.safetensors"))) == 2
     alone(*TOY, f"out={tmp_path}", "updates=6")
     assert "saved by 2 processes, continued by 1" in capsys.readouterr().err
     assert_same_curve(curve(tmp_path), curve(one))

@@ -102,7 +102,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_continues(tm
     train(*TOY, QUIET, out, "updates=6", "checkpoint.every=2")
     expected = curve(tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step_00000006"
-    file = next(newest.glob("*.distcp"))
+    file = next(newest.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     capsys.readouterr()
     train(*TOY, QUIET, out, "updates=6", "checkpoint.every=2")

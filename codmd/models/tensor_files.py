@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -121,14 +120,12 @@ def _open_safetensors(paths: list[Path], stack: ExitStack) -> TensorFile:
 def _load_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except UnpicklingError as error:
+    except Exception as error:  # a damaged pickle or archive fails in any way
         if code := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) (\S+)", str(error)):
             raise ValueError(
                 f"{path}: refused, because it carries code: loading it would call {code[1]}. Only tensors, numbers, "
                 "strings, lists and dictionaries are read; ask its author for a safetensors file"
             ) from error
-        raise ValueError(f"{path}: truncated, or not a PyTorch file ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path}: truncated, or not a PyTorch file ({_first_line(error)})") from error
 
 

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or not there: written aside, summed, renamed; damaged ones are found and skipped.
 
-A run's folder `checkpoints` holds `step_00000100` and so on: the files of `torch.distributed.checkpoint`, one or more
-a process, and `meta.json`, written last, with the size and CRC-32 of each of them. Tensors are named `student.*`,
-`critic.*`, `ema.*`, `student_optimizer.*`, `critic_optimizer.*` (a teacher's run has `student.*` for the teacher)
-and `random.*`.
+A run's folder `checkpoints` holds `step_00000100` and so on: safetensors, one file a process, and `meta.json`,
+written last, with the size and CRC-32 of each of them and the dtype and whole shape of every tensor. Tensors are named
+`student.*`, `critic.*`, `ema.*`, `student_optimizer.*`, `critic_optimizer.*` (a teacher's run has `student.*` for the
+teacher) and `random.*`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from .integrity import META, CheckpointError, problems, sums
+from .integrity import META, CheckpointError, problems, read_meta, sums
 from .parallel import Processes
+from .shards import READING, Stored, described, own_shards, read_shards, stored, write_shards
 
 PREFIX = "step_"
 PARTIAL = ".partial"
@@ -55,10 +54,14 @@ class CheckpointStore:
         path = self.folder / f"{PREFIX}{step:08d}"
         partial = path.with_name(f".{path.name}{PARTIAL}")
         self._each("prepare", lambda: self._prepare(partial) if self.processes.first else None)
-        self._each("write", lambda: _quietly(dcp.save, self.processes)(dict(tensors), checkpoint_id=partial))
-        own = self._each("check", lambda: self._own_sums(partial))
-        files = {name: entry for part in own for name, entry in part.items()}
-        self._each("finish", lambda: self._finish(partial, path, files, step, record) if self.processes.first else None)
+        self._each("write", lambda: write_shards(partial, tensors, self.processes))
+        own = self._each("check", lambda: (sums(own_shards(partial, self.processes)), described(tensors)))
+        index: dict[str, Any] = {"files": {}, "tensors": {}}
+        for files, entries in own:
+            index["files"].update(files)
+            index["tensors"].update(entries)
+        record = {"step": step, **record, **index}
+        self._each("finish", lambda: self._finish(partial, path, record) if self.processes.first else None)
         return path
 
     def newest(self) -> Path | None:
@@ -93,16 +96,9 @@ class CheckpointStore:
             shutil.rmtree(abandoned)
         partial.mkdir()
 
-    def _own_sums(self, partial: Path) -> dict[str, list[int]]:
-        """Size and sum of the files that this process wrote (the first one: also the index), read back."""
-        mine = sorted(partial.glob(f"__{self.processes.rank}_*")) + ([partial / ".metadata"] * self.processes.first)
-        return sums(mine)
-
-    def _finish(
-        self, partial: Path, path: Path, files: Mapping[str, list[int]], step: int, record: Mapping[str, Any]
-    ) -> None:
+    def _finish(self, partial: Path, path: Path, record: Mapping[str, Any]) -> None:
         with open(partial / META, "w", encoding="utf-8") as file:
-            json.dump({"step": step, "files": files, **record}, file, indent=1)
+            json.dump(record, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         for damaged in self.paths():
@@ -142,16 +138,31 @@ def load(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -> Non
     Raises:
         CheckpointError: the checkpoint has not all of them, or with other shapes.
     """
-    present = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    present = tensors_of(path)
     for name, tensor in tensors.items():
-        entry = present.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
+        if name not in present:
             raise CheckpointError(f"checkpoint {path} has no tensor {name}: it is of another model or recipe")
-        if entry.size != tensor.shape:
+        if present[name].shape != tensor.shape:
             raise CheckpointError(
-                f"checkpoint {path}: {name} has shape {tuple(entry.size)}; the model here has {tuple(tensor.shape)}"
+                f"checkpoint {path}: {name} has shape {tuple(present[name].shape)}; the model here has "
+                f"{tuple(tensor.shape)}"
             )
-    _quietly(dcp.load, processes)(dict(tensors), checkpoint_id=path)
+    try:
+        read_shards(path, tensors, processes)
+    except (*READING, dcp.CheckpointException) as error:
+        raise CheckpointError(f"checkpoint {path} is not what its index says: {_root(error)}") from error
+
+
+def tensors_of(path: Path) -> dict[str, Stored]:
+    """Name to whole shape and dtype of a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: its index is damaged, or would run code.
+    """
+    try:
+        return stored(path, read_meta(path).get("tensors", {}))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
 
 
 def read_student(path: str | os.PathLike[str], ema: bool = False) -> dict[str, Tensor]:
@@ -167,11 +178,10 @@ def read_student(path: str | os.PathLike[str], ema: bool = False) -> dict[str, T
     alone = Processes(0, 1, torch.device("cpu"), None, None)
     path = resolve(Path(path), alone)
     prefix = "ema." if ema else "student."
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     weights = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        name: torch.empty(entry.shape, dtype=entry.dtype)
+        for name, entry in tensors_of(path).items()
+        if name.startswith(prefix)
     }
     if not weights:
         raise CheckpointError(f"checkpoint {path} has no {'running average (ema_decay)' if ema else 'student'}")
@@ -195,19 +205,6 @@ def resolve(path: Path, processes: Processes) -> Path:
     if newest is None:
         raise CheckpointError(f"{path} has no usable checkpoint: {'; '.join(damaged)}")
     return newest
-
-
-def _quietly(function: Callable[..., Any], processes: Processes) -> Callable[..., Any]:
-    """`dcp.save` or `dcp.load` for the processes at hand, without its warning that there is only one."""
-    if processes.group is not None:
-        return function
-
-    def alone(*arguments: Any, **options: Any) -> Any:
-        with warnings.catch_warnings():  # which forgets what was shown once: among many it would repeat all warnings
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            return function(*arguments, **options, no_dist=True)
-
-    return alone
 
 
 def _flush_folder(folder: Path) -> None:

@@ -57,9 +57,15 @@ class PromptEncoder:
         logging.set_verbosity_error()  # a missing weight is an error below, not a warning
         logging.disable_progress_bar()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder / "tokenizer", local_files_only=True, trust_remote_code=False
+            )
             loaded: Any = UMT5EncoderModel.from_pretrained(
-                folder / "text_encoder", dtype=dtype, local_files_only=True, output_loading_info=True
+                folder / "text_encoder",
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"text_encoder: {folder} cannot be read: {error}") from error

@@ -44,7 +44,7 @@ class WanVideoDecoder:
         logging.set_verbosity_error()  # a missing weight is an error below, not a warning
         try:
             vae, info = AutoencoderKLWan.from_pretrained(
-                path, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+                path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"vae: {path} cannot be read: {error}") from error
