@@ -1,4 +1,4 @@
-"""`codmd convert`: a training checkpoint, or a file of Wan weights, as a diffusers folder."""
+"""`codmd convert`: a trained student, or released weights, in the form that the model's own users load."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from codmd.cli import CommandError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from codmd.models import VideoDenoiser
 
 HELP = "write a trained student, or released Wan or CoDMD weights, as a diffusers folder"
 KEEP = "keep"
@@ -21,7 +23,7 @@ DTYPES = (KEEP, "float32", "bfloat16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `codmd convert`."""
     parser.add_argument("source", type=Path, help="a run or one of its checkpoints; with --codmd a weight file")
-    parser.add_argument("out", type=Path, help="new folder for config.json and safetensors")
+    parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--ema", action="store_true", help="the running average of the student instead of the student")
     parser.add_argument(
         "--codmd",
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", default="", help="with --codmd: 1.3b, 14b, tiny or a config.json (found out from the weights)"
     )
+    parser.add_argument("--model", help="with --codmd: the model that the weights are of (wan)")
     parser.add_argument("--dtype", choices=DTYPES, default=KEEP, help="of the weights written (keep)")
 
 
@@ -41,54 +44,43 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: the source cannot be used, or the folder cannot be written.
     """
-    if not args.codmd and (args.network or args.config):
-        raise CommandError(
-            f"{'--network' if args.network else '--config'}: only with --codmd; a checkpoint knows its own"
-        )
+    for option in ("network", "config", "model"):
+        if getattr(args, option) and not args.codmd:
+            raise CommandError(f"--{option}: only with --codmd; a checkpoint knows its own")
     if args.codmd and args.ema:
         raise CommandError("--ema: only for a training checkpoint; with --codmd give --network generator_ema")
     try:
         import torch
         from tqdm import tqdm
 
-        from codmd.models.wan.config import parameter_shapes
-        from codmd.models.wan.export import write_diffusers_folder
-    except ModuleNotFoundError as error:
-        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
-
-    dtype = None if args.dtype == KEEP else getattr(torch, args.dtype)
-    try:
+        dtype = None if args.dtype == KEEP else getattr(torch, args.dtype)
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise CommandError(f"{args.out}: exists already; give a new or empty folder")
-        with open_source(args) as (config, tensors):
-            count = sum(shape.numel() for shape in parameter_shapes(config).values())
+        with open_source(args) as (model, tensors):
+            count = sum(weight.numel() for weight in model.parameters())
             with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="writing") as bar:
-                write_diffusers_folder(args.out, config, tensors, dtype, progress=bar.update)
+                model.save_state(args.out, tensors, dtype, progress=bar.update)
+    except ModuleNotFoundError as error:
+        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
-    print(f"{args.out}: {count / 1e9:.3f} billion parameters; load it with WanTransformer3DModel.from_pretrained")
+    print(f"{args.out}: {count / 1e9:.3f} billion parameters; load it with {model.loaded_by}")
     return 0
 
 
 @contextmanager
-def open_source(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Mapping[str, Tensor]]]:
-    """The configuration and the weights, by diffusers' names, that the command line asks for."""
-    from codmd.models.wan.config import read_config
-    from codmd.models.wan.weights import fitting_config, open_wan
+def open_source(args: argparse.Namespace) -> Iterator[tuple[VideoDenoiser, Mapping[str, Tensor]]]:
+    """The network that the command line asks for, without its weights, and the weights."""
+    from codmd import models
+    from codmd.trained import open_student
 
     if not args.codmd:
-        from codmd.trained import Renamed, open_student
-
         with open_student(args.source, args.ema) as student:
-            if student.run.model.name != "wan":
-                raise ValueError(
-                    f"{args.source}: trained a {student.run.model.name!r} model; only Wan's can be written"
-                )
-            yield student.run.model.options.network(), Renamed(student.weights, "transformer.")
+            yield models.unread(student.run.model.name, student.run.model.options), student.weights
         return
-    if args.config or args.source.is_dir():
-        config = read_config(args.config or args.source)
-    else:
-        config = fitting_config(args.source, args.network)
-    with open_wan(args.source, config, args.network) as tensors:
-        yield config, tensors
+    given = {"config": args.config, "entry": args.network}
+    name = args.model or models.DEFAULT
+    chosen = {option: value for option, value in given.items() if value}
+    model = models.unread(name, models.read_options(name, weights=str(args.source), **chosen))
+    with model.open_weights(args.source) as tensors:
+        yield model, tensors

@@ -1,4 +1,4 @@
-"""Encode prompts once with Wan's text encoder, so that training and sampling need no text encoder.
+"""Encode prompts once with a model's text encoder, so that training and sampling need no text encoder.
 
 OUT appears when it is complete: safetensors shards with the prompts in their metadata, and the negative prompt's
 embedding in `negative`. An interrupted run goes on where it stopped when it is started again.
@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 from codmd.cli import CommandError, integer_in
 
 if TYPE_CHECKING:
-    from codmd.models.wan.text import PromptEncoder
+    from codmd.models.embeddings import PromptEncoder
 
-HELP = "encode prompts with Wan's text encoder into safetensors shards"
-PROMPTS = "prompts"
+HELP = "encode prompts with a model's text encoder into safetensors shards"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-encoder", required=True, type=Path, help="folder with text_encoder and tokenizer, as diffusers has them"
     )
-    parser.add_argument("--negative-prompt", help="of the unconditional branch (Wan's own)")
+    parser.add_argument("--model", help="whose text encoder it is (wan)")
+    parser.add_argument("--negative-prompt", help="of the unconditional branch (the model's own)")
     parser.add_argument("--shard", type=integer_in(1, 100_000), default=256, help="prompts of one file (256)")
     parser.add_argument("--batch", type=integer_in(1, 4096), default=8, help="prompts encoded at a time (8)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(bfloat16)")
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
         import torch
         import transformers  # noqa: F401
 
+        from codmd import models
         from codmd.distill.data.prompts import read_prompts
-        from codmd.models.wan.text import NEGATIVE_PROMPT, PromptEncoder
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
     try:
@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise ValueError(f"{args.out}: exists already; give a new folder")
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        encoder = PromptEncoder.load(args.text_encoder, device, getattr(torch, args.dtype))
-        negative = NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt
+        model = models.adapter(args.model or models.DEFAULT)
+        encoder = model.prompt_encoder(args.text_encoder, device, getattr(torch, args.dtype))
+        negative = model.negative_prompt if args.negative_prompt is None else args.negative_prompt
         encode(encoder, prompts, negative, args.out, args.shard, args.batch)
     except (OSError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
@@ -73,7 +74,7 @@ def encode(encoder: PromptEncoder, prompts: Sequence[str], negative: str, out: P
     """
     from tqdm import tqdm
 
-    from codmd.models.wan.text import NEGATIVE_FILE
+    from codmd.models.embeddings import NEGATIVE_FILE
 
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
@@ -82,7 +83,7 @@ def encode(encoder: PromptEncoder, prompts: Sequence[str], negative: str, out: P
     files = {f"{number:05d}.safetensors": group for number, group in enumerate(groups)}
     for stale in {path.name for path in partial.glob("*.safetensors")} - files.keys():
         (partial / stale).unlink()
-    expected = (encoder.tokens, encoder.encoder.config.d_model, encoder.encoder.dtype)
+    expected = (encoder.tokens, encoder.width, encoder.dtype)
     with tqdm(total=len(prompts), unit="prompt", desc="encoding") as bar:
         _one(encoder, partial / str(NEGATIVE_FILE), [negative], expected, 1, lambda _: None)
         missing = sum(len(g) for name, g in files.items() if not _complete(partial / name, g, expected))
@@ -105,8 +106,8 @@ def _one(
     """Writes one shard, unless it is there and complete."""
     import torch
 
+    from codmd.models.embeddings import EMBEDDING, PROMPTS
     from codmd.models.tensor_files import save_tensors
-    from codmd.models.wan.text import EMBEDDING
 
     if _complete(path, prompts, expected):
         progress(len(prompts))
@@ -123,8 +124,8 @@ def _complete(path: Path, prompts: Sequence[str], expected: tuple[Any, ...]) -> 
     """Whether a shard has those prompts in that shape and dtype; a damaged one is not complete."""
     from safetensors import SafetensorError, safe_open
 
+    from codmd.models.embeddings import EMBEDDING, PROMPTS
     from codmd.models.safetensors_stream import DTYPES
-    from codmd.models.wan.text import EMBEDDING
 
     tokens, width, dtype = expected
     try:

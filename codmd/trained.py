@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from codmd import models
 from codmd.distill.config.run_config import RunConfig
 from codmd.distill.config.typed import ConfigError, structured
 from codmd.distill.run.checkpoint import read_student, resolve
 from codmd.distill.run.integrity import META, CheckpointError, read_meta
 from codmd.distill.run.parallel import Processes
+from codmd.distill.run.roles import RANDOM
 from codmd.models.lora import LoraOptions
-from codmd.models.wan.weights import open_wan
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[Tr
         yield TrainedStudent(run, weights)
         return
     base = run.model.options.weights
-    if run.model.name != "wan" or base == "random":
-        raise ValueError(f"{path}: its adapters stand on {base!r} {run.model.name} weights, which no file has")
-    with open_wan(base, run.model.options.network()) as tensors:
+    if base == RANDOM:
+        raise ValueError(f"{path}: its adapters stand on random {run.model.name} weights, which no file has")
+    network = models.unread(run.model.name, run.model.options)
+    with network.open_weights(base) as tensors:
         yield TrainedStudent(run, MergedWeights(tensors, weights, run.lora))
 
 
@@ -68,7 +70,7 @@ class MergedWeights(Mapping[str, Tensor]):
     """W + (alpha / rank) B A, one weight at a time.
 
     Args:
-        base: W by diffusers' names.
+        base: W, by the names of its `state_dict`.
         adapter: the factors, by the names of `RoleView.state_dict`.
         options: of the adapter.
     """
@@ -77,7 +79,7 @@ class MergedWeights(Mapping[str, Tensor]):
         self._base, self._adapter, self._scale = base, adapter, options.alpha / options.rank
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = self._base[name.removeprefix("transformer.")]
+        weight = self._base[name]
         layer = f"adapter.{name.removesuffix('.weight')}"
         if name.endswith(".weight") and f"{layer}.lora_B.weight" in self._adapter:
             update = self._adapter[f"{layer}.lora_B.weight"] @ self._adapter[f"{layer}.lora_A.weight"]
@@ -85,23 +87,7 @@ class MergedWeights(Mapping[str, Tensor]):
         return weight
 
     def __iter__(self) -> Iterator[str]:
-        return (f"transformer.{name}" for name in self._base)
+        return iter(self._base)
 
     def __len__(self) -> int:
         return len(self._base)
-
-
-class Renamed(Mapping[str, Tensor]):
-    """A mapping whose names lose a prefix; still read one at a time."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        self._tensors, self._prefix = tensors, prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)

@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_weights import TINY, Payload, assert_equal, original_state, tiny_state
 from tiny_wan import LATENT
+from train_cases import QUIET, TOY, train
 
 from codmd import models
 from codmd.cli import main
 from codmd.distill.config.run_config import RunConfig
 from codmd.distill.config.sections import ModelSettings
-from codmd.distill.run.checkpoint import CheckpointStore
+from codmd.distill.run.checkpoint import CheckpointStore, read_student
 from codmd.distill.run.parallel import Processes
 from codmd.models.lora import LoraOptions, LoraRoles
+from codmd.models.toy import ToyConfig, ToyDenoiser
 from codmd.models.wan.options import WanOptions
 
 ALONE = Processes(0, 1, torch.device("cpu"), None, None)
@@ -66,6 +68,20 @@ def test_a_checkpoint_becomes_a_folder_that_diffusers_loads(tmp_path, capsys, op
     assert main(["convert", str(source), str(tmp_path / "out"), *options]) == 0
     assert_equal(loaded(tmp_path / "out"), tiny_state(seed))
     assert "from_pretrained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lora", [[], ["lora.rank=2"]])
+def test_any_model_of_the_registry_is_written_as_its_own_save_does(tmp_path, capsys, lora):
+    teacher = ToyDenoiser(ToyConfig(frames=4, channels=4, width=16, blocks=1))
+    teacher.save(tmp_path / "toy.safetensors")
+    train(*TOY, QUIET, f"model.weights={tmp_path / 'toy.safetensors'}", f"out={tmp_path / 'run'}", "updates=2", *lora)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out.safetensors")]) == 0
+    assert "ToyDenoiser.load" in capsys.readouterr().out
+    written = ToyDenoiser.load(tmp_path / "out.safetensors")
+    weights = dict(written.state_dict())
+    assert any(not torch.equal(weights[name], value) for name, value in teacher.state_dict().items())
+    if not lora:
+        assert_equal(weights, read_student(tmp_path / "run"))
 
 
 def test_the_adapters_of_a_checkpoint_are_merged_into_their_base(tmp_path):
@@ -141,10 +157,10 @@ def test_options_of_the_other_kind_of_source_are_refused(tmp_path, capsys):
 
 def test_a_damaged_checkpoint_or_one_without_an_average_is_refused(tmp_path, capsys):
     checkpoint = write_run(tmp_path / "run")
-    lora = write_run(
-        tmp_path / "lora", "random", None, ModelSettings("toy", models.options_class("toy")(weights="random"))
+    other = write_run(
+        tmp_path / "other", "random", None, ModelSettings("toy", models.options_class("toy")(weights="random"))
     )
-    assert "trained a 'toy' model" in refused(capsys, tmp_path, lora, tmp_path / "out")
+    assert "not the weights of a network of ToyConfig" in refused(capsys, tmp_path, other, tmp_path / "out")
     (shard,) = checkpoint.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-100])
     assert "step_00000007" in refused(capsys, tmp_path, checkpoint, tmp_path / "out")

@@ -15,7 +15,7 @@ from codmd import encode as command
 from codmd import models
 from codmd.cli import main
 from codmd.distill.data.prompts import Embeddings
-from codmd.models.wan.text import NEGATIVE_PROMPT, PromptEncoder
+from codmd.models.wan.text import NEGATIVE_PROMPT, WanPromptEncoder
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def shard(path):
 
 
 def expected(pipeline, prompts, dtype=torch.bfloat16):
-    encoder = PromptEncoder.load(pipeline, "cpu", dtype)
+    encoder = WanPromptEncoder.load(pipeline, "cpu", dtype)
     return torch.cat([encoder([prompt]) for prompt in prompts])
 
 
@@ -84,7 +84,7 @@ def test_sampling_from_the_folder_equals_sampling_from_the_text(pipeline, prompt
 
 
 def interrupt_after(monkeypatch, calls):
-    original, count = PromptEncoder.__call__, []
+    original, count = WanPromptEncoder.__call__, []
 
     def call(self, prompts):
         count.append(1)
@@ -92,7 +92,7 @@ def interrupt_after(monkeypatch, calls):
             raise RuntimeError("the machine went away")
         return original(self, prompts)
 
-    monkeypatch.setattr(PromptEncoder, "__call__", call)
+    monkeypatch.setattr(WanPromptEncoder, "__call__", call)
     return count
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from .sharding import ShardPolicy
+from .embeddings import PromptEncoder
+from .sharding import ShardPolicy, copy_weights
 
 Condition = Any
 """What `encode` returns: a tensor or a mapping of tensors, batch first; None for an unconditional model."""
@@ -88,6 +91,29 @@ class VideoDenoiser(nn.Module, ABC):
     checkpointing = False
     """Whether blocks are recomputed in the backward pass."""
 
+    loaded_by = ""
+    """How what `save` wrote is loaded elsewhere, for messages."""
+
+    student_steps = ""
+    """The step lists of its published students, for messages."""
+
+    negative_prompt = ""
+    """The text of the unconditional branch where none is given."""
+
+    @classmethod
+    def pipeline_options(cls, source: Path) -> dict[str, str]:
+        """Options that a folder of weights answers by what else it holds: a text encoder, a decoder."""
+        return {}
+
+    @classmethod
+    def prompt_encoder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> PromptEncoder:
+        """The text encoder in a folder.
+
+        Raises:
+            FileNotFoundError, ValueError: it cannot be read, or the model has none.
+        """
+        raise ValueError(f"{cls.__name__} is unconditional: it has no text encoder")
+
     @property
     def device(self) -> torch.device:
         """Where latents, sigma and conditions belong."""
@@ -109,15 +135,40 @@ class VideoDenoiser(nn.Module, ABC):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """The condition of a batch of prompts."""
-        raise TypeError(f"{type(self).__name__} is unconditional: it encodes no prompts; pass cond=None")
+        raise ValueError(f"{type(self).__name__} is unconditional: it encodes no prompts; pass cond=None")
 
     def null_cond(self, batch: int) -> Condition:
         """The condition of the unconditional branch of guidance, for a batch of that size."""
-        raise TypeError(f"{type(self).__name__} is unconditional: it has no null condition; use guidance=None")
+        raise ValueError(f"{type(self).__name__} is unconditional: it has no null condition; use guidance=None")
+
+    def empty_cond(self, batch: int) -> Condition:
+        """A condition of the largest size, its numbers undefined; None for an unconditional model."""
+        return None
+
+    def free_text_encoder(self) -> None:
+        """Gives back the memory of what `encode` uses; the next call loads it again."""
+
+    @property
+    def video_frames(self) -> int:
+        """Frames that one sample decodes to."""
+        raise ValueError(f"{type(self).__name__} has no decoder: its latents are not images")
+
+    def load_decoder(self) -> Any:
+        """Reads the decoder now, for whoever wants its errors early.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or it cannot be read.
+        """
+        raise ValueError(f"{type(self).__name__} has no decoder: its latents are not images")
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of latents [B, F, C, H, W]: [B, T, 3, height, width], float32 in [0, 1]."""
-        raise TypeError(f"{type(self).__name__} has no decoder: its latents are not images")
+        return self.load_decoder()(latents)
+
+    @property
+    def repeated_blocks(self) -> nn.ModuleList:
+        """The blocks that are sharded and recomputed one by one."""
+        raise ValueError(f"{type(self).__name__} has no repeated blocks")
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """What an optimizer of this role updates (an adapter's own weights when a base is shared)."""
@@ -136,8 +187,29 @@ class VideoDenoiser(nn.Module, ABC):
         self.save_state(path, self.state_dict())
 
     @abstractmethod
-    def save_state(self, path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
-        """`save` with other weights (an average, a merged adapter) under the names of `state_dict`."""
+    def save_state(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
+        """`save` with other weights (an average, a merged adapter) under the names of `state_dict`.
+
+        Args:
+            state: looked up one at a time; may read lazily. This model's own weights may be on the meta device.
+            dtype: of the floating-point weights written; None keeps each one's.
+            progress: called with the bytes of every weight written.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_options(cls, options: Any) -> VideoDenoiser:
+        """The registry's constructor; on the meta device the weights stay unread.
+
+        Raises:
+            FileNotFoundError, ValueError: an option or the weights cannot be used.
+        """
 
     @classmethod
     @abstractmethod
@@ -145,6 +217,13 @@ class VideoDenoiser(nn.Module, ABC):
         """A new model from what `save` wrote (or another file the model knows); never with random weights."""
 
     @abstractmethod
+    def open_weights(self, path: str | os.PathLike[str]) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Weights of this very network from a file that the model knows, by the names of `state_dict`, read lazily.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file and what is wrong with it.
+        """
+
     def load_weights(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
         """Replaces this model's weights, in place; each process reads its own part when the model is sharded.
 
@@ -153,3 +232,15 @@ class VideoDenoiser(nn.Module, ABC):
         Raises:
             FileNotFoundError, ValueError: naming the file and what is wrong with it.
         """
+        with self.open_weights(path) as tensors:
+            self.fill(tensors, device)
+
+    def fill(self, weights: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:
+        """`load_weights` from tensors by the names of `state_dict`; each is looked up once."""
+        if self.device.type == "meta":
+            self.materialise(device or "cpu")
+        copy_weights(self, weights)
+
+    def materialise(self, device: torch.device | str) -> None:
+        """Gives a model of the meta device memory on `device`, and the values of its tables."""
+        self.to_empty(device=device)

@@ -12,7 +12,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,14 +219,18 @@ class RoleView(VideoDenoiser):
         """Writes the whole network of this role, its adapter merged into the base, as the base would."""
         self.roles.base.save_state(path, self.roles.merged_state_dict(self.role))
 
-    def save_state(self, path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+    def save_state(self, path: Any, state: Any, dtype: Any = None, progress: Any = None) -> None:
         raise TypeError("RoleView: load the state into this view, then save it")
+
+    @classmethod
+    def from_options(cls, options: Any) -> VideoDenoiser:
+        raise TypeError("RoleView: load the base and build LoraRoles over it")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VideoDenoiser:
         raise TypeError("RoleView: load the base and build LoraRoles over it")
 
-    def load_weights(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
+    def open_weights(self, path: str | os.PathLike[str]) -> AbstractContextManager[Mapping[str, Tensor]]:
         raise TypeError("RoleView: load the base's weights, or a state dictionary into this view")
 
 

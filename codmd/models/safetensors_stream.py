@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 ALIGNMENT = 8
@@ -87,6 +88,8 @@ def _checked(name: str, tensors: Mapping[str, Tensor], shape: torch.Size) -> Ten
     if name not in tensors:
         raise ValueError(f"{name}: missing")
     value = tensors[name]
+    if isinstance(value, DTensor):
+        raise ValueError("save: the model is sharded; write a distributed checkpoint and use codmd convert")
     if value.shape != shape:
         raise ValueError(f"{name}: shape {tuple(value.shape)}; expected {tuple(shape)}")
     if value.dtype not in DTYPES:

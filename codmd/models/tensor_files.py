@@ -28,6 +28,19 @@ NETWORKS = ("generator", "generator_ema", "student", "model", "state_dict", "mod
 """Where a checkpoint dictionary keeps the network that samples, in the order they are looked for."""
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of unknown origin.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON in UTF-8, or nested too deeply to be meant; names the file.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
 class TensorFile(Mapping[str, Tensor]):
     """Name to tensor, read when looked up; `shapes` are known without reading."""
 
@@ -43,6 +56,26 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """Other names for tensors that are still read one at a time.
+
+    Args:
+        names: new name to the name in `tensors`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, dict(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @contextmanager

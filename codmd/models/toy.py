@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +20,8 @@ from torch.nn import functional as F
 from codmd.atomic import replacing_file
 
 from .base import Condition, VideoDenoiser
-from .sharding import ShardPolicy, copy_weights
+from .options import ModelOptions
+from .sharding import ShardPolicy
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class ToyConfig:
 
 
 @dataclass(frozen=True)
-class ToyOptions(ToyConfig):
+class ToyOptions(ToyConfig, ModelOptions):
     """Options of the registry's "toy": its size, and where its weights come from."""
 
     weights: str = ""
@@ -70,6 +73,7 @@ class ToyDenoiser(VideoDenoiser):
     """Velocity prediction by a residual MLP on the flattened video [B, F*C], conditioned on sigma alone."""
 
     frequency: Tensor
+    loaded_by = "ToyDenoiser.load"
     lora_targets = ("up", "down")
 
     def __init__(self, config: ToyConfig | None = None) -> None:
@@ -114,12 +118,23 @@ class ToyDenoiser(VideoDenoiser):
             policy.shard(block, mesh, full_precision=True)
         policy.shard(self, mesh, full_precision=True)
 
-    def save_state(self, path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+    def save_state(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
         """Writes weights and configuration as safetensors: to a temporary sibling, then renamed over `path`."""
-        weights = {name: value.detach().contiguous() for name, value in state.items()}
+        weights = {name: state[name].detach().to(dtype=dtype).contiguous() for name in state}
+        expected = {name: value.shape for name, value in self.state_dict().items()}
+        if {name: value.shape for name, value in weights.items()} != expected:
+            raise ValueError(f"save: these are not the weights of a network of {self.config}")
         metadata = {"config": json.dumps(asdict(self.config)), "sha256": _digest(weights)}
         with replacing_file(path) as partial:
             save_file(weights, partial, metadata=metadata)
+        if progress is not None:
+            progress(sum(weight.nbytes for weight in weights.values()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ToyDenoiser:
@@ -134,15 +149,23 @@ class ToyDenoiser(VideoDenoiser):
         model.load_state_dict(weights)
         return model
 
-    def load_weights(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
-        """Replaces the weights by those of a file of the same size of network."""
+    @contextmanager
+    def open_weights(self, path: str | os.PathLike[str]) -> Iterator[Mapping[str, Tensor]]:
+        """The weights of a file that `save` wrote, of the same size of network."""
         config, weights = _read(path)
         if config != self.config:
             raise ValueError(f"{path}: holds a network of {config}; expected {self.config}")
-        if self.frequency.device.type == "meta":
-            self.to_empty(device=device or "cpu")
-            self.frequency.copy_(self._frequencies())
-        copy_weights(self, weights)
+        yield weights
+
+    def materialise(self, device: torch.device | str) -> None:
+        """Memory on `device`, and the frequencies, which no file has."""
+        self.to_empty(device=device)
+        self.frequency.copy_(self._frequencies())
+
+    @property
+    def repeated_blocks(self) -> nn.ModuleList:
+        """The residual blocks."""
+        return self.blocks
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[ToyConfig, dict[str, Tensor]]:

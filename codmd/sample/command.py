@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     teacher.add_argument("--solver", choices=("unipc", "euler"), help="of diffusers (unipc)")
 
     model = parser.add_argument_group("model")
+    model.add_argument("--model", help="that the weights are of, unless codmd train wrote them (wan)")
     model.add_argument("--config", help="of a weight file: 1.3b, 14b, tiny or a config.json (found out)")
     model.add_argument("--text-encoder", help="folder with text_encoder and tokenizer (SOURCE, if it has them)")
     model.add_argument("--vae", help="folder of the VAE, or of a pipeline with one (SOURCE, if it has one)")
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--width", type=integer_in(16, 10_000), help="in pixels (832, or as trained)")
     model.add_argument("--attention", help="backend by diffusers' name (native)")
     model.add_argument("--compute", choices=("bfloat16", "float32"), help="dtype of the network (bfloat16)")
-    model.add_argument("--compile", action="store_true", help="compile the repeated block")
+    model.add_argument("--compile", action="store_true", default=None, help="compile the repeated block")
     model.add_argument("--device", help="cpu, cuda, ... (a GPU of its own for every process, where there is one)")
 
 
@@ -112,27 +113,31 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from codmd import models
+    from codmd.models.fingerprint import fingerprint
+
     from .folder import SampleFolder, Share
-    from .source import fingerprint, is_training, open_source
+    from .source import is_training, open_source
 
     embeddings, jobs = _jobs(args)
+    share, name = Share.from_environment(), args.model or models.DEFAULT
     if not (args.teacher or args.sigmas or is_training(args.source)):
         raise ValueError(
-            "--sigmas: not given, and plain weights do not tell them; a student of Wan2.1 1.3B has "
-            "1,0.9,0.757,0.522 and one of 14B 1,0.937,0.833,0.624 (or ask for the --teacher's steps)"
+            f"--sigmas: not given, and plain weights do not tell them; {models.adapter(name).student_steps} "
+            "(or ask for the --teacher's steps)"
         )
-    share = Share.from_environment()
-    source = open_source(args.source, args.ema, _model_options(args, embeddings), _device(args.device, share))
+    video = {side: getattr(args, side) for side in ("frames", "height", "width")}
+    options = _model_options(args, embeddings, name)
+    source = open_source(args.source, args.ema, options, _device(args.device, share), video, name)
     sampler = _sampler(args, source)
     folder = SampleFolder(args.out, args.latents)
     size = dict(zip(("frames", "channels", "height", "width"), source.model.latent_shape, strict=True))
     settings = {
-        "weights": fingerprint(source.model),
+        "weights": fingerprint(source.model.state_dict()),
         "sampler": type(sampler).__name__,
         **vars(sampler),
-        "negative_prompt": source.model.options.negative_prompt if args.teacher else None,
         "latent_size": size,
-        "compute": source.model.options.compute,
+        **source.options.record(guided=args.teacher),
     }
     folder.check(settings)
     made, kept = _fill(folder, settings, share.of(jobs), source, sampler, embeddings, quiet=share.rank > 0)
@@ -157,28 +162,25 @@ def _jobs(args: argparse.Namespace) -> tuple[Any, list[PromptJob]]:
     return embeddings, jobs_of(prompts or [], range(first, first + (args.seeds or 1)))
 
 
-def _model_options(args: argparse.Namespace, embeddings: Any) -> dict[str, Any]:
-    from .source import latent_size
+def _model_options(args: argparse.Namespace, embeddings: Any, name: str) -> dict[str, Any]:
+    from codmd import models
 
     given = {
         "config": args.config,
-        "text_encoder": args.text_encoder or _inside(args.source, "text_encoder"),
-        "vae": args.vae or _inside(args.source, "vae"),
+        "text_encoder": args.text_encoder,
+        "vae": args.vae,
         "negative_prompt": args.negative_prompt,
         "attention": args.attention,
         "compute": args.compute,
         "compile": args.compile,
     }
-    options = {name: value for name, value in given.items() if value is not None}
-    if embeddings is not None and args.negative_prompt is None:
+    options = {option: value for option, value in given.items() if value is not None}
+    options = models.adapter(name).pipeline_options(args.source) | options
+    if args.teacher and embeddings is not None and args.negative_prompt is None:
         options["null_embedding"] = str(args.prompts)
     elif args.negative_prompt is not None:
         options["null_embedding"] = ""
-    return options | latent_size(args.frames, args.height, args.width)
-
-
-def _inside(source: Path, name: str) -> str | None:
-    return str(source) if (source / name).is_dir() else None
+    return options
 
 
 def _device(name: str | None, share: Any) -> torch.device:
@@ -216,9 +218,7 @@ def _fill(
     """Samples what is missing; the numbers of videos made and found complete."""
     from tqdm import tqdm
 
-    from .source import FRAME_STRIDE
-
-    frames = FRAME_STRIDE * (source.model.latent_shape[0] - 1) + 1
+    frames = None if folder.latents else source.model.video_frames
     missing = {job: folder.missing(job, frames, source.model.latent_shape) for job in jobs}
     made = sum(map(len, missing.values()))
     if made and not folder.latents:

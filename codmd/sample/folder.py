@@ -75,9 +75,9 @@ class SampleFolder:
         with replacing_file(self.root / SETTINGS) as partial:
             partial.write_text(json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
-    def missing(self, job: PromptJob, frames: int, latent_shape: tuple[int, ...]) -> list[int]:
-        """The seeds of a job whose files are not there or not complete."""
-        if self.latents:
+    def missing(self, job: PromptJob, frames: int | None, latent_shape: tuple[int, ...]) -> list[int]:
+        """The seeds of a job whose files are not there or not complete; `frames` of a video, None for latents."""
+        if frames is None:
             return [s for s in job.seeds if not latents_are_complete(self.file(job, s), latent_shape)]
         return [s for s in job.seeds if not video_is_complete(self.file(job, s), frames)]
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from codmd.models.wan.network import WanDenoiser
-from codmd.models.wan.options import WanOptions
-from codmd.trained import Renamed, open_student
-
-FRAME_STRIDE, PIXEL_STRIDE = 4, 8
-"""Pixels of Wan2.1's VAE per latent cell: 4 (F - 1) + 1 frames, 8 in height and width."""
+from codmd import models
+from codmd.models import VideoDenoiser
+from codmd.trained import open_student
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model ready to sample, and the steps it was trained with (none for plain weights)."""
+    """A model ready to sample, its options, and the steps it was trained with (none for plain weights)."""
 
-    model: WanDenoiser
+    model: VideoDenoiser
+    options: Any
     sigmas: tuple[float, ...]
 
 
@@ -31,59 +28,39 @@ def is_training(path: Path) -> bool:
     return (path / "meta.json").is_file() or (path / "checkpoints").is_dir()
 
 
-def latent_size(frames: int | None, height: int | None, width: int | None) -> dict[str, int]:
-    """Options of `WanOptions` for a video of that many frames and pixels; None leaves one out.
-
-    Raises:
-        ValueError: a number that no latents decode to.
-    """
-    size = {}
-    if frames is not None:
-        if (frames - 1) % FRAME_STRIDE:
-            raise ValueError(f"--frames: got {frames}; expected a multiple of {FRAME_STRIDE}, plus 1")
-        size["frames"] = (frames - 1) // FRAME_STRIDE + 1
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels is not None:
-            if pixels % (2 * PIXEL_STRIDE):
-                raise ValueError(f"--{name}: got {pixels}; expected a multiple of {2 * PIXEL_STRIDE}")
-            size[name] = pixels // PIXEL_STRIDE
-    return size
-
-
-def open_source(path: Path, ema: bool, options: Mapping[str, Any], device: torch.device) -> Source:
+def open_source(
+    path: Path,
+    ema: bool,
+    options: Mapping[str, Any],
+    device: torch.device,
+    video: Mapping[str, int | None] | None = None,
+    name: str = models.DEFAULT,
+) -> Source:
     """Builds the model on `device`, its weights stored in the dtype that it computes in.
 
     Args:
-        options: of `WanOptions`, over those the student was trained with.
+        options: of the model, over those the student was trained with.
+        video: "frames", "height" and "width" in pixels; None is as trained, or the model's default.
+        name: the model that plain weights are of.
 
     Raises:
         FileNotFoundError, ValueError: it cannot be read or does not fit.
     """
+    given = {"frames": None, "height": None, "width": None, **(video or {})}
     if is_training(path):
         with open_student(path, ema) as student:
             settings = student.run.model
-            if settings.name != "wan":
-                raise ValueError(f"{path}: trained a {settings.name!r} model, which codmd sample has no decoder for")
-            trained = replace(
-                settings.options, gradient_checkpointing=False, **{k: v for k, v in options.items() if k != "config"}
-            )
-            with torch.device("meta"):
-                model = WanDenoiser(replace(trained, storage=trained.compute))
-            model.fill(Renamed(student.weights, "transformer."), device)
-            return Source(model.eval().requires_grad_(False), student.run.distill.sigmas)
+            changes = {key: value for key, value in options.items() if key != "config"}
+            options_now = models.read_options(settings.name, **{**vars(settings.options), **changes})
+            chosen = options_now.for_inference().for_video(**given)
+            model = models.unread(settings.name, chosen)
+            model.fill(student.weights, device)
+            return Source(model.eval().requires_grad_(False), chosen, student.run.distill.sigmas)
     if ema:
         raise ValueError("--ema: only for a run or a checkpoint of codmd train")
-    plain = WanOptions(weights=str(path), **options)
-    with torch.device("meta"):
-        model = WanDenoiser(replace(plain, storage=plain.compute))
+    plain = models.read_options(name, weights=str(path), **options).for_inference()
+    if video is not None:
+        plain = plain.for_video(**{**given, **plain.default_video, **{k: v for k, v in given.items() if v is not None}})
+    model = models.unread(name, plain)
     model.load_weights(path, device)
-    return Source(model.eval().requires_grad_(False), ())
-
-
-def fingerprint(model: WanDenoiser) -> str:
-    """Tells weights apart: a checksum of every weight's name, shape and first numbers."""
-    total = 0
-    for name, value in sorted(model.transformer.state_dict().items()):
-        head = value.flatten()[:256].float().cpu().numpy().tobytes()
-        total = zlib.crc32(f"{name} {tuple(value.shape)}".encode() + head, total)
-    return f"{total:08x}"
+    return Source(model.eval().requires_grad_(False), plain, ())

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from codmd.distill.config.typed import ConfigError
 from codmd.models.base import Condition, VideoDenoiser
+from codmd.models.embeddings import EMBEDDING, PROMPTS
 
 
 class Prompts:
@@ -46,8 +47,8 @@ class Embeddings:
         self._shards = [_open_shard(path) for path in shards]
         shapes = set()
         for number, (path, shard) in enumerate(zip(shards, self._shards, strict=True)):
-            shape = shard.get_slice("embedding").get_shape()
-            prompts = json.loads((shard.metadata() or {}).get("prompts", "[]"))
+            shape = shard.get_slice(EMBEDDING).get_shape()
+            prompts = json.loads((shard.metadata() or {}).get(PROMPTS, "[]"))
             if len(prompts) != shape[0]:
                 raise ConfigError(f"data.path: {path} has {len(prompts)} prompts for {shape[0]} embeddings")
             shapes.add(tuple(shape[1:]))
@@ -62,7 +63,7 @@ class Embeddings:
     def condition(self, numbers: Sequence[int]) -> Condition:
         """The embeddings of those rows, [len(numbers), L, text_dim]."""
         rows = [self._rows[number] for number in numbers]
-        return torch.cat([self._shards[shard].get_slice("embedding")[row : row + 1] for shard, row in rows])
+        return torch.cat([self._shards[shard].get_slice(EMBEDDING)[row : row + 1] for shard, row in rows])
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -87,7 +88,7 @@ def read_prompts(path: Path) -> list[str]:
 def _open_shard(path: Path) -> Any:
     try:
         shard = safe_open(path, framework="pt").__enter__()
-        shard.get_slice("embedding")
+        shard.get_slice(EMBEDDING)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"data.path: {path} is no readable shard of embeddings: {error}") from error
     return shard

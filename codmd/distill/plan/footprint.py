@@ -22,11 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from codmd import models
 from codmd.distill.config.sections import ModelSettings
-from codmd.models.base import VideoDenoiser
+from codmd.models.base import Condition, VideoDenoiser
 from codmd.models.lora import ADAPTERS, LoraOptions, LoraRoles
 
 DEPTHS = (2, 4)
-TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def footprint(settings: ModelSettings, batch: int, inference_batch: int, lora: L
         if lora is not None:
             LoraRoles(network, lora)
             roles = len(ADAPTERS)
-        blocks = [(_count(block.parameters()), _trained(block) // roles) for block in blocks_of(network)]
+        blocks = [(_count(block.parameters()), _trained(block) // roles) for block in network.repeated_blocks]
         whole, trained = _count(network.parameters()), _trained(network) // roles
     depths = [min(depth, len(blocks)) for depth in DEPTHS]
     peaks = [_peaks(settings.name, options, depth, batch, inference_batch, lora) for depth in depths]
@@ -103,12 +102,6 @@ def _unfilled(settings: ModelSettings) -> dict[str, Any]:
     return {**options, **{name: value for name, value in changes.items() if name in known}}
 
 
-def blocks_of(network: VideoDenoiser) -> nn.ModuleList:
-    """The repeated blocks, which are sharded and recomputed one by one."""
-    inner: Any = getattr(network, "transformer", network)
-    return inner.blocks
-
-
 def _extend(values: tuple[int, ...], depths: list[int], depth: int) -> int:
     (shallow, deep), (first, last) = values, depths
     slope = (deep - shallow) / (last - first) if last > first else 0
@@ -121,7 +114,7 @@ def _peaks(
     """(training, kept, inference) bytes of a network cut to `depth` blocks."""
     with torch.device("meta"):
         network: VideoDenoiser = models.build(name, **options)
-        del blocks_of(network)[depth:]
+        del network.repeated_blocks[depth:]
         student = critic = teacher = network
         if lora is not None:
             roles = LoraRoles(network, lora)
@@ -142,10 +135,8 @@ def _peaks(
         return training, kept, live.peak - start
 
 
-def _inputs(network: VideoDenoiser, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    text_dim = getattr(getattr(getattr(network, "transformer", None), "config", None), "text_dim", None)
-    cond = torch.empty(batch, TOKENS, text_dim) if text_dim else None
-    return torch.empty(batch, *network.latent_shape), torch.empty(batch), cond
+def _inputs(network: VideoDenoiser, batch: int) -> tuple[Tensor, Tensor, Condition]:
+    return torch.empty(batch, *network.latent_shape), torch.empty(batch), network.empty_cond(batch)
 
 
 def _leave_meta(network: nn.Module) -> None:

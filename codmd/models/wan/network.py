@@ -8,28 +8,33 @@ encoder's output, zero behind the prompt's last token.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from codmd.models.base import Condition, VideoDenoiser
-from codmd.models.sharding import ShardPolicy, copy_weights
+from codmd.models.embeddings import read_embedding
+from codmd.models.sharding import ShardPolicy
+from codmd.models.tensor_files import Renamed
 
 from .attention import set_attention, supports_backward
 from .config import build_transformer
 from .export import write_diffusers_folder
 from .options import RANDOM, ZEROS, WanOptions
 from .precision import compute_in_float32, float32_modules, store_in_bfloat16
-from .text import PromptEncoder, read_embedding
-from .vae import WanVideoDecoder
+from .text import NEGATIVE_PROMPT, TOKENS, WanPromptEncoder
+from .vae import WanVideoDecoder, strides
 from .weights import open_wan
 
 TIMESTEPS = 1000.0
+PREFIX = "transformer."
+"""Of every weight's name in `state_dict`."""
 
 
 class WanDenoiser(VideoDenoiser):
@@ -38,6 +43,9 @@ class WanDenoiser(VideoDenoiser):
     The constructor gives random weights; `codmd.models.build` and `load` read them.
     """
 
+    loaded_by = "WanTransformer3DModel.from_pretrained"
+    student_steps = "a student of Wan2.1 1.3B has 1,0.9,0.757,0.522 and one of 14B 1,0.937,0.833,0.624"
+    negative_prompt = NEGATIVE_PROMPT
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     def __init__(self, options: WanOptions) -> None:
@@ -59,7 +67,7 @@ class WanDenoiser(VideoDenoiser):
         if options.compile:
             self.transformer.compile_repeated_blocks(fullgraph=True)
         self._offloaded = False
-        self._prompt_encoder: PromptEncoder | None = None
+        self._prompt_encoder: WanPromptEncoder | None = None
         self._decoder: WanVideoDecoder | None = None
         self._null: Tensor | None = None
 
@@ -81,6 +89,16 @@ class WanDenoiser(VideoDenoiser):
     def load(cls, path: str | os.PathLike[str], **options: Any) -> WanDenoiser:
         """A model from a diffusers folder or a single file, with other options as given."""
         return cls.from_options(WanOptions(weights=str(path), **options))
+
+    @classmethod
+    def pipeline_options(cls, source: Path) -> dict[str, str]:
+        """The text encoder and the VAE of a pipeline's folder."""
+        return {name: str(source) for name in ("text_encoder", "vae") if (source / name).is_dir()}
+
+    @classmethod
+    def prompt_encoder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> WanPromptEncoder:
+        """UMT5, as diffusers' pipelines keep it."""
+        return WanPromptEncoder.load(folder, device, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +132,7 @@ class WanDenoiser(VideoDenoiser):
         if self._prompt_encoder is None:
             if not self.options.text_encoder:
                 raise ValueError("text_encoder: not given; prompts as text need its folder (or use codmd encode)")
-            self._prompt_encoder = PromptEncoder.load(self.options.text_encoder, self.device)
+            self._prompt_encoder = WanPromptEncoder.load(self.options.text_encoder, self.device)
         return self._prompt_encoder(prompts)
 
     def null_cond(self, batch: int) -> Tensor:
@@ -128,9 +146,20 @@ class WanDenoiser(VideoDenoiser):
                 self._null = self.encode([self.options.negative_prompt])
         return self._null.expand(batch, -1, -1)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, T, 3, height, width], float32 in [0, 1], of normalised latents [B, F, C, H, W]."""
-        return self.load_decoder()(latents)
+    @property
+    def video_frames(self) -> int:
+        """Frames that one sample decodes to."""
+        time, _ = strides(self.options.vae, self.latent_shape[1])
+        return time * (self.latent_shape[0] - 1) + 1
+
+    def empty_cond(self, batch: int) -> Tensor:
+        """[batch, 512, text_dim], its numbers undefined."""
+        return torch.empty(batch, TOKENS, self.transformer.config.text_dim)
+
+    @property
+    def repeated_blocks(self) -> nn.ModuleList:
+        """The transformer's blocks."""
+        return self.transformer.blocks
 
     def load_decoder(self) -> WanVideoDecoder:
         """The VAE, read once; for whoever wants its errors early.
@@ -174,24 +203,27 @@ class WanDenoiser(VideoDenoiser):
             policy.shard(block, mesh)
         policy.shard(self.transformer, mesh)
 
-    def save_state(self, path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+    def save_state(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> None:
         """Writes a diffusers folder (config.json, safetensors) that `WanTransformer3DModel.from_pretrained` loads."""
-        if any(isinstance(value, DTensor) for value in state.values()):
-            raise ValueError("save: the model is sharded; write a distributed checkpoint and use codmd convert")
-        bare = {name.removeprefix("transformer."): value for name, value in state.items()}
-        write_diffusers_folder(path, self.network_config, bare)
+        bare = Renamed(state, {name.removeprefix(PREFIX): name for name in state})
+        write_diffusers_folder(path, self.network_config, bare, dtype, progress)
 
-    def load_weights(self, path: str | os.PathLike[str], device: torch.device | str | None = None) -> None:
-        """Replaces the transformer's weights in place, one tensor at a time, from any file `codmd convert` reads."""
-        with open_wan(path, self.network_config) as tensors:
-            self.fill(tensors, device)
+    @contextmanager
+    def open_weights(self, path: str | os.PathLike[str]) -> Iterator[Mapping[str, Tensor]]:
+        """The transformer's weights from any file that `codmd convert` reads, one tensor at a time."""
+        with open_wan(path, self.network_config, self.options.entry) as tensors:
+            yield Renamed(tensors, {f"{PREFIX}{name}": name for name in tensors})
 
-    def fill(self, tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> None:
-        """`load_weights` from tensors by diffusers' names, of this configuration; each is looked up once."""
-        if self.device.type == "meta":
-            self.transformer.to_empty(device="cpu" if self._offloaded else device or "cpu")
-            self._restore_rope(device or "cpu")
-        copy_weights(self.transformer, tensors)
+    def materialise(self, device: torch.device | str) -> None:
+        """Memory on `device` (the host's for offloaded weights), and the rotary tables, which no weight file has."""
+        self.transformer.to_empty(device="cpu" if self._offloaded else device)
+        self._restore_rope(device)
 
     def free_text_encoder(self) -> None:
         """Gives back the text encoder's memory; the next `encode` loads it again."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
+
+from codmd.models.options import ModelOptions
 
 from .config import read_config
 from .text import NEGATIVE_PROMPT
+from .vae import strides
 from .weights import fitting_config
 
 RANDOM = "random"
@@ -15,11 +19,12 @@ ZEROS = "zeros"
 
 
 @dataclass(frozen=True)
-class WanOptions:
+class WanOptions(ModelOptions):
     """Options of the registry's "wan".
 
     Attributes:
         weights: a diffusers folder, a single file (.safetensors, .pt), or "random".
+        entry: of a file that holds several networks, the one to read; "" takes the generator.
         config: "1.3b", "14b", "tiny", or a JSON file; "" takes the diffusers folder's own, or for a single file the
             shipped configuration that it fits.
         frames, height, width: of the latents; 21 x 60 x 104 is 81 frames of 480 x 832.
@@ -35,7 +40,10 @@ class WanOptions:
         vae: folder of an AutoencoderKLWan, or of a pipeline that has one, for decoding.
     """
 
+    default_video = MappingProxyType({"frames": 81, "height": 480, "width": 832})
+
     weights: str = ""
+    entry: str = ""
     config: str = ""
     frames: int = 21
     height: int = 60
@@ -70,4 +78,32 @@ class WanOptions:
             return read_config(self.config)
         if Path(self.weights).is_dir():
             return read_config(self.weights)
-        return fitting_config(self.weights)
+        return fitting_config(self.weights, self.entry)
+
+    def for_inference(self) -> WanOptions:
+        """Without recomputation, the weights stored in the dtype of the products."""
+        return replace(self, gradient_checkpointing=False, storage=self.compute)
+
+    def for_video(self, frames: int | None, height: int | None, width: int | None) -> WanOptions:
+        """The latents that the VAE decodes to that many frames and pixels; None keeps a size.
+
+        Raises:
+            ValueError: a number that no latents decode to.
+        """
+        network = self.network()
+        time, space = strides(self.vae, network["in_channels"])
+        sizes: dict[str, Any] = {}
+        if frames is not None:
+            if (frames - 1) % time:
+                raise ValueError(f"frames: got {frames}; expected a multiple of {time}, plus 1")
+            sizes["frames"] = (frames - 1) // time + 1
+        for name, pixels, patch in zip(("height", "width"), (height, width), network["patch_size"][1:], strict=True):
+            if pixels is not None:
+                if pixels % (patch * space):
+                    raise ValueError(f"{name}: got {pixels}; expected a multiple of {patch * space}")
+                sizes[name] = pixels // space
+        return replace(self, **sizes)
+
+    def record(self, guided: bool) -> dict[str, Any]:
+        """The dtype of the products, and the negative prompt of a guided sample."""
+        return {"compute": self.compute, "negative_prompt": self.negative_prompt if guided else None}

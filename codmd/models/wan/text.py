@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 TOKENS = 512
-EMBEDDING = "embedding"
-NEGATIVE_FILE = Path("negative") / "embedding.safetensors"
-"""Where `codmd encode` puts the negative prompt's embedding, inside its folder."""
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
@@ -23,22 +20,26 @@ NEGATIVE_PROMPT = (
 """What Wan2.1 steers away from: its published negative prompt."""
 
 
-class PromptEncoder:
+class WanPromptEncoder:
     """UMT5 on one device.
 
     Args:
         tokenizer: of the encoder.
         encoder: a `UMT5EncoderModel`.
         tokens: length of every embedding.
+
+    Attributes:
+        width, dtype: of every token's embedding.
     """
 
     def __init__(self, tokenizer: Any, encoder: Any, tokens: int = TOKENS) -> None:
         self.tokenizer, self.encoder, self.tokens = tokenizer, encoder.eval().requires_grad_(False), tokens
+        self.width, self.dtype = int(encoder.config.d_model), encoder.dtype
 
     @classmethod
     def load(
         cls, folder: str | os.PathLike[str], device: torch.device | str, dtype: torch.dtype = torch.bfloat16
-    ) -> PromptEncoder:
+    ) -> WanPromptEncoder:
         """Reads the `text_encoder` and `tokenizer` subfolders of a diffusers pipeline.
 
         Raises:
@@ -97,25 +98,3 @@ class PromptEncoder:
         ).to(device)
         hidden = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return torch.where(tokens.attention_mask[..., None] > 0, hidden, 0)
-
-
-def read_embedding(path: str | os.PathLike[str]) -> Tensor:
-    """One prompt's embedding [1, L, text_dim] from a safetensors file with the tensor "embedding".
-
-    Args:
-        path: the file, or a folder of `codmd encode`, of which the negative prompt is read.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file and what is wrong with it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / NEGATIVE_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            embedding = file.get_tensor(EMBEDDING)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not an embedding written by codmd encode ({error})") from error
-    if embedding.dim() != 3 or len(embedding) != 1:
-        raise ValueError(f"{path}: embedding of shape {tuple(embedding.shape)}; expected (1, L, text_dim)")
-    return embedding

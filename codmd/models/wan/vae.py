@@ -10,6 +10,45 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from codmd.models.tensor_files import read_json
+
+STRIDES = {16: (4, 8), 48: (4, 16)}
+"""Latent channels of the published VAEs, Wan2.1's and that of Wan2.2-TI2V-5B, to frames and pixels per latent cell."""
+
+
+def strides(folder: str | os.PathLike[str], channels: int) -> tuple[int, int]:
+    """(frames, pixels in height and width) per latent cell.
+
+    Args:
+        folder: of the VAE, as `WanVideoDecoder.load` takes it; "" for the published one with that many channels.
+        channels: of the network's latents.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such VAE, or it is of other latents.
+    """
+    if not folder:
+        if channels not in STRIDES:
+            raise ValueError(f"vae: not given, and no published one has latents of {channels} channels")
+        return STRIDES[channels]
+    path = vae_folder(folder) / "config.json"
+    config = read_json(path)
+    found = config.get("z_dim", 16) if isinstance(config, dict) else None
+    if found != channels:
+        raise ValueError(f"vae: {path} has latents of {found} channels; the network has {channels}")
+    return config.get("scale_factor_temporal") or 4, config.get("scale_factor_spatial") or 8
+
+
+def vae_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder with the VAE's config.json: `folder` itself, or its `vae` subfolder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(folder) / "vae" if (Path(folder) / "vae").is_dir() else Path(folder)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"vae: {path / 'config.json'}: no such file; expected an AutoencoderKLWan's folder")
+    return path
+
 
 class WanVideoDecoder:
     """`AutoencoderKLWan.decode` of z = latents * std + mean, per channel.
@@ -35,11 +74,7 @@ class WanVideoDecoder:
         from diffusers import AutoencoderKLWan
         from diffusers.utils import logging
 
-        path = Path(folder)
-        if (path / "vae").is_dir():
-            path = path / "vae"
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"vae: {path / 'config.json'}: no such file; expected an AutoencoderKLWan's folder")
+        path = vae_folder(folder)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # a missing weight is an error below, not a warning
         try:
@@ -56,7 +91,7 @@ class WanVideoDecoder:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """Pixels [B, T, 3, height, width], float32 in [0, 1]; T = 4 (F - 1) + 1 for Wan2.1."""
+        """Pixels [B, T, 3, height, width], float32 in [0, 1]; T = 4 (F - 1) + 1."""
         channels = self.mean.shape[1]
         if latents.dim() != 5 or latents.shape[2] != channels:
             raise ValueError(f"latents: shape {tuple(latents.shape)}; expected (B, F, {channels}, H, W)")

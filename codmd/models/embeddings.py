@@ -1,0 +1,58 @@
+"""Prompt embeddings: what makes them, and the folder that `codmd encode` writes.
+
+A folder of safetensors shards, each with a tensor "embedding" [N, L, D] and the N "prompts" as JSON in its metadata,
+and the negative prompt's embedding in a folder of its own inside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+EMBEDDING = "embedding"
+PROMPTS = "prompts"
+NEGATIVE_FILE = Path("negative") / "embedding.safetensors"
+
+
+class PromptEncoder(Protocol):
+    """A text encoder on one device.
+
+    Attributes:
+        tokens, width, dtype: of every embedding, [tokens, width].
+    """
+
+    tokens: int
+    width: int
+    dtype: torch.dtype
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, tokens, width]."""
+        ...
+
+
+def read_embedding(path: str | os.PathLike[str]) -> Tensor:
+    """One prompt's embedding [1, L, D].
+
+    Args:
+        path: a safetensors file, or a folder of `codmd encode`, of which the negative prompt is read.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / NEGATIVE_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            embedding = file.get_tensor(EMBEDDING)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not an embedding written by codmd encode ({error})") from error
+    if embedding.dim() != 3 or len(embedding) != 1:
+        raise ValueError(f"{path}: embedding of shape {tuple(embedding.shape)}; expected (1, L, D)")
+    return embedding
