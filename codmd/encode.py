@@ -78,6 +78,8 @@ def encode(encoder: PromptEncoder, prompts: Sequence[str], negative: str, out: P
 
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
+    if partial.is_symlink():
+        raise OSError(f"{partial}: is a link; remove it")
     (partial / NEGATIVE_FILE.parent).mkdir(parents=True, exist_ok=True)
     groups = [list(prompts[start : start + shard]) for start in range(0, len(prompts), shard)]
     files = {f"{number:05d}.safetensors": group for number, group in enumerate(groups)}

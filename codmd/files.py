@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from codmd.atomic import replacing_file
+from codmd.atomic import replacing
 from codmd.cli import CommandError
 
 
@@ -24,7 +24,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise CommandError(f"{path}: is a folder; give the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_file(path) as partial:
+        with replacing(path) as partial:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise CommandError(f"{path}: cannot be written: {error.strerror}") from error

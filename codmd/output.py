@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from codmd.atomic import partial_sibling, remove_abandoned
+from codmd.atomic import replacing_folder
 
 MARKER = "results.json"
 
@@ -39,21 +38,6 @@ def check_output(out: Path, maker: str) -> None:
 
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` to write into, renamed to `out` on success and removed on any exception.
-
-    What was at `out` stays until the new one is complete.
-    """
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(out)
-    partial = partial_sibling(out)
-    partial.mkdir()
-    try:
-        yield partial
-        replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-        if out.exists():
-            os.replace(out, replaced)
-        os.replace(partial, out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """A new folder to write into that takes the place of `out`; what was there stays until the new one is complete."""
+    with replacing_folder(out) as folder:
+        yield folder

@@ -53,17 +53,15 @@ class GaussianDenoiser(VideoDenoiser):
     def null_cond(self, batch):
         return "null"
 
-    def save_state(self, path, state):
-        torch.save(dict(state), path)
+    def save_state(self, path, state, dtype=None, progress=None):
+        raise NotImplementedError
 
-    def load_weights(self, path, device=None):
-        self.load_state_dict(torch.load(path))
+    def open_weights(self, path):
+        raise NotImplementedError
 
     @classmethod
-    def load(cls, path):
-        model = cls()
-        model.load_weights(path)
-        return model
+    def from_options(cls, options):
+        raise NotImplementedError
 
 
 def generator(seed=0):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from codmd.atomic import creating_folder, replacing_file
 from codmd.models.wan.config import parameter_shapes, read_config
 from codmd.models.wan.export import write_diffusers_folder
 from codmd.models.wan.keys import diffusers_names, strip_prefixes
@@ -282,26 +281,6 @@ def test_an_occupied_folder_is_not_touched(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         write_diffusers_folder(tmp_path / "out", TINY, tiny_state())
     assert [p.name for p in tmp_path.rglob("*.*")] == ["mine.txt"]
-
-
-def fail_halfway(manager, path):
-    with manager(path) as partial:
-        (partial / "half" if manager is creating_folder else partial).write_text("half")
-        raise RuntimeError("interrupted")
-
-
-@pytest.mark.parametrize("manager", [replacing_file, creating_folder])
-def test_files_and_folders_appear_complete_or_not_at_all(tmp_path, manager):
-    with pytest.raises(RuntimeError, match="interrupted"):
-        fail_halfway(manager, tmp_path / "a.txt")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    (tmp_path / ".a.txt.partial-99999999.txt").write_text("half")
-    with replacing_file(tmp_path / "a.txt") as partial:
-        partial.write_text("whole")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
 MEASURE = """

@@ -183,7 +183,7 @@ class VideoDenoiser(nn.Module, ABC):
         raise ValueError(f"{type(self).__name__} cannot be sharded")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes configuration and weights, all or nothing, in a form that `load` reads."""
+        """Writes configuration and weights, all or nothing, in a form that `load_weights` reads."""
         self.save_state(path, self.state_dict())
 
     @abstractmethod
@@ -210,11 +210,6 @@ class VideoDenoiser(nn.Module, ABC):
         Raises:
             FileNotFoundError, ValueError: an option or the weights cannot be used.
         """
-
-    @classmethod
-    @abstractmethod
-    def load(cls, path: str | os.PathLike[str]) -> VideoDenoiser:
-        """A new model from what `save` wrote (or another file the model knows); never with random weights."""
 
     @abstractmethod
     def open_weights(self, path: str | os.PathLike[str]) -> AbstractContextManager[Mapping[str, Tensor]]:

@@ -226,10 +226,6 @@ class RoleView(VideoDenoiser):
     def from_options(cls, options: Any) -> VideoDenoiser:
         raise TypeError("RoleView: load the base and build LoraRoles over it")
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> VideoDenoiser:
-        raise TypeError("RoleView: load the base and build LoraRoles over it")
-
     def open_weights(self, path: str | os.PathLike[str]) -> AbstractContextManager[Mapping[str, Tensor]]:
         raise TypeError("RoleView: load the base's weights, or a state dictionary into this view")
 

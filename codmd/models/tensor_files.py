@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from codmd.atomic import replacing_file
+from codmd.atomic import replacing
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -114,7 +114,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
         OSError: it cannot be written; names the file.
     """
     try:
-        with replacing_file(path) as partial:
+        with replacing(path) as partial:
             save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from codmd.atomic import replacing_file
+from codmd.atomic import replacing
 
 from .base import Condition, VideoDenoiser
 from .options import ModelOptions
@@ -131,7 +131,7 @@ class ToyDenoiser(VideoDenoiser):
         if {name: value.shape for name, value in weights.items()} != expected:
             raise ValueError(f"save: these are not the weights of a network of {self.config}")
         metadata = {"config": json.dumps(asdict(self.config)), "sha256": _digest(weights)}
-        with replacing_file(path) as partial:
+        with replacing(path) as partial:
             save_file(weights, partial, metadata=metadata)
         if progress is not None:
             progress(sum(weight.nbytes for weight in weights.values()))

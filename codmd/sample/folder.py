@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from codmd.atomic import replacing_file
+from codmd.atomic import replacing
 from codmd.models.base import Condition, VideoDenoiser
 
 from .names import PromptJob
@@ -72,7 +72,7 @@ class SampleFolder:
             OSError: it cannot be written.
         """
         self.kind.mkdir(parents=True, exist_ok=True)
-        with replacing_file(self.root / SETTINGS) as partial:
+        with replacing(self.root / SETTINGS) as partial:
             partial.write_text(json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     def missing(self, job: PromptJob, frames: int | None, latent_shape: tuple[int, ...]) -> list[int]:

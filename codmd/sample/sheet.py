@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from codmd.atomic import replacing_file
+from codmd.atomic import replacing
 
 from .video import read_video
 
@@ -35,7 +35,7 @@ def write_sheet(path: Path, title: str, videos: Sequence[tuple[int, Path]]) -> N
         draw.text((4, top + height // 2 - 5), str(seed), fill="black")
         for column, frame in enumerate(row):
             sheet.paste(frame, (LABEL + column * WIDTH, top))
-    with replacing_file(path) as partial:
+    with replacing(path) as partial:
         sheet.save(partial)
 
 

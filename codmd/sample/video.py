@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from codmd.atomic import replacing_file
+from codmd.atomic import replacing
 from codmd.models.tensor_files import save_tensors
 
 FPS = 16
@@ -23,7 +23,7 @@ def write_video(path: Path, pixels: Tensor, fps: int = FPS) -> None:
     import imageio.v2 as imageio
 
     frames = pixels.mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    with replacing_file(path) as partial:
+    with replacing(path) as partial:
         writer: Any = imageio.get_writer(partial, fps=fps, codec="libx264", quality=8, macro_block_size=2)
         with writer:
             for frame in frames:

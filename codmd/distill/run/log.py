@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from codmd.atomic import replacing
 
 from .parallel import Processes
 
@@ -104,9 +105,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _drop_after(path: Path, update: int) -> None:
     if path.exists():
         kept = [line for line in read_log(path) if line["update"] <= update]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), "utf-8")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), "utf-8")
 
 
 def _json(value: float) -> float | str:

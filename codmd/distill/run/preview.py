@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codmd import ops
+from codmd.atomic import replacing
 
 COLUMNS = 4
 HEATMAP_SCALE = 16
@@ -67,8 +68,8 @@ def write_preview(folder: Path, writer: Any, update: int, latents: Tensor, pixel
     video = torch.nn.functional.pad(video, (0, video.shape[3] % 2, 0, video.shape[2] % 2))
     frames = (video.permute(0, 2, 3, 1) * 255).round().byte().numpy()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{update:08d}.mp4"
-    imageio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=2)
+    with replacing(folder / f"step_{update:08d}.mp4") as partial:
+        imageio.imwrite(partial, frames, fps=fps, codec="libx264", macro_block_size=2)
     if writer is None:
         return
     gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
-import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
+from codmd.atomic import replacing
 from codmd.distill.config.run_config import RunConfig
 
 from .checkpoint import CheckpointStore, read_student
@@ -93,16 +91,6 @@ def export_teacher(config: RunConfig, job: Job, store: CheckpointStore, team: Pr
     """Writes the trained teacher as a model that the option `weights` reads: `model` in the run's folder."""
     if team.first:
         weights = read_student(store.paths()[0], ema=job.trainer.average is not None)
-        target, partial = config.folder / "model", config.folder / ".model.partial"
-        _remove(partial)
-        job.model.save_state(partial, weights)
-        _remove(target)
-        os.rename(partial, target)
+        with replacing(config.folder / "model") as partial:
+            job.model.save_state(partial, weights)
     team.share(None)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
