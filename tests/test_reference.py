@@ -126,6 +126,50 @@ def test_analytic_gradient_matrix_equals_autograd():
     torch.testing.assert_close(matrix, matrix.mT)
 
 
+def test_written_out_gradient_equals_autograd_at_any_magnitude_and_below_the_floor():
+    x, r, d = features(perturbation=0.5)
+    for magnitude in (1e-20, 1e-12, 1.0, 1e30):
+        leaf = (magnitude * x.detach()).requires_grad_()
+        loss = reference.relation_divergence(leaf, r, d, 0.1)
+        _, q_minus_p = reference.divergence(reference.relation(leaf), reference.score_difference_relation(r, d), 0.1)
+        gradient = reference.similarity_gradient(q_minus_p, 0.1, len(x))
+        (expected,) = torch.autograd.grad(loss, leaf)
+        torch.testing.assert_close(reference.feature_gradient(leaf.detach(), gradient), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("exponent", [-9, 10, 20, 30, 38])
+def test_relation_of_latents_of_any_magnitude_is_right_or_not_finite(exponent, pool):
+    generator = torch.Generator().manual_seed(0)
+    x, r, noise = (torch.randn(2, 3, 4, 4, 4, generator=generator) for _ in range(3))
+    expected, gradient = truth(x, r, r + 0.3 * noise, pool=pool)
+    inputs = [v * 10.0**exponent for v in (x, r, r + 0.3 * noise)]
+    terms, scaled = loss_and_gradient(reference.relation_loss, *inputs, pool=pool)
+    if exponent == 38:
+        assert not terms.isfinite().all()
+        assert not scaled.isfinite().all()
+        return
+    torch.testing.assert_close(terms.double(), expected, rtol=2e-5, atol=0)
+    assert relative_error(scaled.double() * 10.0**exponent, gradient) < 2e-5
+
+
+def test_a_gradient_matrix_out_of_range_is_not_a_number():
+    x, _, _ = features()
+    matrix = reference.feature_gradient_matrix(1e20 * x.detach().float(), torch.eye(6))
+    assert matrix.isnan().all()
+
+
+def test_a_power_of_two_beside_the_largest_magnitude():
+    values = torch.tensor([[0.0, -3.0], [0.0, 0.0], [1e-30, 1e-38], [3e38, 1.0], [torch.inf, 1.0], [torch.nan, 1.0]])
+    power = reference.scale.power_of_two(values, -1)[:, 0]
+    assert power[0] == 2
+    assert power[1] == power[4] == power[5] == 1
+    assert (torch.frexp(power)[0] == 0.5).all()
+    for row in (2, 3):
+        assert 1 <= float(values[row].max() / power[row]) < 2
+    assert reference.scale.power_of_two(values[:4]).shape == (1, 1)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pool", POOLS)
 def test_gradient_flows_through_pooling_and_layout(layout, pool):
@@ -235,7 +279,7 @@ def test_self_forcing_dmd_loss_equals_its_published_form():
     g = torch.nan_to_num((f - r) / norm)
     leaf = x.detach().requires_grad_()
     published = 0.5 * torch.nn.functional.mse_loss(leaf, (leaf - g).detach())
-    loss = reference.dmd_loss(x, f, r)
+    loss = reference.dmd_loss(x, real=r, fake=f)
     torch.testing.assert_close(loss, published)
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(published, leaf)[0])
 

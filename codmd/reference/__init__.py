@@ -1,6 +1,7 @@
 """The mathematics of CoDMD in plain PyTorch: the truth that every backend, test and benchmark compares with."""
 
 from codmd.reference.dmd import dmd_direction, dmd_loss
+from codmd.reference.gradient import feature_gradient, feature_gradient_matrix
 from codmd.reference.guidance import guided, x0_from_flow, x0_prediction
 from codmd.reference.relation import (
     batch_features,
@@ -9,7 +10,7 @@ from codmd.reference.relation import (
     divergence,
     divergence_plain,
     expm1_minus,
-    feature_gradient_matrix,
+    feature_norm,
     frame_features,
     frame_term,
     region_average,
@@ -35,7 +36,9 @@ __all__ = [
     "dmd_direction",
     "dmd_loss",
     "expm1_minus",
+    "feature_gradient",
     "feature_gradient_matrix",
+    "feature_norm",
     "frame_features",
     "frame_term",
     "guided",

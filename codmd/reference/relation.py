@@ -14,6 +14,8 @@ import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
+from codmd.reference.scale import power_of_two
+
 Pool = Literal["mean"] | tuple[int, int] | None
 
 NORM_FLOOR = 1e-12
@@ -66,7 +68,15 @@ def batch_features(features: Tensor, frame_mask: Tensor | None = None) -> Tensor
 
 def unit_vectors(features: Tensor) -> Tensor:
     """u = φ / max(‖φ‖, 1e-12), over the last axis."""
-    return features / features.norm(dim=-1, keepdim=True).clamp(min=NORM_FLOOR)
+    scale = power_of_two(features, -1)
+    scaled = features / scale
+    return scaled / scaled.norm(dim=-1, keepdim=True).clamp(min=NORM_FLOOR / scale)
+
+
+def feature_norm(features: Tensor) -> Tensor:
+    """‖φ‖ over the last axis, which stays."""
+    scale = power_of_two(features, -1)
+    return scale * (features / scale).norm(dim=-1, keepdim=True)
 
 
 def relation(features: Tensor) -> Tensor:
@@ -81,13 +91,15 @@ def unit_difference(real: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
     e = (d - r̂·(‖f‖ - ‖r‖)) / ‖f‖, where ‖f‖ - ‖r‖ = d·(f + r) / (‖f‖ + ‖r‖) does not cancel. Where a norm is
     below the floor, e is f̂ - r̂ as it stands.
     """
+    scale = power_of_two(torch.maximum(real.abs(), difference.abs()), -1)
+    real, difference, floor = real / scale, difference / scale, NORM_FLOOR / scale
     fake = real + difference
     norm_real, norm_fake = real.norm(dim=-1, keepdim=True), fake.norm(dim=-1, keepdim=True)
-    floor_real, floor_fake = norm_real.clamp(min=NORM_FLOOR), norm_fake.clamp(min=NORM_FLOOR)
+    floor_real, floor_fake = norm_real.clamp(min=floor), norm_fake.clamp(min=floor)
     unit_real = real / floor_real
-    growth = (difference * (fake + real)).sum(-1, keepdim=True) / (norm_real + norm_fake).clamp(min=NORM_FLOOR)
+    growth = (difference * (fake + real)).sum(-1, keepdim=True) / (norm_real + norm_fake).clamp(min=floor)
     change = (difference - unit_real * growth) / floor_fake
-    clamped = (norm_real < NORM_FLOOR) | (norm_fake < NORM_FLOOR)
+    clamped = (norm_real < floor) | (norm_fake < floor)
     return unit_real, torch.where(clamped, fake / floor_fake - unit_real, change)
 
 
@@ -181,27 +193,13 @@ def similarity_gradient(q_minus_p: Tensor, temperature: float, rows: Tensor | in
     return q_minus_p / rows / temperature
 
 
-def feature_gradient_matrix(features: Tensor, gradient: Tensor) -> Tensor:
-    """Symmetric M with ∂L/∂φ = M φ, from G = ∂L/∂S: the gradient through S = u uᵀ and the normalisation.
-
-    M_ij = H_ij/(n_i n_j) - [i = j]·Σ_k H_ik S_ik / n_i², H = G + Gᵀ, n = max(‖φ‖, 1e-12); the second term
-    vanishes where the norm is clamped, because the norm is then a constant.
-    """
-    norm = features.norm(dim=-1)
-    floor = norm.clamp(min=NORM_FLOOR)
-    symmetric = gradient + gradient.mT
-    radial = (symmetric * relation(features)).sum(-1) / floor.square()
-    radial = torch.where(norm < NORM_FLOOR, 0, radial)
-    return symmetric / (floor[..., :, None] * floor[..., None, :]) - torch.diag_embed(radial)
-
-
 def relation_divergence(
     student: Tensor, real: Tensor, difference: Tensor, temperature: float, valid: Tensor | None = None
 ) -> Tensor:
     """L = (1/n) Σ_i KL(p_i ‖ q_i) of ``[..., N, K]`` features, one value per leading index.
 
-    ``difference`` is fake - real. The gradient reaches ``student`` alone and is M·student, see
-    :func:`feature_gradient_matrix`. Fewer than two valid rows give exactly 0.
+    ``difference`` is fake - real. The gradient reaches ``student`` alone; :func:`~codmd.reference.feature_gradient`
+    writes it out. Fewer than two valid rows give exactly 0.
     """
     if student.shape[-2] < 2:
         return student.new_zeros(student.shape[:-2])
