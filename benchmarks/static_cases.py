@@ -122,7 +122,9 @@ def _on_every_shape() -> dict[str, Callable[[], list[Launch]]]:
 def _of_every_convention() -> dict[str, Callable[[], list[Launch]]]:
     shape = SHAPES["wan-480p-b2"]
     return {
-        f"dmd, {name}": partial(codmd_launches, shape, convention=name, relation=False) for name in conventions.NAMED
+        f"dmd, {name}": partial(codmd_launches, shape, convention=name, relation=False)
+        for name, convention in conventions.NAMED.items()
+        if convention.fusable
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 
 from codmd import conventions
 
@@ -25,15 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the equivalent scale, and the formula on either side."""
     source, target = conventions.NAMED[vars(args)["from"]], conventions.NAMED[args.to]
-    scale = target.guidance_scale(args.scale, form=source.guidance_form)
+    try:
+        scale = target.guidance_scale(source.cond_scale(args.scale), form="cond")
+    except ValueError as error:
+        sys.exit(f"codmd guidance: --to {args.to}: {error}")
     rows = [
-        (vars(args)["from"], f"{args.scale:.12g}", FORMULAS[source.guidance_form]),
-        (args.to, f"{scale:.12g}", FORMULAS[target.guidance_form]),
+        (vars(args)["from"], f"{args.scale:.12g}", formula(source)),
+        (args.to, f"{scale:.12g}", formula(target)),
     ]
     names, numbers = (max(len(row[column]) for row in rows) for column in (0, 1))
-    for name, number, formula in rows:
-        print(f"{name:<{names}}  s = {number:<{max(numbers, 8)}} {formula}")
+    for name, number, text in rows:
+        print(f"{name:<{names}}  s = {number:<{max(numbers, 8)}} {text}")
     return 0
+
+
+def formula(convention: conventions.Convention) -> str:
+    """How a convention guides, in words of ``cond``, ``uncond`` and ``s``."""
+    above = "" if convention.guided_above is None else f" for s > {convention.guided_above:g}, else cond"
+    return FORMULAS[convention.guidance_form] + above
 
 
 def _finite(text: str) -> float:

@@ -11,7 +11,7 @@ import torch
 from dmd_formulas import FORMULAS, fastgen, tdm, value_and_gradient
 
 from codmd import cli, conventions, reference
-from codmd.conventions import NAMED, Convention
+from codmd.conventions import NAMED, SOURCES, Convention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"bfchw": (2, 7, 3, 5, 4), "bcfhw": (2, 3, 7, 5, 4), "bchw": (3, 4, 5, 7)}
@@ -32,7 +32,7 @@ def by_reference(name: str, arithmetic: str, scale: float = 3.5, **kwargs):
     convention = named(name, arithmetic)
 
     def loss(x, f, c, u):
-        return reference.dmd_loss(x, f, c, real_uncond=u, guidance=scale, convention=convention, **kwargs)
+        return reference.dmd_loss(x, real=c, fake=f, real_uncond=u, guidance=scale, convention=convention, **kwargs)
 
     return loss
 
@@ -75,10 +75,10 @@ def test_float32_arithmetic_stays_within_float32_rounding_of_the_truth(name, dty
 def test_guidance_of_the_critic_and_its_absence(form):
     x, f, r, u = predictions("bfchw", torch.float64)
     if form == "no guidance":
-        loss = reference.dmd_loss(x, f, r, guidance=7.0)
+        loss = reference.dmd_loss(x, real=r, fake=f, guidance=7.0)
         expected = FORMULAS["self_forcing"](x, f, r, u, 0.0)
     else:
-        loss = reference.dmd_loss(x, f, r, real_uncond=u, fake_uncond=u, guidance=3.5, fake_guidance=2.0)
+        loss = reference.dmd_loss(x, real=r, fake=f, real_uncond=u, fake_uncond=u, guidance=3.5, fake_guidance=2.0)
         expected = FORMULAS["self_forcing"](x, f + 2.0 * (f - u), r, u, 3.5)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
@@ -90,7 +90,9 @@ def test_the_scale_of_fastgen_multiplies_g_so_its_square_the_loss(arithmetic):
     convention = named("fastgen", arithmetic)
 
     def ours(x, f, c, u):
-        return reference.dmd_loss(x, f, c, real_uncond=u, guidance=3.5, convention=convention, sample_weight=scale)
+        return reference.dmd_loss(
+            x, real=c, fake=f, real_uncond=u, guidance=3.5, convention=convention, sample_weight=scale
+        )
 
     value, gradient = value_and_gradient(ours, *tensors)
     if arithmetic == "emulate":
@@ -113,7 +115,7 @@ def test_the_pseudo_huber_penalty_of_tdm(arithmetic):
     convention = replace(named("tdm", arithmetic), penalty="huber")
 
     def ours(x, f, c, u):
-        return reference.dmd_loss(x, f, c, real_uncond=u, guidance=1.01, convention=convention)
+        return reference.dmd_loss(x, real=c, fake=f, real_uncond=u, guidance=1.01, convention=convention)
 
     single = torch.float64 if arithmetic == "float64" else torch.float32
     value, gradient = value_and_gradient(ours, *tensors)
@@ -125,7 +127,7 @@ def test_the_pseudo_huber_penalty_of_tdm(arithmetic):
 def test_an_independent_first_frame_has_norm_one():
     x, f, r, _ = predictions("bfchw", torch.float64)
     convention = replace(conventions.longlive, independent_first_frame=True, guard="add", eps=0.5)
-    g = reference.dmd_direction(x, f, r, convention)
+    g = reference.dmd_direction(x, real=r, fake=f, convention=convention)
     torch.testing.assert_close(g[:, 0], (f - r)[:, 0], rtol=1e-14, atol=0)
     norm = (x - r).abs()[:, 4:7].mean(dim=(1, 2, 3, 4), keepdim=True) + 0.5
     torch.testing.assert_close(g[:, 4:7], (f - r)[:, 4:7] / norm, rtol=1e-14, atol=0)
@@ -149,9 +151,9 @@ def test_flow_outputs_give_the_loss_of_the_x0_they_mean(emulate):
         x0 = [noisy.double() - spread * v.double() for v in (vf, vr, vu)]
         if emulate:
             x0 = [v.to(x.dtype) for v in x0]
-        expected = reference.dmd_loss(x, x0[0], x0[1], real_uncond=x0[2], convention=convention)
+        expected = reference.dmd_loss(x, fake=x0[0], real=x0[1], real_uncond=x0[2], convention=convention)
         value = reference.dmd_loss(
-            x, vf, vr, real_uncond=vu, convention=convention, prediction="flow", noisy=noisy, sigma=sigma
+            x, fake=vf, real=vr, real_uncond=vu, convention=convention, prediction="flow", noisy=noisy, sigma=sigma
         )
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
 
@@ -160,12 +162,20 @@ def test_conventions_that_should_coincide_do():
     assert conventions.causvid == conventions.self_forcing == conventions.codmd
     assert conventions.fastgen == conventions.modelopt
     x, f, r, u = predictions("bcfhw", torch.float64)
-    ours = reference.dmd_loss(x, f, r, real_uncond=u, guidance=4.5, convention=named("fastgen", "float64"))
-    theirs = reference.dmd_loss(x, f, r, real_uncond=u, guidance=4.5, convention=named("videox_fun", "float64"))
+    ours = reference.dmd_loss(x, real=r, fake=f, real_uncond=u, guidance=4.5, convention=named("fastgen", "float64"))
+    theirs = reference.dmd_loss(
+        x, real=r, fake=f, real_uncond=u, guidance=4.5, convention=named("videox_fun", "float64")
+    )
     torch.testing.assert_close(ours, theirs, rtol=5e-6, atol=0)
     in_cond_form = conventions.self_forcing.guidance_scale(4.5, "uncond")
     again = reference.dmd_loss(
-        x, f, r, real_uncond=u, guidance=in_cond_form, convention=named("self_forcing", "float64"), layout="bcfhw"
+        x,
+        real=r,
+        fake=f,
+        real_uncond=u,
+        guidance=in_cond_form,
+        convention=named("self_forcing", "float64"),
+        layout="bcfhw",
     )
     torch.testing.assert_close(again, theirs, rtol=1e-12, atol=0)
 
@@ -193,8 +203,16 @@ def test_the_page_of_conventions_is_what_the_dataclass_writes(builder):
     measured = next(part for part in committed.split("\n\n") if part.startswith("| ‖f - r‖/‖x‖"))
     assert [row.split("|")[1].strip() for row in measured.splitlines()[2:]] == ["0.3", "0.1", "0.03", "0.01"]
     assert committed == builder.page(measured + "\n")
-    changed = replace(conventions.rcm, guidance_form="uncond")
-    assert builder.columns(changed) != builder.columns(conventions.rcm)
+    changes = (
+        {"guidance_form": "cond"}, {"guided_above": 2.0}, {"norm_of": "fake"}, {"norm_over": "selected"},
+        {"norm_scope": "batch"}, {"projected": True}, {"nan": "zero"}, {"loss_cap": 5.0}, {"reduction": "mean_all"},
+    )  # fmt: skip
+    for change in changes:
+        assert builder.columns(replace(conventions.rcm, **change)) != builder.columns(conventions.rcm), change
+    for source in SOURCES.values():
+        assert (
+            f"| {source.repository} | [{source.path}]({source.url}) | {source.function} | {source.date} |" in committed
+        )
 
 
 def test_the_measured_cost_of_bfloat16_is_reproduced(builder):
@@ -240,13 +258,19 @@ def test_an_unknown_name_lists_the_known_ones():
         ({"guidance_form": "cfg"}, "guidance_form='cfg' is not known; allowed: cond, uncond"),
         ({"norm_scope": "frame"}, "norm_scope='frame' is not known; allowed: sample, batch, block"),
         ({"guard": "max", "eps": 1.0}, "guard='max' is not known; allowed: none, clamp, add"),
-        ({"nan": "zero"}, "nan='zero' is not known; allowed: to_num, zero_sample, keep"),
+        ({"nan": "drop"}, "nan='drop' is not known; allowed: to_num, zero, zero_sample, keep"),
         ({"penalty": "l1"}, "penalty='l1' is not known; allowed: l2, huber"),
-        ({"reduction": "none"}, "reduction='none' is not known; allowed: mean, sum"),
+        ({"reduction": "none"}, "reduction='none' is not known; allowed: mean, mean_all, sum"),
         ({"arithmetic": "bfloat16"}, "arithmetic='bfloat16' is not known; allowed: float32, float64, emulate"),
         ({"layout": "bhwc"}, "layout='bhwc' is not known; allowed: bfchw, bcfhw, bchw"),
         ({"norm_divides": "norm"}, "norm_divides='norm' is not known; allowed: direction, loss"),
         ({"weight_on": "norm"}, "weight_on='norm' is not known; allowed: direction, loss"),
+        ({"norm_of": "real"}, "norm_of='real' is not known; allowed: student, fake"),
+        ({"norm_over": "mask"}, "norm_over='mask' is not known; allowed: all, selected"),
+        ({"guided_above": -1.0}, "guided_above must be a finite number of at least 0, got -1.0"),
+        ({"loss_cap": 0.0}, "loss_cap must be a finite number above 0, got 0.0"),
+        ({"projected": 1}, "projected must be True or False, got 1"),
+        ({"projected": True, "rounding": conventions.tdm.rounding}, "projected=True needs rounding.split_target=False"),
         ({"norm_block": 0}, "norm_block must be an integer of at least 1"),
         ({"norm_block": 1.5}, "norm_block must be an integer of at least 1"),
         ({"coefficient": 0.0}, "coefficient must be a finite number above 0, got 0.0"),
@@ -259,7 +283,8 @@ def test_an_unknown_name_lists_the_known_ones():
         ({"rounding": "input"}, "rounding must be a codmd.conventions.Rounding, got 'input'"),
         ({"independent_first_frame": True}, 'independent_first_frame=True needs norm_scope="block"'),
         ({"norm_divides": "loss"}, 'norm_divides="loss" needs nan="keep"'),
-        ({"weight_on": "direction", "penalty": "huber"}, 'weight_on="direction" needs penalty="l2"'),
+        ({"weight_on": "direction", "penalty": "huber"}, 'weight_on="direction" needs penalty="l2" and norm_divides='),
+        ({"weight_on": "direction", "norm_divides": "loss", "nan": "keep"}, 'weight_on="direction" needs penalty="l2"'),
     ],
 )
 def test_a_wrong_field_is_named_with_what_is_allowed(change, message):
@@ -291,7 +316,12 @@ def test_an_unknown_form_and_a_scale_that_is_no_number_are_named():
 
 
 def test_what_the_fused_kernels_serve():
-    assert all(convention.fusable for convention in NAMED.values())
+    assert {name for name, convention in NAMED.items() if not convention.fusable} == {"cosmos", "lightx2v_pdmd"}
+    assert NAMED["cosmos"].unfusable == "norm_over='selected', reduction='mean_all': the one pass does not know it"
+    for change in ({"norm_of": "fake"}, {"projected": True}, {"nan": "zero"}, {"loss_cap": 5.0}):
+        (name,) = change
+        assert name in replace(conventions.one_forcing, **change).unfusable
+    assert replace(conventions.self_forcing, guided_above=1.0).fusable
     assert replace(conventions.tdm, penalty="huber").fusable
     assert "step by step" in named("rcm", "emulate").unfusable
     assert "pseudo-Huber" in replace(conventions.self_forcing, penalty="huber").unfusable
@@ -310,10 +340,20 @@ def test_the_command_converts_a_scale_and_prints_both_formulas(capsys):
         "self_forcing  s = 3.5      cond + s * (cond - uncond)",
         "fastgen       s = 4.5      uncond + s * (cond - uncond)",
     ]
-    assert cli.main(["guidance", "-0.5", "--from", "tdm", "--to", "rcm"]) == 0
-    assert "rcm  s = -1.5" in capsys.readouterr().out
+    assert cli.main(["guidance", "-0.5", "--from", "tdm", "--to", "causvid"]) == 0
+    assert "causvid  s = -1.5" in capsys.readouterr().out
+    assert cli.main(["guidance", "0.5", "--from", "rcm", "--to", "self_forcing"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "rcm           s = 0.5      uncond + s * (cond - uncond) for s > 1, else cond",
+        "self_forcing  s = 0        cond + s * (cond - uncond)",
+    ]
     assert cli.main(["guidance", "3.1234567", "--from", "self_forcing", "--to", "fastgen"]) == 0
     assert "s = 4.1234567 uncond" in capsys.readouterr().out
+
+
+def test_the_command_refuses_a_scale_at_which_the_other_codebase_does_not_guide():
+    with pytest.raises(SystemExit, match=r"--to rcm: scale=-0.5 .* is 0.5 in this convention, which guides only above"):
+        cli.main(["guidance", "0.5", "--from", "tdm", "--to", "rcm"])
 
 
 @pytest.mark.parametrize(

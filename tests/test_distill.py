@@ -229,7 +229,7 @@ def scores(seed=0, batch=4):
 def test_without_the_relation_term_the_objective_is_dmd():
     x, fake, real = scores()
     loss = distillation_loss(x, Scores(fake, real), DistillConfig(relation_weight=0.0))
-    torch.testing.assert_close(loss.total, reference.dmd_loss(x, fake, real))
+    torch.testing.assert_close(loss.total, reference.dmd_loss(x, real=real, fake=fake))
     assert float(loss.relation) == 0
 
 
@@ -240,7 +240,7 @@ def test_the_objective_is_dmd_plus_lambda_times_the_relation_loss(batch_weight, 
     (actual,) = torch.autograd.grad(distillation_loss(x, Scores(fake, real), config).total, x)
     x64, fake64, real64 = x.detach().double().requires_grad_(), fake.double(), real.double()
     relation = reference.relation_loss(x64, real64, fake64, 0.2, batch_weight, frame_weight)[0]
-    (expected,) = torch.autograd.grad(reference.dmd_loss(x64, fake64, real64) + 0.3 * relation, x64)
+    (expected,) = torch.autograd.grad(reference.dmd_loss(x64, real=real64, fake=fake64) + 0.3 * relation, x64)
     assert float((actual - expected).norm() / expected.norm()) < 1e-5
 
 
@@ -248,7 +248,7 @@ def test_gradient_ratio_is_lambda_times_the_norms_and_leaves_the_graph_usable():
     x, fake, real = scores()
     config = DistillConfig(relation_weight=0.3)
     loss = distillation_loss(x, Scores(fake, real), config)
-    (dmd,) = torch.autograd.grad(reference.dmd_loss(x, fake, real), x)
+    (dmd,) = torch.autograd.grad(reference.dmd_loss(x, real=real, fake=fake), x)
     (relation,) = torch.autograd.grad(ops.relation_loss(x, real, fake), x)
     torch.testing.assert_close(loss.gradient_ratio(x), 0.3 * relation.norm() / dmd.norm())
     loss.total.backward()

@@ -12,12 +12,14 @@ from codmd.conventions.rounding import GuidanceForm, Rounding, check_choice, che
 
 NormScope = Literal["sample", "batch", "block"]
 Guard = Literal["none", "clamp", "add"]
-NanPolicy = Literal["to_num", "zero_sample", "keep"]
+NanPolicy = Literal["to_num", "zero", "zero_sample", "keep"]
 Penalty = Literal["l2", "huber"]
-Reduction = Literal["mean", "sum"]
+Reduction = Literal["mean", "mean_all", "sum"]
 Arithmetic = Literal["float32", "float64", "emulate"]
 Layout = Literal["bfchw", "bcfhw", "bchw"]
 Divided = Literal["direction", "loss"]
+Compared = Literal["student", "fake"]
+Counted = Literal["all", "selected"]
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,21 @@ class Convention:
 
     Attributes:
         guidance_form: ``"cond"`` is c + s(c - u), ``"uncond"`` is u + s(c - u).
-        norm_scope: mean|x - r| over a ``"sample"``, the whole ``"batch"`` or a ``"block"`` of frames of a sample.
+        guided_above: guidance only for s above it, r = c otherwise; ``None`` always guides.
+        norm_of: the norm is the mean of |v - r| with v the ``"student"`` or the ``"fake"`` prediction.
+        norm_scope: that mean is over a ``"sample"``, the whole ``"batch"`` or a ``"block"`` of frames of a sample.
+        norm_over: ``"all"`` elements of the scope, or those that the mask has ``"selected"``.
         norm_block: frames of a block; the last block may be shorter.
         independent_first_frame: with blocks, the first frame stands alone and its norm is 1.
         guard: ``"none"``, ``"clamp"`` the norm to at least ``eps``, or ``"add"`` ``eps`` to it.
         eps: of the guard.
-        nan: ``"to_num"`` replaces NaN by 0 and ±inf by the largest number of the dtype; ``"zero_sample"`` drops a
-            sample whose loss has a NaN; ``"keep"`` does nothing.
+        projected: the part of f - r along x - f is taken out of each sample, after the norm is formed.
+        nan: ``"to_num"`` replaces NaN by 0 and ±inf by the largest number of the dtype, ``"zero"`` all three by 0;
+            ``"zero_sample"`` drops a sample whose loss has a NaN; ``"keep"`` does nothing.
         penalty: ``"l2"`` is g², ``"huber"`` is sqrt(g² + c²) - c with c = ``huber_c``.
         coefficient: of the reduced penalty.
-        reduction: ``"mean"`` over the selected elements or ``"sum"``.
+        reduction: ``"mean"`` over the selected elements, ``"sum"``, or ``"mean_all"``: the sum over the number of all.
+        loss_cap: largest loss; beyond it the value is the cap and the gradient 0. ``None`` caps nothing.
         arithmetic: ``"float32"`` (the fused kernels), ``"float64"``, or ``"emulate"``: every rounding of the codebase.
         layout: of the latents when the call names none.
         norm_divides: ``"direction"`` g, or ``"loss"``: the penalty is of f - r and is then divided by the norm.
@@ -46,15 +53,20 @@ class Convention:
     """
 
     guidance_form: GuidanceForm = "cond"
+    guided_above: float | None = None
+    norm_of: Compared = "student"
     norm_scope: NormScope = "sample"
+    norm_over: Counted = "all"
     norm_block: int = 1
     independent_first_frame: bool = False
     guard: Guard = "none"
     eps: float = 0.0
+    projected: bool = False
     nan: NanPolicy = "to_num"
     penalty: Penalty = "l2"
     coefficient: float = 0.5
     reduction: Reduction = "mean"
+    loss_cap: float | None = None
     arithmetic: Arithmetic = "float32"
     layout: Layout = "bfchw"
     norm_divides: Divided = "direction"
@@ -65,9 +77,9 @@ class Convention:
 
     def __post_init__(self) -> None:
         choices = {
-            "guidance_form": GuidanceForm, "norm_scope": NormScope, "guard": Guard, "nan": NanPolicy,
-            "penalty": Penalty, "reduction": Reduction, "arithmetic": Arithmetic, "layout": Layout,
-            "norm_divides": Divided, "weight_on": Divided,
+            "guidance_form": GuidanceForm, "norm_of": Compared, "norm_scope": NormScope, "norm_over": Counted,
+            "guard": Guard, "nan": NanPolicy, "penalty": Penalty, "reduction": Reduction, "arithmetic": Arithmetic,
+            "layout": Layout, "norm_divides": Divided, "weight_on": Divided,
         }  # fmt: skip
         for name, kind in choices.items():
             check_choice(name, getattr(self, name), get_args(kind))
@@ -77,15 +89,22 @@ class Convention:
             check_number(name, getattr(self, name), positive=name != "eps")
         if (self.guard == "none") != (self.eps == 0):
             raise ValueError(f'guard={self.guard!r} does not go with eps={self.eps}: "none" has 0, the others more')
-        check_flag("independent_first_frame", self.independent_first_frame)
+        if self.guided_above is not None:
+            check_number("guided_above", self.guided_above, positive=False)
+        if self.loss_cap is not None:
+            check_number("loss_cap", self.loss_cap, positive=True)
+        for name in ("independent_first_frame", "projected"):
+            check_flag(name, getattr(self, name))
         if not isinstance(self.rounding, Rounding):
             raise ValueError(f"rounding must be a codmd.conventions.Rounding, got {self.rounding!r}")
         if self.independent_first_frame and self.norm_scope != "block":
             raise ValueError('independent_first_frame=True needs norm_scope="block"')
         if self.norm_divides == "loss" and self.nan != "keep":
             raise ValueError(f'norm_divides="loss" needs nan="keep" (there is no quotient to repair), got {self.nan!r}')
-        if self.weight_on == "direction" and self.penalty != "l2":
-            raise ValueError('weight_on="direction" needs penalty="l2"')
+        if self.weight_on == "direction" and (self.penalty != "l2" or self.norm_divides != "direction"):
+            raise ValueError('weight_on="direction" needs penalty="l2" and norm_divides="direction"')
+        if self.projected and self.rounding.split_target:
+            raise ValueError("projected=True needs rounding.split_target=False: the split target knows no projection")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "rounding"}
         object.__setattr__(self, "encoded", json.dumps({**values, "rounding": asdict(self.rounding)}))
 
@@ -93,17 +112,26 @@ class Convention:
         """What ``scale`` of ``form`` is called in this convention: cond-form s is uncond-form s + 1.
 
         Raises:
-            ValueError: ``form`` is neither ``"cond"`` nor ``"uncond"``, or ``scale`` is not a finite number.
+            ValueError: ``form`` is neither ``"cond"`` nor ``"uncond"``, ``scale`` is not a finite number, or it is one
+                at which this convention does not guide.
         """
         check_choice("form", form, get_args(GuidanceForm))
         if not is_number(scale) or not math.isfinite(scale):
             raise ValueError(f"scale must be a finite number, got {scale!r}")
         cond = scale if form == "cond" else scale - 1
-        return cond if self.guidance_form == "cond" else cond + 1
+        own = cond if self.guidance_form == "cond" else cond + 1
+        if cond and self.guided_above is not None and own <= self.guided_above:
+            raise ValueError(
+                f"scale={scale!r} ({form} form) is {own!r} in this convention, which guides only above "
+                f"{self.guided_above:g}"
+            )
+        return own
 
     def cond_scale(self, scale: float) -> float:
-        """This convention's ``scale`` in the cond form, k in c + k(c - u)."""
-        return scale if self.guidance_form == "cond" else scale - 1
+        """This convention's ``scale`` in the cond form, k in c + k(c - u); 0 where it does not guide."""
+        cond = scale if self.guidance_form == "cond" else scale - 1
+        # A product, so that a 0-dim tensor of a scheduled scale goes through as well; + 0 makes -0 a 0.
+        return cond if self.guided_above is None else cond * (scale > self.guided_above) + 0
 
     @property
     def unfusable(self) -> str:
@@ -114,6 +142,23 @@ class Convention:
             return "the pseudo-Huber penalty of g needs the norm before the sum"
         if self.nan == "zero_sample" and self.guard == "none":
             return 'nan="zero_sample" without a guard needs every 0/0'
+        beyond = {
+            "norm_of": self.norm_of == "fake", "norm_over": self.norm_over == "selected", "projected": self.projected,
+            "nan": self.nan == "zero", "reduction": self.reduction == "mean_all",
+            "loss_cap": self.loss_cap is not None,
+        }  # fmt: skip
+        found = [f"{name}={getattr(self, name)!r}" for name, is_beyond in beyond.items() if is_beyond]
+        return f"{', '.join(found)}: the one pass does not know it" if found else ""
+
+    @functools.cached_property
+    def undecouplable(self) -> str:
+        """Why the decoupled loss has no meaning under this convention; empty when it has one."""
+        if self.arithmetic == "emulate":
+            return "arithmetic='emulate' repeats roundings, and those of a decoupled loss are nobody's"
+        if self.norm_divides == "loss":
+            return "norm_divides='loss' leaves no quotient for either half"
+        if self.projected or self.norm_of == "fake":
+            return "projected=True and norm_of='fake' speak of the critic, which the second noise level does not have"
         return ""
 
     @property

@@ -17,7 +17,7 @@ class Rounding:
         guidance_base: the prediction that the guidance difference is added to, in the input dtype.
         norm: dtype of x - r and of its mean absolute value.
         reciprocal: g = (f - r)·w with w = 1/norm rounded to the input dtype, rather than (f - r)/norm.
-        direction: dtype of f - r and g.
+        direction: dtype of f - r; g has the wider of this and the norm's.
         target: dtype in which x - g is stored.
         split_target: x - g is summed as (x + (c - f)) + k(c - u), from the predictions.
         loss: dtype of the penalty and its reduction.

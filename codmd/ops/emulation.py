@@ -71,8 +71,9 @@ def guided(prediction: Any, inputs: Inputs) -> Tensor:
 def _direction(inputs: Inputs) -> equations.Direction:
     teacher, critic = teacher_prediction(inputs), critic_prediction(inputs)
     return equations.direction(
-        inputs.student, critic, teacher, inputs.guidance, inputs.convention, inputs.layout, inputs.sample_weight
-    )
+        inputs.student, critic, teacher, inputs.guidance, inputs.convention, inputs.layout, inputs.sample_weight,
+        inputs.mask,
+    )  # fmt: skip
 
 
 def _loss(inputs: Inputs) -> Tensor:

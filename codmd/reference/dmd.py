@@ -8,132 +8,65 @@ Latents are ``[B, F, C, H, W]`` (layout ``"bfchw"``), ``[B, C, F, H, W]`` (``"bc
 
 from __future__ import annotations
 
-import itertools
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from codmd import conventions
 from codmd.conventions import Convention
-from codmd.reference.guidance import FRAME_AXIS, Prediction, step_dtype, x0_prediction
+from codmd.reference.direction import Direction, decoupled_direction, direction
+from codmd.reference.guidance import step_dtype, x0_prediction
+from codmd.reference.norm import guard
 
-
-class Direction(NamedTuple):
-    """g, the norm that divides (broadcasts), the guided ``real``, and x - g where a codebase rounds it."""
-
-    g: Tensor
-    norm: Tensor
-    real: Tensor
-    target: Tensor | None
-
-
-def mean_distance(student: Tensor, real: Tensor, convention: Convention, layout: str) -> Tensor:
-    """mean|x - r| of every norm segment, shaped to broadcast; 1 for an independent first frame. No guard yet."""
-    distance = (student - real).abs()
-    if convention.norm_scope == "batch":
-        return distance.mean().reshape([1] * distance.ndim)
-    axes = tuple(range(1, distance.ndim))
-    frame_axis = FRAME_AXIS[layout]
-    if convention.norm_scope == "sample" or frame_axis is None:
-        mean = distance.mean(axes, keepdim=True)
-        return torch.ones_like(mean) if convention.independent_first_frame else mean
-    edges = convention.segments(distance.shape[frame_axis])
-    blocks = [
-        distance.narrow(frame_axis, start, end - start)
-        .mean(axes, keepdim=True)
-        .repeat_interleave(end - start, frame_axis)
-        for start, end in itertools.pairwise(edges)
-    ]
-    if convention.independent_first_frame:
-        blocks[0] = torch.ones_like(blocks[0])
-    return torch.cat(blocks, frame_axis)
-
-
-def guard(norm: Tensor, convention: Convention) -> Tensor:
-    """The norm as it divides: unchanged, at least ``eps``, or plus ``eps``."""
-    if convention.guard == "clamp":
-        return norm.clamp(min=convention.eps)
-    return norm + convention.eps if convention.guard == "add" else norm
-
-
-def normaliser(student: Tensor, real: Tensor, convention: Convention, layout: str) -> Tensor:
-    """The guarded norm; an independent first frame keeps exactly 1."""
-    norm = mean_distance(student, real, convention, layout)
-    guarded = guard(norm, convention)
-    if not convention.independent_first_frame:
-        return guarded
-    frame_axis = FRAME_AXIS[layout]
-    if frame_axis is None:
-        return norm
-    frames = norm.shape[frame_axis]
-    return torch.cat([norm.narrow(frame_axis, 0, 1), guarded.narrow(frame_axis, 1, frames - 1)], frame_axis)
-
-
-def direction(
-    student: Tensor,
-    fake: Prediction,
-    real: Prediction,
-    guidance: float,
-    convention: Convention,
-    layout: str,
-    sample_weight: Tensor | None = None,
-) -> Direction:
-    """g = nan((f - r)/norm), or f - r where the norm divides the loss."""
-    x, r, emulate = student.detach(), real.guided, convention.arithmetic == "emulate"
-    norm_dtype, g_dtype = step_dtype(convention, "norm", student), step_dtype(convention, "direction", student)
-    norm = normaliser(x.to(norm_dtype), r.to(norm_dtype), convention, layout)
-    weight = None
-    if sample_weight is not None and convention.weight_on == "direction":
-        weight = sample_weight.to(norm_dtype).reshape([-1] + [1] * (x.ndim - 1))
-    g = fake.guided.to(g_dtype) - r.to(g_dtype)
-    if convention.norm_divides == "direction":
-        if emulate and convention.rounding.reciprocal:
-            factor = 1 / norm if weight is None else 1 / norm * weight
-            g = g * factor.to(g_dtype)
-        else:
-            g = g / norm
-            g = g if weight is None else g * weight
-    if convention.nan == "to_num":
-        g = g.nan_to_num()
-    if not emulate:
-        return Direction(g, norm, r, None)
-    target_dtype = step_dtype(convention, "target", student)
-    target = x.to(target_dtype) - g.to(target_dtype)
-    if convention.rounding.split_target and real.uncond is not None:
-        target = x + (real.cond - fake.guided) + convention.cond_scale(guidance) * (real.cond - real.uncond)
-    return Direction(g, norm, r, target)
+__all__ = [
+    "Direction",
+    "check_augmentation",
+    "decoupled_direction",
+    "direction",
+    "dmd_direction",
+    "dmd_loss",
+    "guard",
+    "loss_of_direction",
+    "mean_magnitude",
+]
 
 
 def dmd_direction(
     student: Tensor,
-    fake: Tensor,
-    real: Tensor,
-    convention: str | Convention = "self_forcing",
     *,
+    real: Tensor,
+    fake: Tensor,
     real_uncond: Tensor | None = None,
     guidance: float = 3.5,
+    convention: str | Convention = "self_forcing",
+    mask: Tensor | None = None,
     layout: str | None = None,
+    augment_real: Tensor | None = None,
+    augment_uncond: Tensor | None = None,
 ) -> Tensor:
     """g of x0 predictions as the convention computes it; no gradient."""
     convention = conventions.resolve(convention)
     layout = layout or convention.layout
     critic = x0_prediction(fake, None, guidance, convention, layout)
     teacher = x0_prediction(real, real_uncond, guidance, convention, layout)
-    return direction(student, critic, teacher, guidance, convention, layout).g
+    augment = check_augmentation(augment_real, augment_uncond, real_uncond, "x0")
+    if augment is None:
+        return direction(student, critic, teacher, guidance, convention, layout, mask=mask).g
+    return decoupled_direction(student, critic, teacher, *augment, guidance, convention, layout, mask=mask).g
 
 
 def dmd_loss(
     student: Tensor,
-    fake: Tensor,
-    real: Tensor,
-    mask: Tensor | None = None,
     *,
+    real: Tensor,
+    fake: Tensor,
     real_uncond: Tensor | None = None,
     fake_uncond: Tensor | None = None,
+    augment_real: Tensor | None = None,
+    augment_uncond: Tensor | None = None,
     guidance: float = 3.5,
     fake_guidance: float | None = None,
     convention: str | Convention = "self_forcing",
+    mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     layout: str | None = None,
     prediction: str = "x0",
@@ -142,24 +75,49 @@ def dmd_loss(
 ) -> Tensor:
     """The loss of a convention, differentiable in ``student``; arguments as :func:`codmd.ops.dmd_loss`.
 
+    ``augment_real`` and ``augment_uncond`` make it the decoupled loss of :func:`decoupled_direction`.
     ``arithmetic="float32"`` computes float64 inputs in float64, so upcast inputs give the truth. Returns 0-dim
     float32, or float64 where the convention reduces in float64.
     """
     convention = conventions.resolve(convention)
     layout = layout or convention.layout
+    augment = check_augmentation(augment_real, augment_uncond, real_uncond, prediction)
     if prediction == "x0":
         noisy = sigma = None
     critic_scale = guidance if fake_guidance is None else fake_guidance
     critic = x0_prediction(fake, fake_uncond, critic_scale, convention, layout, noisy, sigma)
     teacher = x0_prediction(real, real_uncond, guidance, convention, layout, noisy, sigma)
-    found = direction(student, critic, teacher, guidance, convention, layout, sample_weight)
+    if augment is None:
+        found = direction(student, critic, teacher, guidance, convention, layout, sample_weight, mask)
+    else:
+        found = decoupled_direction(
+            student, critic, teacher, *augment, guidance, convention, layout, sample_weight, mask
+        )
     return loss_of_direction(student, found, convention, mask, sample_weight)
+
+
+def check_augmentation(
+    augment_real: Tensor | None, augment_uncond: Tensor | None, real_uncond: Tensor | None, prediction: str
+) -> tuple[Tensor, Tensor] | None:
+    """(c₂, u₂) of a decoupled loss, or None; ``ValueError`` where one is missing or the two levels would be mixed."""
+    if augment_real is None and augment_uncond is None:
+        return None
+    if augment_real is None or augment_uncond is None:
+        missing = "augment_real" if augment_real is None else "augment_uncond"
+        raise ValueError(f"{missing} is missing: the guidance half needs the teacher with and without the condition")
+    if real_uncond is not None:
+        raise ValueError("real_uncond does not go with augment_real: the matching half is not guided, pass None")
+    if prediction != "x0":
+        raise ValueError(
+            f"prediction={prediction!r} does not go with augment_real: allowed: x0 (reference.x0_from_flow)"
+        )
+    return augment_real, augment_uncond
 
 
 def loss_of_direction(
     student: Tensor, found: Direction, convention: Convention, mask: Tensor | None, sample_weight: Tensor | None
 ) -> Tensor:
-    """coefficient · reduce(penalty(x - sg(x - g))), over the selected elements; nothing selected gives 0."""
+    """min(cap, coefficient · reduce(penalty(x - sg(x - g)))) over the selected elements; nothing selected gives 0."""
     x, norm = student.to(step_dtype(convention, "loss", student)), found.norm
     if found.target is None:
         residual = x - x.detach() + found.g
@@ -174,22 +132,22 @@ def loss_of_direction(
         residual = torch.where(kept, residual, 0)
     if selected is not None:
         residual, norm = torch.where(selected, residual, 0), torch.where(selected, norm, 1)
-    penalty = _penalty(residual, convention)
-    if convention.norm_divides == "loss":
-        penalty = penalty / norm
+    penalty = _penalty(residual, norm if convention.norm_divides == "loss" else None, convention)
     if sample_weight is not None and convention.weight_on == "loss":
         penalty = penalty * sample_weight.to(penalty.dtype).reshape(per_sample)
     if convention.reduction == "sum":
         total = penalty.sum()
-    elif selected is not None:
+    elif convention.reduction == "mean" and selected is not None:
         total = penalty.sum() / selected.sum().clamp(min=1)
-    elif _plain_mse(convention, sample_weight):
+    elif selected is None and _plain_mse(convention, sample_weight):
         # Its gradient scales before it doubles: rounded and overflowing where the codebases' is.
         target = torch.zeros_like(residual) if found.target is None else found.target.to(x.dtype)
         total = torch.nn.functional.mse_loss(residual if found.target is None else x, target)
     else:
         total = penalty.mean()
     total = convention.coefficient * total
+    if convention.loss_cap is not None:
+        total = total.clamp(max=convention.loss_cap)
     return total if total.dtype is torch.float64 else total.float()
 
 
@@ -208,9 +166,11 @@ def _plain_mse(convention: Convention, sample_weight: Tensor | None) -> bool:
     return convention.penalty == "l2" and not weighted and not repaired
 
 
-def _penalty(residual: Tensor, convention: Convention) -> Tensor:
-    if convention.penalty == "l2":
-        return residual.square()
+def _penalty(residual: Tensor, norm: Tensor | None, convention: Convention) -> Tensor:
+    """residual² or its pseudo-Huber form, over ``norm`` where it is given: divided before it is squared."""
     c = convention.huber_c
-    root = (residual.square() + c * c).sqrt()
-    return root - c if convention.arithmetic == "emulate" else residual.square() / (root + c)
+    if convention.arithmetic == "emulate":
+        penalty = residual.square() if convention.penalty == "l2" else (residual.square() + c * c).sqrt() - c
+        return penalty if norm is None else penalty / norm
+    penalty = residual * (residual if norm is None else residual / norm)
+    return penalty if convention.penalty == "l2" else penalty / (torch.hypot(residual, residual.new_full((), c)) + c)

@@ -49,7 +49,10 @@ def x0_prediction(
     noisy: Tensor | None = None,
     sigma: Tensor | None = None,
 ) -> Prediction:
-    """x0 from a network's outputs, and guidance with the convention's ``scale``; velocities when ``noisy`` is given."""
+    """x0 from a network's outputs, and guidance with the convention's ``scale``; velocities when ``noisy`` is given.
+
+    Where the convention does not guide at that scale, the guided x0 is the conditional one.
+    """
     emulate = convention.arithmetic == "emulate"
     dtype = cond.dtype if emulate else step_dtype(convention, "direction", cond)
 
@@ -63,10 +66,14 @@ def x0_prediction(
     c, u = x0(cond), None if uncond is None else x0(uncond)
     if u is None:
         return Prediction(c, c, None)
+    above = convention.guided_above
+    guides = above is None or scale > above
     base = convention.rounding.guidance_base if emulate else "cond"
     if base != convention.guidance_form:
         scale = scale - 1 if base == "cond" else scale + 1
-    return Prediction(guided(c, u, scale, base), c, u)
+    if isinstance(guides, Tensor):
+        return Prediction(torch.where(guides, guided(c, u, scale, base), c), c, u)
+    return Prediction(guided(c, u, scale, base), c, u) if guides else Prediction(c, c, None)
 
 
 def step_dtype(convention: Convention, step: str, student: Tensor) -> torch.dtype:
