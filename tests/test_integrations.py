@@ -41,6 +41,14 @@ def recipe(section: str) -> str:
     raise AssertionError(f"no complete call for {section}")
 
 
+def lines_of(section: str, first: str) -> str:
+    """The added lines of a section's diff, from the one that begins with ``first``."""
+    text = PAGE.read_text().split(f"## {section}\n")[1].split("```")[1]
+    added = [line[1:] for line in text.splitlines() if line.startswith("+")]
+    start = next(i for i, line in enumerate(added) if line.strip().startswith(first))
+    return textwrap.dedent("\n".join(added[start:]))
+
+
 def draw(shape, dtype, seed=0):
     """(student, fake, conditional, unconditional) predictions of a codebase."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +58,9 @@ def draw(shape, dtype, seed=0):
 
 def relation(x, f, r, layout, temperature=0.1):
     """The relation term as the paper writes it, in float64, from guided predictions."""
-    if layout == "bchw":
+    if layout == "packed":
+        x, f, r = (v.transpose(1, 2).unsqueeze(-1) for v in (x, f, r))
+    if layout in ("bchw", "packed"):
         x, f, r = (v.unsqueeze(1) for v in (x, f, r))
     if layout == "bcfhw":
         x, f, r = (v.transpose(1, 2) for v in (x, f, r))
@@ -84,7 +94,11 @@ def check(section, namespace, student_name, wanted, call=None):
     leaf = namespace[student_name].clone().requires_grad_()
     scope = {"codmd": codmd, "dataclasses": dataclasses, "group": None, **namespace, student_name: leaf}
     result = eval(call or recipe(section), scope)
-    total = result.total if isinstance(result, tuple) else result
+    agree(result.total if isinstance(result, tuple) else result, leaf, wanted)
+
+
+def agree(total, leaf, wanted):
+    """The value and the gradient of ``total`` are the wanted ones."""
     (gradient,) = torch.autograd.grad(total, leaf)
     value, true_gradient = wanted
     assert gradient.dtype == leaf.dtype
@@ -121,15 +135,15 @@ def test_self_forcing_and_causvid(section, masked):
 @pytest.mark.parametrize("section", ["Self-Forcing", "CausVid", "LongLive"])
 def test_the_log_keeps_the_gradient_norm_that_the_trainer_reads(section):
     x, f, c, u = draw((2, 6, 4, 6, 8), torch.float32)
-    text = PAGE.read_text().split(f"## {section}\n")[1].split("```")[1]
-    added = textwrap.dedent("\n".join(line[1:] for line in text.splitlines() if line.startswith("+")))
-    lines = added[added.index("terms = codmd") :]
-    own = SimpleNamespace(real_guidance_scale=3.0, num_frame_per_block=6, independent_first_frame=False)
+    lines = lines_of(section, "first_alone =" if section == "LongLive" else "terms = codmd")
+    own = SimpleNamespace(
+        real_guidance_scale=3.0, num_frame_per_block=6, independent_first_frame=False, args=SimpleNamespace()
+    )
     scope = {
         "codmd": codmd, "dataclasses": dataclasses, "group": None, "self": own, "gradient_mask": None,
         "original_latent": x.requires_grad_(), "fake": f, "real": c, "real_uncond": u, "dmd_log_dict": {},
     }  # fmt: skip
-    exec(textwrap.dedent(lines), scope)
+    exec(lines, scope)
     r = c + 3.0 * (c - u)
     g = (f - r) / (x - r).abs().mean((1, 2, 3, 4), keepdim=True)
     logged = scope["dmd_log_dict"]["dmdtrain_gradient_norm"]
@@ -138,109 +152,117 @@ def test_the_log_keeps_the_gradient_norm_that_the_trainer_reads(section):
     assert scope["dmd_loss"].requires_grad
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["blocks", "independent first frame"])
-def test_longlive(first):
-    tensors = draw((2, 7, 4, 6, 8), torch.bfloat16)
+@pytest.mark.parametrize(
+    ("option", "i2v", "frames", "starts"),
+    [
+        (False, False, 6, [0, 3, 6]),
+        (True, False, 7, [1, 4, 7]),
+        (True, True, 6, [0, 3, 6]),
+        (True, False, 6, [0, 3, 6]),
+    ],
+    ids=["blocks", "first frame alone", "image to video", "frames that fill blocks"],
+)
+def test_longlive(option, i2v, frames, starts):
+    tensors = draw((2, frames, 4, 6, 8), torch.bfloat16)
     x, f, c, u = tensors
 
     def formula(x, f, c, u, s):
         r = c + s * (c - u)
         norm = torch.ones_like(x[:, :, :1, :1, :1])
-        starts = [0, 3, 6, 7] if not first else [1, 4, 7]
         for start, end in itertools.pairwise(starts):
             norm[:, start:end] = (x - r)[:, start:end].abs().mean((1, 2, 3, 4), keepdim=True).detach()
         return 0.5 * ((x - (x - (f - r) / norm).detach()) ** 2).mean()
 
-    own = SimpleNamespace(real_guidance_scale=3.0, num_frame_per_block=3, independent_first_frame=first)
-    namespace = {"original_latent": x, "self": own, "gradient_mask": None, "fake": f, "real": c, "real_uncond": u}
-    check("LongLive", namespace, "original_latent", expected(formula, tensors, 3.0, "cond", "bfchw"))
+    own = SimpleNamespace(
+        real_guidance_scale=3.0, num_frame_per_block=3, independent_first_frame=option, args=SimpleNamespace(i2v=i2v)
+    )
+    scope = {
+        "codmd": codmd, "dataclasses": dataclasses, "group": None, "self": own, "gradient_mask": None,
+        "original_latent": x.clone().requires_grad_(), "fake": f, "real": c, "real_uncond": u, "dmd_log_dict": {},
+    }  # fmt: skip
+    exec(lines_of("LongLive", "first_alone ="), scope)
+    agree(scope["dmd_loss"], scope["original_latent"], expected(formula, tensors, 3.0, "cond", "bfchw"))
 
 
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
 @pytest.mark.parametrize("samples", [1, 3])
-def test_rcm_with_its_sum_and_its_mean_over_the_batch(samples):
+def test_rcm_with_its_sum(samples, guidance):
     tensors = draw((samples, 4, 6, 6, 8), torch.float64)
     x, f, c, u = tensors
-    per_sample = x[0].numel()
     namespace = {
         "G_x0_theta_B_C_T_H_W": x, "x0_theta_fake_B_C_T_H_W": f, "x0_theta_teacher_B_C_T_H_W": c,
-        "x0_theta_teacher_B_C_T_H_W_uncond": u, "self": SimpleNamespace(teacher_guidance=5.0),
+        "real_uncond": u.float() if guidance > 1 else None,
+        "self": SimpleNamespace(config=SimpleNamespace(teacher_guidance=guidance)),
     }  # fmt: skip
 
     def formula(*arguments):
         return FORMULAS["rcm"](*arguments, **WIDE)
 
-    wanted = expected(formula, tensors, 5.0, "cond", "bcfhw", weight=0.1 * 2 * samples * per_sample, divide=samples)
+    wanted = expected(formula, tensors, guidance, "uncond", "bcfhw", weight=0.1 * 2 * x.numel())
     check("rCM", namespace, "G_x0_theta_B_C_T_H_W", wanted)
 
     def halved_mean(x, f, c, u, s):
-        r = c + s * (c - u)
+        r = u + s * (c - u)
         norm = (x - r).abs().mean((1, 2, 3, 4), keepdim=True).detach()
         return 0.5 * ((x - (x - (f - r) / norm).detach()) ** 2).mean()
 
-    paper = expected(halved_mean, tensors, 5.0, "cond", "bcfhw", weight=0.1)
-    torch.testing.assert_close(wanted[1], 2 * per_sample * paper[1], rtol=1e-9, atol=1e-12)
+    paper = expected(halved_mean, tensors, guidance, "uncond", "bcfhw", weight=0.1)
+    torch.testing.assert_close(wanted[1], 2 * x.numel() * paper[1], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_fastgen(dtype):
-    tensors = draw((2, 4, 6, 6, 8), dtype)
-    x, f, c, u = tensors
-    namespace = {
-        "gen_data": x, "fake_score_x0": f, "teacher_x0": c, "teacher_x0_neg": u,
-        "self": SimpleNamespace(config=SimpleNamespace(guidance_scale=4.0)),
-    }  # fmt: skip
-
-    def formula(*arguments):
-        return FORMULAS["fastgen"](*arguments, **WIDE)
-
-    check("FastGen", namespace, "gen_data", expected(formula, tensors, 4.0, "uncond", "bcfhw"))
-
-
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "additional_scale"])
-def test_modelopt(scaled):
-    tensors = draw((2, 4, 6, 6, 8), torch.bfloat16)
+@pytest.mark.parametrize("scaled", [False, True], ids=["dmd2", "f-distill"])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 6, 8), (3, 4, 6, 8)], ids=["video", "image"])
+@pytest.mark.parametrize("section", ["FastGen", "ModelOpt"])
+def test_fastgen_and_modelopt(section, shape, scaled):
+    tensors = draw(shape, torch.bfloat16)
     x, f, c, _ = tensors
-    scale = torch.tensor([0.5, 1.5]) if scaled else None
+    scale = torch.linspace(0.5, 1.5, len(x)) if scaled else None
     namespace = {"gen_data": x, "fake_score_x0": f, "teacher_x0": c, "additional_scale": scale}
 
     def formula(x, f, c, u, s):
         return FORMULAS["fastgen"](x, f, c, c, 1.0, scale=scale, **WIDE)
 
-    check("ModelOpt", namespace, "gen_data", expected(formula, (x, f, c, c), 1.0, "uncond", "bcfhw"))
+    layout = "bcfhw" if x.ndim == 5 else "bchw"
+    check(section, namespace, "gen_data", expected(formula, (x, f, c, c), 1.0, "uncond", layout))
 
 
-@pytest.mark.parametrize("name", ["fastvideo", "fastvideo_legacy"])
+@pytest.mark.parametrize("name", ["fastvideo", "fastvideo_legacy", "fastvideo_streaming"])
 def test_fastvideo(name):
     tensors = draw((2, 6, 4, 6, 8), torch.bfloat16)
     x, f, c, u = tensors
     namespace = {
         "generator_pred_x0": x, "faker_x0": f, "real_cond_x0": c, "real_uncond_x0": u, "guidance_scale": 3.5,
+        "chunk_mask": torch.tensor([False, False, True, True, True, True]).reshape(1, 6, 1, 1, 1),
     }  # fmt: skip
     form = conventions.NAMED[name].guidance_form
+    masked = {"mask": namespace["chunk_mask"]} if name == "fastvideo_streaming" else {}
 
     def formula(*arguments):
-        return FORMULAS[name](*arguments, **WIDE)
+        return FORMULAS[name](*arguments, **WIDE, **masked)
 
-    wanted = expected(formula, tensors, 3.5, form, "bfchw")
-    if name == "fastvideo":
-        check("FastVideo", namespace, "generator_pred_x0", wanted)
-        return
-    call = recipe("FastVideo").replace('"fastvideo"', '"fastvideo_legacy"')
-    check("FastVideo", namespace, "generator_pred_x0", wanted, call)
+    call = recipe("FastVideo").replace('"fastvideo"', f'"{name}"' + (", mask=chunk_mask" if masked else ""))
+    check("FastVideo", namespace, "generator_pred_x0", expected(formula, tensors, 3.5, form, "bfchw"), call)
 
 
 @pytest.mark.parametrize("minimum", [None, 3.0])
-def test_lightx2v(minimum):
-    tensors = draw((2, 4, 6, 6, 8), torch.bfloat16)
+@pytest.mark.parametrize("shape", [(2, 4, 6, 6, 8), (2, 4, 6, 8), (2, 30, 8)], ids=["video", "image", "packed"])
+def test_lightx2v(shape, minimum):
+    tensors = draw(shape, torch.bfloat16)
     x, f, c, _ = tensors
 
     def formula(x, f, c, u, s):
-        norm = (x - c).abs().mean((1, 2, 3, 4), keepdim=True).detach()
+        norm = (x - c).abs().flatten(1).mean(1).reshape(-1, *[1] * (x.ndim - 1)).detach()
         norm = norm if minimum is None else norm.clamp(min=minimum)
         return 0.5 * ((x - (x - (f - c) / norm).detach()) ** 2).mean()
 
-    namespace = {"latents": x, "x_pred_fake_flow": f, "x_pred_teacher": c, "norm_clip_min": minimum}
-    check("LightX2V", namespace, "latents", expected(formula, (x, f, c, c), 1.0, "uncond", "bcfhw"))
+    leaf = x.clone().requires_grad_()
+    scope = {
+        "codmd": codmd, "dataclasses": dataclasses, "group": None, "latents": leaf, "x_pred_fake_flow": f,
+        "x_pred_teacher": c, "norm_clip_min": minimum,
+    }  # fmt: skip
+    exec(lines_of("LightX2V", "student, real, fake =").replace("return ", "loss = "), scope)
+    layout = {5: "bcfhw", 4: "bchw", 3: "packed"}[x.ndim]
+    agree(scope["loss"], leaf, expected(formula, (x, f, c, c), 1.0, "uncond", layout))
 
 
 def test_videox_fun():
@@ -299,5 +321,12 @@ def test_every_codebase_has_a_recipe_whose_arguments_exist():
     for section in sections:
         assert "group=group" in recipe(section)
         assert "relation_weight=" in recipe(section)
+        found = ast.parse(recipe(section), mode="eval").body
+        assert len(found.args) == 1  # student; the rest by name
+        assert {"real", "fake"} <= {keyword.arg for keyword in found.keywords}
+        name = section.lower().replace("-", "_") if section != "LightX2V" else "lightx2v_legacy"
+        source = conventions.SOURCES[name]
+        text = " ".join(PAGE.read_text().split(f"## {section}\n")[1].split("```")[0].split())
+        assert f"Checked against {source.repository}, {source.path}, {source.date}" in text
         assert "Theirs:" in PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
-        assert re.search(rf"^  \| {section} \|.*\| [^|]*(0\.1)[^|]*\|.*\|.*\|$", PAGE.read_text(), re.MULTILINE)
+        assert re.search(rf"^  \| {section}\b[^|]*\|.*\| [^|]*(0\.1)[^|]*\|.*\|.*\|$", PAGE.read_text(), re.MULTILINE)
