@@ -191,6 +191,22 @@ def test_a_mean_over_everything_differs_from_the_mean_by_the_part_selected():
     agree(value_and_gradient(loss_of(everything), *tensors), value_and_gradient(loss_of("self_forcing"), *tensors))
 
 
+@pytest.mark.parametrize("name", ["cosmos", "lightx2v_pdmd"])
+def test_the_public_operators_run_what_no_single_pass_knows_step_by_step(name):
+    x, f, c, u = (v.float() for v in predictions())
+    rule = replace(NAMED[name], layout="bfchw")
+    options = {"guidance": 2.0, "mask": mask_of("frames", x), "sample_weight": torch.tensor([1.0, 0.5, 2.0])}
+    options |= {"real": c, "fake": f, "real_uncond": u, "convention": rule}
+    value, gradient = value_and_gradient(ops.dmd_loss, x, **options)
+    expected, expected_gradient = value_and_gradient(reference.dmd_loss, x, **options)
+    assert torch.equal(value, expected)
+    assert torch.equal(gradient, expected_gradient)
+    both = value_and_gradient(ops.codmd_loss, x, **options, relation_weight=0.0)
+    torch.testing.assert_close(both, (value, gradient))
+    with pytest.raises(ValueError, match=r"the one pass does not know it"):
+        ops.dmd_loss(x, **options, backend="cpp")
+
+
 def test_reward_forcing_weighs_a_sample_by_the_exponential_of_its_reward():
     tensors = predictions()
     rewards = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)

@@ -6,7 +6,10 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
+
+import torch
+from torch import Tensor
 
 from codmd.conventions.rounding import GuidanceForm, Rounding, check_choice, check_flag, check_number, is_number
 
@@ -127,11 +130,20 @@ class Convention:
             )
         return own
 
-    def cond_scale(self, scale: float) -> float:
+    @overload
+    def cond_scale(self, scale: float) -> float: ...
+
+    @overload
+    def cond_scale(self, scale: Tensor) -> Tensor: ...
+
+    def cond_scale(self, scale: float | Tensor) -> float | Tensor:
         """This convention's ``scale`` in the cond form, k in c + k(c - u); 0 where it does not guide."""
         cond = scale if self.guidance_form == "cond" else scale - 1
-        # A product, so that a 0-dim tensor of a scheduled scale goes through as well; + 0 makes -0 a 0.
-        return cond if self.guided_above is None else cond * (scale > self.guided_above) + 0
+        if self.guided_above is None:
+            return cond
+        if isinstance(scale, Tensor):
+            return torch.where(scale > self.guided_above, cond, 0)
+        return cond if scale > self.guided_above else 0.0
 
     @property
     def unfusable(self) -> str:
@@ -142,15 +154,20 @@ class Convention:
             return "the pseudo-Huber penalty of g needs the norm before the sum"
         if self.nan == "zero_sample" and self.guard == "none":
             return 'nan="zero_sample" without a guard needs every 0/0'
-        beyond = {
-            "norm_of": self.norm_of == "fake", "norm_over": self.norm_over == "selected", "projected": self.projected,
-            "nan": self.nan == "zero", "reduction": self.reduction == "mean_all",
-            "loss_cap": self.loss_cap is not None,
-        }  # fmt: skip
-        found = [f"{name}={getattr(self, name)!r}" for name, is_beyond in beyond.items() if is_beyond]
-        return f"{', '.join(found)}: the one pass does not know it" if found else ""
+        beyond = [
+            self.norm_of == "fake" and "norm_of",
+            self.norm_over == "selected" and "norm_over",
+            self.projected and "projected",
+            self.nan == "zero" and "nan",
+            self.reduction == "mean_all" and "reduction",
+            self.loss_cap is not None and "loss_cap",
+        ]
+        if not any(beyond):
+            return ""
+        found = ", ".join(f"{name}={getattr(self, name)!r}" for name in beyond if name)
+        return f"{found}: the one pass does not know it"
 
-    @functools.cached_property
+    @property
     def undecouplable(self) -> str:
         """Why the decoupled loss has no meaning under this convention; empty when it has one."""
         if self.arithmetic == "emulate":

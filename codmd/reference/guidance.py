@@ -13,7 +13,7 @@ from codmd.reference.relation import compute_dtype
 FRAME_AXIS = {"bfchw": 1, "bcfhw": 2, "bchw": None}
 
 
-def guided(cond: Tensor, uncond: Tensor, scale: float, form: str = "cond") -> Tensor:
+def guided(cond: Tensor, uncond: Tensor, scale: float | Tensor, form: str = "cond") -> Tensor:
     """Classifier-free guidance: ``"cond"`` is c + s(c - u), ``"uncond"`` is u + s(c - u), the same at s + 1."""
     return (cond if form == "cond" else uncond) + scale * (cond - uncond)
 
@@ -43,7 +43,7 @@ class Prediction(NamedTuple):
 def x0_prediction(
     cond: Tensor,
     uncond: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     convention: Convention,
     layout: str,
     noisy: Tensor | None = None,
