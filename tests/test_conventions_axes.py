@@ -253,6 +253,14 @@ def test_a_loss_of_latents_of_any_magnitude_is_right_or_not_finite(name, exponen
     assert (gradient.double() - expected_gradient).norm() < 2e-5 * expected_gradient.norm()
 
 
+def test_a_sample_out_of_range_does_not_touch_the_others():
+    x, f, c, _ = (v.float() for v in predictions())
+    expected, _ = value_and_gradient(reference.dmd_loss, x[1:], real=c[1:], fake=f[1:])
+    scale = torch.tensor([1e39, 1e37, 1e37]).reshape(3, 1, 1, 1, 1)
+    direction = reference.dmd_direction(x * scale, real=c * scale, fake=f * scale)
+    torch.testing.assert_close(0.5 * direction[1:].square().mean(), expected)
+
+
 def test_every_name_says_which_code_it_was_checked_against():
     assert list(SOURCES) == list(NAMED)
     for source in SOURCES.values():
