@@ -66,6 +66,9 @@ def check(
     if images or fake is None or real is None or not checks.plainly_match(student, others):
         student, real, fake, real_uncond, fake_uncond, noisy = _latents(latents, layout)
         layout = "bfchw" if images else layout
+    if rule.guided_above is not None:
+        real_uncond = _read_where_guided(real_uncond, real_scale)
+        fake_uncond = _read_where_guided(fake_uncond, fake_scale)
     if prediction != "x0" or noisy is not None or sigma is not None:
         sigma = _sigma(prediction, noisy, sigma, student, layout, rule)
     if mask is not None:
@@ -76,6 +79,11 @@ def check(
         student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, layout, rule, real_scale,
         fake_scale, real_guidance, fake_guidance,
     )  # fmt: skip
+
+
+def _read_where_guided(uncond: Tensor | None, scale: Number) -> Tensor | None:
+    """``uncond``, or None at a scale that does not guide: its NaN would reach the loss as 0·NaN."""
+    return uncond if isinstance(scale, Tensor) or scale != 0 else None
 
 
 @checks.remembered

@@ -24,7 +24,7 @@ def numbers_of(student: Tensor, *numbers: float | Tensor) -> Numbers | Tensor:
         return torch.stack([torch.zeros((), dtype=dtype, device=place) + n for n in numbers])
     device = _device_of(student, numbers)
     if device is None:
-        return Numbers(*numbers)
+        return Numbers(*numbers)  # type: ignore[arg-type]
     options: dict[str, Any] = {"dtype": torch.float32, "device": device}
     return torch.stack([n.to(**options) if isinstance(n, Tensor) else torch.full((), n, **options) for n in numbers])
 

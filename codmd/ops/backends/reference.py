@@ -137,8 +137,8 @@ def _pooled(latents: moments.Latents, grid: Grid) -> Features:
     return x, r, d
 
 
-def _term(features: Features, temperature: Any, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean over leading indices of the divergence, and M of that mean, ``[..., N, N]``."""
+def _term(features: Features, temperature: Any, valid: Tensor | None, matrix: bool) -> tuple[Tensor, Tensor]:
+    """The mean over leading indices of the divergence, and its gradient ``[..., N, K]``, or M ``[..., N, N]``."""
     student, real, difference = features
     samples = student.shape[:-2].numel()
     rows: Any = student.shape[-2]
@@ -150,7 +150,8 @@ def _term(features: Features, temperature: Any, valid: Tensor | None) -> tuple[T
     kl, q_minus_p = reference.divergence(reference.relation(student), score_difference, temperature, valid)
     loss = (kl.sum(-1) / (rows if valid is None else rows[..., 0, 0])).mean()
     gradient = reference.similarity_gradient(q_minus_p, temperature, rows) / samples
-    return loss, reference.feature_gradient_matrix(student, gradient)
+    write = reference.feature_gradient_matrix if matrix else reference.feature_gradient
+    return loss, write(student, gradient)
 
 
 def _frame_term(call: Call, features: Features) -> tuple[Tensor, Tensor]:
@@ -158,10 +159,7 @@ def _frame_term(call: Call, features: Features) -> tuple[Tensor, Tensor]:
     x = features[0]
     if not call.frame or x.shape[1] < 2:
         return x.new_zeros(()), x.new_empty(0)
-    loss, matrix = _term(features, numbers_of(call).temperature, call.frame_mask)
-    if call.pool is None:
-        return loss, matrix
-    return loss, matrix @ (x if call.frame_mask is None else torch.where(call.frame_mask[..., None], x, 0))
+    return _term(features, numbers_of(call).temperature, call.frame_mask, call.pool is None)
 
 
 def _rows(call: Call, features: Features) -> Tensor:
@@ -173,8 +171,7 @@ def _rows(call: Call, features: Features) -> Tensor:
 
 def _batch_term(rows: Tensor, temperature: Any) -> tuple[Tensor, Tensor]:
     x, r, d = rows[:, :-1].chunk(3, dim=1)
-    loss, matrix = _term((x, r, d), temperature, rows[:, -1] > 0)
-    return loss, matrix @ torch.where(rows[:, -1:] > 0, x, 0)
+    return _term((x, r, d), temperature, rows[:, -1] > 0, False)
 
 
 def _weighted(call: Call, batch: Tensor, frame: Tensor) -> Tensor:
