@@ -52,7 +52,8 @@ class Convention:
         weight_on: whether ``sample_weight`` multiplies the ``"loss"`` or g (``"direction"``, so its square the loss).
         huber_c: width of the quadratic part of the pseudo-Huber penalty.
         rounding: what ``arithmetic="emulate"`` follows.
-        encoded: all of the above as a string, for operator schemas; :func:`decode` reads it.
+        unfusable: why one pass over the latents cannot serve the convention; empty where it can.
+        encoded: all of the above but that as a string, for operator schemas; :func:`decode` reads it.
     """
 
     guidance_form: GuidanceForm = "cond"
@@ -76,6 +77,7 @@ class Convention:
     weight_on: Divided = "loss"
     huber_c: float = 1e-3
     rounding: Rounding = field(default_factory=Rounding)
+    unfusable: str = field(init=False, repr=False, compare=False)
     encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -109,6 +111,7 @@ class Convention:
         if self.projected and self.rounding.split_target:
             raise ValueError("projected=True needs rounding.split_target=False: the split target knows no projection")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "rounding"}
+        object.__setattr__(self, "unfusable", _unfusable(self))
         object.__setattr__(self, "encoded", json.dumps({**values, "rounding": asdict(self.rounding)}))
 
     def guidance_scale(self, scale: float, form: str = "uncond") -> float:
@@ -146,28 +149,6 @@ class Convention:
         return cond if scale > self.guided_above else 0.0
 
     @property
-    def unfusable(self) -> str:
-        """Why the fused kernels cannot serve this convention; empty when they can."""
-        if self.arithmetic != "float32":
-            return f"arithmetic={self.arithmetic!r} is computed step by step"
-        if self.penalty == "huber" and self.norm_divides == "direction":
-            return "the pseudo-Huber penalty of g needs the norm before the sum"
-        if self.nan == "zero_sample" and self.guard == "none":
-            return 'nan="zero_sample" without a guard needs every 0/0'
-        beyond = [
-            self.norm_of == "fake" and "norm_of",
-            self.norm_over == "selected" and "norm_over",
-            self.projected and "projected",
-            self.nan == "zero" and "nan",
-            self.reduction == "mean_all" and "reduction",
-            self.loss_cap is not None and "loss_cap",
-        ]
-        if not any(beyond):
-            return ""
-        found = ", ".join(f"{name}={getattr(self, name)!r}" for name in beyond if name)
-        return f"{found}: the one pass does not know it"
-
-    @property
     def undecouplable(self) -> str:
         """Why the decoupled loss has no meaning under this convention; empty when it has one."""
         if self.arithmetic == "emulate":
@@ -189,6 +170,28 @@ class Convention:
             return [0, frames]
         first = [0] if self.independent_first_frame else []
         return [*first, *range(len(first), frames, self.norm_block), frames]
+
+
+def _unfusable(rule: Convention) -> str:
+    """Why the fused kernels cannot serve this convention; empty when they can."""
+    if rule.arithmetic != "float32":
+        return f"arithmetic={rule.arithmetic!r} is computed step by step"
+    if rule.penalty == "huber" and rule.norm_divides == "direction":
+        return "the pseudo-Huber penalty of g needs the norm before the sum"
+    if rule.nan == "zero_sample" and rule.guard == "none":
+        return 'nan="zero_sample" without a guard needs every 0/0'
+    beyond = [
+        rule.norm_of == "fake" and "norm_of",
+        rule.norm_over == "selected" and "norm_over",
+        rule.projected and "projected",
+        rule.nan == "zero" and "nan",
+        rule.reduction == "mean_all" and "reduction",
+        rule.loss_cap is not None and "loss_cap",
+    ]
+    if not any(beyond):
+        return ""
+    found = ", ".join(f"{name}={getattr(rule, name)!r}" for name in beyond if name)
+    return f"{found}: the one pass does not know it"
 
 
 @functools.lru_cache(maxsize=128)
