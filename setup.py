@@ -54,6 +54,7 @@ UNIX_FLAGS = {
 MSVC_FLAGS = {Path(source).name: ["/arch:AVX512" if "512" in source else "/arch:AVX2"] for source in X86_SOURCES}
 
 CUDA_MODULE = "codmd._C_cuda"
+KERNELS = [f"codmd.{package}" for package in find_packages(include=["kernels", "kernels.*"])]
 
 
 def flag(name: str) -> bool:
@@ -154,8 +155,8 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["codmd", "codmd.*"]), "codmd.kernels"],
-    package_dir={"codmd.kernels": "kernels"},
+    packages=[*find_packages(include=["codmd", "codmd.*"]), *KERNELS],
+    package_dir={package: package.removeprefix("codmd.").replace(".", "/") for package in KERNELS},
     package_data={
         "codmd": ["py.typed", "configs/*.yaml", "configs/*.json"],
         "codmd.models.wan": ["configs/*.json"],

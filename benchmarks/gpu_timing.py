@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from codmd.kernels.traffic import codmd_bytes, relation_bytes
 from torch import Tensor
 
 from benchmarks import gpu_checks
 from benchmarks.baselines import eager_relation_loss, lean_relation_loss
 from benchmarks.gpu_checks import Case, Inputs
 from benchmarks.roofline import EVERY_SHAPE
+from benchmarks.traffic import codmd_bytes, relation_bytes
 from codmd import backends
 
 OPERATORS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from codmd.kernels.launch import Launch
-from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic
 
 from benchmarks import static_cases
 from benchmarks.shapes import SHAPES
+from benchmarks.traffic import codmd_bytes, relation_bytes, traffic
 
 EVERY_SHAPE = SHAPES | {"wan-720p-161-frames-b8": (8, 41, 16, 90, 160)}
 CEILINGS = {"H100": 3.35e12, "H200": 4.3e12}

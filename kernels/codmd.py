@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import codmd_pooled, dmd
+from .dmd import passes, related
 from .launch import elsewhere
 from .limits import Pool, Refused, grid_of
 from .relation import takes_rows
@@ -53,8 +53,8 @@ def dmd_forward(
     latents = student, fake, real, real_uncond, fake_uncond, noisy
     if elsewhere(student):
         with torch.cuda.device(student.device):
-            return dmd.forward(latents, sigma, mask, sample_weight, layout, convention, real_scale, fake_scale)
-    return dmd.forward(latents, sigma, mask, sample_weight, layout, convention, real_scale, fake_scale)
+            return passes.forward(latents, sigma, mask, sample_weight, layout, convention, real_scale, fake_scale)
+    return passes.forward(latents, sigma, mask, sample_weight, layout, convention, real_scale, fake_scale)
 
 
 def dmd_backward(
@@ -83,9 +83,9 @@ def dmd_backward(
 def _backward(out: Tensor, *arguments: Any) -> None:
     if elsewhere(out):
         with torch.cuda.device(out.device):
-            dmd.backward(out, *arguments)
+            passes.backward(out, *arguments)
     else:
-        dmd.backward(out, *arguments)
+        passes.backward(out, *arguments)
 
 
 def codmd_forward(
@@ -119,7 +119,7 @@ def codmd_forward(
         with torch.cuda.device(student.device):
             return codmd_forward(*inputs, magnitude, *arguments)
     try:
-        return codmd_pooled.stages(inputs, *arguments)
+        return related.stages(inputs, *arguments)
     except Refused:
         return _reference().codmd_forward(*inputs, magnitude, *arguments)
 
@@ -133,7 +133,7 @@ def codmd_terms(
     batch_weight: float,
     frame_weight: float,
     separate: bool = True,
-) -> codmd_pooled.Found | None:
+) -> related.Found | None:
     """The CoDMD loss of one process.
 
     Args:
@@ -152,7 +152,7 @@ def codmd_terms(
         with torch.cuda.device(inputs[0].device):
             return codmd_terms(*arguments)
     try:
-        return codmd_pooled.terms(*arguments)
+        return related.terms(*arguments)
     except Refused:
         return None
 
@@ -164,7 +164,7 @@ def codmd_rows(
     temperature: float,
     frame_weight: float,
     ranks: int,
-) -> codmd_pooled.Pending | None:
+) -> related.Pending | None:
     """The stage of :func:`codmd_terms` before ``ranks`` processes gather their ``rows`` ``[B, 3K + 1]``."""
     arguments = inputs, frame_mask, pool, temperature, frame_weight, ranks
     if elsewhere(inputs[0]):
@@ -177,26 +177,26 @@ def codmd_rows(
     if not takes_rows(ranks * len(student), 3 * features + 1):
         return None
     try:
-        return codmd_pooled.pending(inputs, frame_mask, pool, temperature, frame_weight)
+        return related.pending(inputs, frame_mask, pool, temperature, frame_weight)
     except Refused:
         return None
 
 
 def codmd_gathered(
-    pending: codmd_pooled.Pending,
+    pending: related.Pending,
     gathered: Tensor,
     first_row: int,
     relation_weight: float,
     batch_weight: float,
     frame_weight: float,
     grad_scale: float,
-) -> codmd_pooled.Found:
+) -> related.Found:
     """The stage after a gather: what :func:`codmd_terms` returns, the batch gradient times ``grad_scale``."""
     arguments = pending, gathered, first_row, relation_weight, batch_weight, frame_weight, grad_scale
     if elsewhere(gathered):
         with torch.cuda.device(gathered.device):
-            return codmd_pooled.gathered_terms(*arguments)
-    return codmd_pooled.gathered_terms(*arguments)
+            return related.gathered_terms(*arguments)
+    return related.gathered_terms(*arguments)
 
 
 def codmd_backward(

@@ -10,9 +10,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import relation_pooled, relation_whole
 from .launch import elsewhere
 from .limits import LARGEST_TABLE, MOST_POOLED, MOST_WHOLE, Pool, Refused, logger
+from .pooled import passes as pooled_passes
+from .whole import passes as whole_passes
 
 LONG_FEATURES = 2048
 """Features from which a gathered batch relation goes through its Gram matrices."""
@@ -52,15 +53,15 @@ def relation_forward(
             return relation_forward(*scores, pool, *weights)
     try:
         if pool is None:
-            return relation_whole.relation_forward(*scores, *weights)
-        return relation_pooled.relation_forward(*scores, pool, *weights)
+            return whole_passes.relation_forward(*scores, *weights)
+        return pooled_passes.relation_forward(*scores, pool, *weights)
     except Refused:
         return _reference().relation_forward(*scores, pool, *weights)
 
 
 def batch_grad_shape(samples: int, frames: int, features: int, pool: Pool) -> tuple[int, ...]:
     """Shape of the batch term's gradient: ``[B, K]``, or M ``[1, B, B]`` of whole latents where that serves."""
-    matrix = pool is None and relation_whole.keeps_matrix(samples, frames)
+    matrix = pool is None and whole_passes.keeps_matrix(samples, frames)
     return (1, samples, samples) if matrix else (samples, features)
 
 
@@ -81,8 +82,8 @@ def relation_frames(
             return relation_frames(*scores, pool, temperature, frame_weight)
     try:
         if pool is None:
-            return relation_whole.relation_frames(*scores, temperature, frame_weight)
-        return relation_pooled.relation_frames(*scores, pool, temperature, frame_weight)
+            return whole_passes.relation_frames(*scores, temperature, frame_weight)
+        return pooled_passes.relation_frames(*scores, pool, temperature, frame_weight)
     except Refused:
         return _reference().relation_frames(*scores, pool, temperature, frame_weight)
 
@@ -113,9 +114,9 @@ def relation_batch(
             return relation_batch(*arguments)
     vectors, row = pooled.shape
     if _is_long(vectors, row):
-        return relation_whole.relation_batch(*arguments)
+        return whole_passes.relation_batch(*arguments)
     if takes_rows(vectors, row):
-        return relation_pooled.relation_batch(*arguments)
+        return pooled_passes.relation_batch(*arguments)
     logger.warning("codmd: the Triton kernels do not take %d gathered rows of %d", vectors, row)
     return _reference().relation_batch(*arguments)
 
@@ -144,9 +145,9 @@ def relation_backward(
         return None
     try:
         if pool is None:
-            relation_whole.relation_backward(*inputs, batch_weight, frame_weight)
+            whole_passes.relation_backward(*inputs, batch_weight, frame_weight)
         else:
-            relation_pooled.relation_backward(*inputs, pool, batch_weight, frame_weight)
+            pooled_passes.relation_backward(*inputs, pool, batch_weight, frame_weight)
     except Refused:
         _reference().relation_backward(*inputs, pool, batch_weight, frame_weight)
     return None

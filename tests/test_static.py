@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("triton")
 
 from codmd.kernels.launch import INTERPRETING, TRITON
-from codmd.kernels.relation_together import DOTS_OF_EIGHT
-from codmd.kernels.traffic import codmd_bytes, relation_bytes, traffic
+from codmd.kernels.whole.together import DOTS_OF_EIGHT
 
 from benchmarks import roofline, static, static_cases
 from benchmarks.shapes import SHAPES
+from benchmarks.traffic import codmd_bytes, relation_bytes, traffic
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
 
@@ -74,7 +74,7 @@ def test_latents_are_read_and_gradients_written_16_bytes_at_a_time(compiled):
 
 
 def test_every_kernel_of_the_package_is_compiled(compiled):
-    sources = (Path(__file__).parent.parent / "kernels").glob("*.py")
+    sources = (Path(__file__).parent.parent / "kernels").rglob("*.py")
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
     assert kernels == set(REGISTERS)
     assert {report.kernel for _, report in compiled} == (kernels if DOTS_OF_EIGHT else kernels - TOGETHER)

@@ -22,7 +22,8 @@ if not INTERPRETED:
         run_interpreted(__file__)
 
 else:
-    from codmd.kernels import dmd, launch, tiling
+    from codmd.kernels import launch, tiling
+    from codmd.kernels.dmd import passes as dmd
     from test_codmd_loss import by_reference, fused, terms_and_gradient
     from test_codmd_loss import truth as codmd_truth
     from test_dmd import mask_of
@@ -44,7 +45,7 @@ else:
     @pytest.fixture
     def small_tiles(monkeypatch):
         """Tiles of a few elements, so that small planes are looped over, split and have tails."""
-        monkeypatch.setattr("codmd.kernels.dmd_plans.TILE_BYTES", 64)
+        monkeypatch.setattr("codmd.kernels.dmd.plans.TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
         monkeypatch.setattr(dmd, "_plans", {})
 
@@ -99,7 +100,7 @@ else:
 
     @pytest.mark.parametrize("norm_scope", ["block", "batch"])
     def test_more_samples_than_one_tile(monkeypatch, norm_scope):
-        monkeypatch.setattr("codmd.kernels.dmd_plans.SUMS_TILE", 4)
+        monkeypatch.setattr("codmd.kernels.dmd.plans.SUMS_TILE", 4)
         monkeypatch.setattr(dmd, "_plans", {})
         student, arguments = scores((5, 2, 1, 1, 2))
         convention = replace(conventions.self_forcing, norm_scope=norm_scope)

@@ -13,9 +13,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from codmd.kernels import codmd_pooled, dmd, launch, limits, relation_pooled, relation_together, relation_whole, tiling
+from codmd.kernels import launch, limits, tiling
+from codmd.kernels.dmd import passes as dmd
+from codmd.kernels.dmd import related
 from codmd.kernels.launch import Launch, recording
-from codmd.kernels.runs import Runs
+from codmd.kernels.pooled import passes as pooled
+from codmd.kernels.whole import passes as whole
+from codmd.kernels.whole import together
+from codmd.kernels.whole.runs import Runs
 
 from codmd import conventions, kernels
 
@@ -23,8 +28,8 @@ KERNELS = Path(__file__).parent.parent / "kernels"
 HALF, SINGLE = torch.float16, torch.float32
 SHAPE = (2, 3, 2, 4, 8)
 PLANS = (
-    relation_pooled._forward_plans, relation_pooled._rows_plans, relation_pooled._backward_plans, dmd._plans,
-    codmd_pooled._gathered_plans, relation_whole._plans, relation_together._plans,
+    pooled._forward_plans, pooled._rows_plans, pooled._backward_plans, dmd._plans,
+    related._gathered_plans, whole._plans, together._plans,
 )  # fmt: skip
 
 
@@ -252,7 +257,7 @@ def test_a_term_that_is_not_wanted_refuses_nothing():
 
 def _calls(name: str):
     """(file, line, keywords) of every ``tl.name`` of the kernels."""
-    for source in sorted(KERNELS.glob("*.py")):
+    for source in sorted(KERNELS.rglob("*.py")):
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == f"tl.{name}":
                 yield f"{source.name}:{node.lineno}", {k.arg: ast.unparse(k.value) for k in node.keywords}

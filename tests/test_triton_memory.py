@@ -25,7 +25,12 @@ else:
     import triton
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
-    from codmd.kernels import codmd_pooled, dmd, launch, relation_pooled, relation_together, relation_whole, tiling
+    from codmd.kernels import launch, tiling
+    from codmd.kernels.dmd import passes as dmd
+    from codmd.kernels.dmd import related
+    from codmd.kernels.pooled import passes as pooled
+    from codmd.kernels.whole import passes as whole
+    from codmd.kernels.whole import together
 
     from codmd import kernels, ops
 
@@ -100,16 +105,16 @@ else:
     def watch(monkeypatch):
         """Tiles and groups of few elements, so that small latents have splits, tails and several groups."""
         monkeypatch.setattr(tiling, "TILE_BYTES", 64)
-        monkeypatch.setattr("codmd.kernels.dmd_plans.TILE_BYTES", 64)
+        monkeypatch.setattr("codmd.kernels.dmd.plans.TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
-        monkeypatch.setattr(relation_together, "GROUP", 2)
-        monkeypatch.setattr("codmd.kernels.relation_whole_plans.GROUP", 2)
+        monkeypatch.setattr(together, "GROUP", 2)
+        monkeypatch.setattr("codmd.kernels.whole.plans.GROUP", 2)
         for module, name in (
-            (relation_pooled, "_forward_plans"), (relation_pooled, "_backward_plans"), (dmd, "_plans"),
-            (relation_together, "_plans"), (relation_whole, "_plans"),
+            (pooled, "_forward_plans"), (pooled, "_backward_plans"), (dmd, "_plans"),
+            (together, "_plans"), (whole, "_plans"),
         ):  # fmt: skip
             monkeypatch.setattr(module, name, {})
-        for module in (relation_pooled, dmd, codmd_pooled, relation_together, relation_whole):
+        for module in (pooled, dmd, related, together, whole):
             # Neither more nor fewer tickets than asked for.
             monkeypatch.setattr(module, "counters", lambda _, stream, count: torch.zeros(count, dtype=torch.int32))
         return Watch(monkeypatch)
@@ -137,7 +142,7 @@ else:
         assert watch.launched == names
 
     def test_relation_with_tables_of_averages(monkeypatch, watch):
-        monkeypatch.setattr(relation_together, "DOTS_OF_EIGHT", False)
+        monkeypatch.setattr(together, "DOTS_OF_EIGHT", False)
         ops.relation_loss(*latents((2, 3, 1, 3, 9)), pool=None, backend="triton").backward()
         assert watch.launched == [WHOLE[0]] * 2 + [WHOLE[1]] * 2
 

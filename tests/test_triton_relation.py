@@ -33,7 +33,11 @@ if not INTERPRETED:
         run_interpreted(__file__)
 
 else:
-    from codmd.kernels import launch, relation_pooled, relation_together, relation_whole, relation_whole_plans, tiling
+    from codmd.kernels import launch, tiling
+    from codmd.kernels.pooled import passes as pooled_passes
+    from codmd.kernels.whole import passes as whole_passes
+    from codmd.kernels.whole import plans as whole_plans
+    from codmd.kernels.whole import together
 
     from codmd import kernels
     from codmd.ops import relation_loss
@@ -46,9 +50,9 @@ else:
         """Tiles of a few elements, so that small planes are looped over, split and have tails."""
         monkeypatch.setattr(tiling, "TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
-        for plans in (relation_pooled._forward_plans, relation_pooled._backward_plans):
-            monkeypatch.setattr(relation_pooled, "_forward_plans", {})
-            monkeypatch.setattr(relation_pooled, "_backward_plans", {})
+        for plans in (pooled_passes._forward_plans, pooled_passes._backward_plans):
+            monkeypatch.setattr(pooled_passes, "_forward_plans", {})
+            monkeypatch.setattr(pooled_passes, "_backward_plans", {})
             plans.clear()
 
     def triton_loss(*args, **kwargs):
@@ -140,7 +144,7 @@ else:
     def test_planes_beyond_one_tile_are_looped_over_and_split(small_tiles, width, pool):
         student, real, fake = latents((1, 2, 1, 7, width), torch.float16)
         assert_as_accurate_as_pytorch(student, real, fake, pool=pool)
-        plan = next(iter(relation_pooled._forward_plans.values()))
+        plan = next(iter(pooled_passes._forward_plans.values()))
         assert plan.tiling.splits > 1
 
     @pytest.mark.parametrize("perturbation", [1e-2, 1e-4])
@@ -318,7 +322,7 @@ else:
         "given", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
     )
     def test_every_upstream_gradient_reaches_its_term(monkeypatch, given, pool, tables):
-        monkeypatch.setattr(relation_together, "DOTS_OF_EIGHT", not tables)
+        monkeypatch.setattr(together, "DOTS_OF_EIGHT", not tables)
         inputs = [v.detach() for v in latents((2, 2, 1, 3, 5))]
         upstream = [torch.tensor(g) if wanted else None for g, wanted in zip((0.5, -0.7, 0.9), given, strict=True)]
         _, *grads = kernels.relation_forward(*inputs, None, "bfchw", pool, 0.1, 0.6, 1.3)
@@ -388,7 +392,7 @@ else:
         assert not terms[2].isfinite()
 
     def test_averages_alone_are_those_of_the_valid_frames(monkeypatch):
-        monkeypatch.setattr(relation_together, "DOTS_OF_EIGHT", False)
+        monkeypatch.setattr(together, "DOTS_OF_EIGHT", False)
         student, real, fake = latents((3, 3, 1, 5, 9))
         mask = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 0]], dtype=torch.bool)
         with launch.recording(run=True) as recorded:
@@ -397,7 +401,7 @@ else:
 
     @pytest.mark.parametrize("number", [0, 1])
     def test_older_releases_of_triton_keep_tables_of_averages(monkeypatch, number):
-        monkeypatch.setattr(relation_together, "DOTS_OF_EIGHT", False)
+        monkeypatch.setattr(together, "DOTS_OF_EIGHT", False)
         student, real, fake = latents((3, 3, 1, 5, 9), seed=number)
         mask = frame_mask(3, 3) if number else None
         with launch.recording(run=True) as recorded:
@@ -406,22 +410,22 @@ else:
 
     @pytest.mark.parametrize("strided_height", [False, True])
     def test_splits_and_groups_of_a_long_axis_add_up(monkeypatch, strided_height):
-        monkeypatch.setattr(relation_together, "GROUP", 2)
-        monkeypatch.setattr(relation_together, "_plans", {})
+        monkeypatch.setattr(together, "GROUP", 2)
+        monkeypatch.setattr(together, "_plans", {})
         student, real, fake = (v.detach() for v in latents((3, 4, 2, 12, 25)))
         if strided_height:
             student, fake = (torch.nn.functional.pad(v, (0, 3))[..., :25] for v in (student, fake))
         assert_as_accurate_as_pytorch(student, real, fake, pool=None)
-        plan = next(iter(relation_together._plans.values()))
+        plan = next(iter(together._plans.values()))
         splits_x, splits_s, *_ = plan.grams.constants
         assert min(splits_x, splits_s) > 4
         assert plan.counters > 4
 
     def test_splits_and_groups_of_one_sample_add_up(monkeypatch):
-        monkeypatch.setattr(relation_whole_plans, "GROUP", 2)
-        monkeypatch.setattr(relation_whole, "_plans", {})
+        monkeypatch.setattr(whole_plans, "GROUP", 2)
+        monkeypatch.setattr(whole_passes, "_plans", {})
         assert_as_accurate_as_pytorch(*latents((1, 4, 2, 12, 25)), pool=None)
-        plan = next(iter(relation_whole._plans.values()))
+        plan = next(iter(whole_passes._plans.values()))
         splits_x, splits_s, group, *_ = plan.launch.constants
         assert min(splits_x, splits_s) > 2 * group
 

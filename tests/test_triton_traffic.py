@@ -1,4 +1,4 @@
-"""The bytes that ``codmd.kernels.traffic`` derives are those the kernels touch, counted one by one.
+"""The bytes that ``benchmarks.traffic`` derives are those the kernels touch, counted one by one.
 
 Triton's CPU interpreter runs the kernels, and a proxy of its memory counts the active lanes that fall into each tensor.
 """
@@ -19,8 +19,10 @@ if not INTERPRETED:
 
 else:
     import triton.runtime.interpreter as interpreter
-    from codmd.kernels import launch, relation_pooled, tiling, traffic
+    from codmd.kernels import launch, tiling
+    from codmd.kernels.pooled import passes as pooled
 
+    from benchmarks.traffic import traffic
     from codmd import conventions, kernels
 
     class Counter:
@@ -53,7 +55,7 @@ else:
         monkeypatch.setattr(interpreter, "_interpreter", counter)
         with launch.recording(run=True) as launches:
             call()
-        return counter.bytes, traffic.traffic(launches).latents
+        return counter.bytes, traffic(launches).latents
 
     @pytest.mark.parametrize("pool", ["mean", (2, 3), (3, 1), None])
     @pytest.mark.parametrize("shape", [(2, 3, 2, 5, 8), (1, 2, 2, 7, 13)])
@@ -77,7 +79,7 @@ else:
     def test_lines_that_do_not_divide_among_splits(monkeypatch):
         monkeypatch.setattr(tiling, "TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "MOST_SPLITS", 4)
-        monkeypatch.setattr(relation_pooled, "_forward_plans", {})
+        monkeypatch.setattr(pooled, "_forward_plans", {})
         scores = [v.detach() for v in latents((1, 2, 2, 7, 13))]
 
         def forward():

@@ -1,15 +1,15 @@
 """Losses and matrices M of the frame relations and of the batch relation of whole latents, one program a relation.
 
-A program adds its relation's Grams over the groups that :mod:`.relation_gram_batch` left, in order, and computes the
-loss and M (see :mod:`.relation_gram_algebra`). The last program writes the terms.
+A program adds its relation's Grams over the groups that :mod:`.gram_batch` left, in order, and computes the
+loss and M (see :mod:`.algebra`). The last program writes the terms.
 """
 
 import triton
 import triton.language as tl
 
-from .relation_gram_algebra import add_pieces, relation_of_grams
-from .relation_gram_batch import valid_rows
-from .relation_pool import ordered_sum, store_terms
+from ..blocks import ordered_sum, store_terms
+from .algebra import add_pieces, relation_of_grams
+from .gram_batch import valid_rows
 
 
 @triton.jit

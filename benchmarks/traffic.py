@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from codmd.kernels.launch import Launch
+from codmd.kernels.tiling import cdiv
 from torch import Tensor
-
-from .launch import Launch
-from .tiling import cdiv
 
 
 @dataclass(frozen=True)

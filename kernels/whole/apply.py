@@ -6,8 +6,7 @@ Dots are IEEE float32. The same pass turns the batch relation's M and the gather
 import triton
 import triton.language as tl
 
-from .relation_broadcast import upstream
-from .relation_pool import frame_validity
+from ..blocks import frame_validity, upstream
 
 
 @triton.jit(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .launch import Launcher
-from .relation_apply import apply_kernel
-from .relation_gram import gram_kernel
+from ..launch import Launcher
+from ..tiling import GROUP, cdiv, next_power_of_2
+from .apply import apply_kernel
+from .gram import gram_kernel
 from .runs import Runs
-from .tiling import GROUP, cdiv, next_power_of_2
 
 APPLY_TILE = 4096
 """Elements of a tile of the gradient, by eight warps."""

@@ -8,18 +8,7 @@ One launch that only writes the latent: the student is not read.
 import triton
 import triton.language as tl
 
-from .relation_pool import frame_validity
-
-
-@triton.jit
-def upstream(grad_total, weight, grad_term):
-    """grad_total·weight + grad_term, where a missing gradient is 0."""
-    scale = 0.0
-    if grad_total is not None:
-        scale += tl.load(grad_total).to(tl.float32) * weight
-    if grad_term is not None:
-        scale += tl.load(grad_term).to(tl.float32)
-    return scale
+from ..blocks import frame_validity, upstream
 
 
 @triton.jit

@@ -8,10 +8,11 @@ sample computes norms, loss, factors and, for CoDMD, the batch relation and the 
 import triton
 import triton.language as tl
 
-from .dmd_algebra import MOMENTS, add_segments, finish_loss
-from .dmd_scores import difference, guided_real, load, selection
-from .relation_algebra import relation_in_one_block
-from .relation_pool import finish_sample, ordered_sum, store_codmd_terms, store_regions
+from ..blocks import ordered_sum
+from ..pooled.algebra import relation_in_one_block
+from ..pooled.pool import finish_sample, store_codmd_terms, store_regions
+from .algebra import MOMENTS, add_segments, finish_loss
+from .scores import difference, guided_real, load, selection
 
 COUNT_BITS = tl.constexpr(10)
 """A lane counts selected, NaN and non-finite elements in one int32; it meets fewer than 1,024 of each."""

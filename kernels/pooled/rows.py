@@ -9,17 +9,9 @@ order; the block that completes the last relation writes the terms.
 import triton
 import triton.language as tl
 
-from .relation_algebra import (
-    UNROLL,
-    feature_norms,
-    outer_products,
-    row_block,
-    store_gradient,
-    store_tile,
-    unless_alone,
-    validity,
-)
-from .relation_pool import ordered_sum, store_codmd_terms, store_terms
+from ..blocks import ordered_sum, store_terms, store_tile, unless_alone
+from .algebra import UNROLL, feature_norms, outer_products, row_block, store_gradient, validity
+from .pool import store_codmd_terms
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Relation loss of pooled features: allocations and launches.
 
-What sizes, strides and options decide is in :mod:`.relation_pooled_plans`, so that a call allocates, launches and
+What sizes, strides and options decide is in :mod:`.plans`, so that a call allocates, launches and
 returns. One forward launch for up to 32 frames and samples, two beyond; one backward launch.
 """
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import Launcher, alignment, counters, current_stream, mask_key, multiprocessors
-from .relation_pooled_plans import ForwardPlan, RowsPlan, backward_launch
+from ..launch import Launcher, alignment, counters, current_stream, mask_key, multiprocessors
+from .plans import ForwardPlan, RowsPlan, backward_launch
 
 _forward_plans: dict[Any, ForwardPlan] = {}
 _rows_plans: dict[Any, RowsPlan] = {}

@@ -16,9 +16,9 @@ Offsets inside a table are int32; the launcher refuses larger tables.
 import triton
 import triton.language as tl
 
-from .divergence import divergence_rows
+from ..blocks import NORM_FLOOR, store_tile, unit_diagonal, unless_alone
+from ..divergence import divergence_rows
 
-NORM_FLOOR = tl.constexpr(1e-12)
 UNROLL = tl.constexpr(2)
 
 
@@ -37,12 +37,6 @@ def feature_row(base, index, valid, stride_i, stride_k, features, k):
 def validity(base, index, count, stride_i, stride_k, features):
     """Which vectors take part, shaped like ``index``."""
     return tl.load(base + index * stride_i + 3 * features * stride_k, mask=index < count, other=0.0) > 0.0
-
-
-@triton.jit
-def unless_alone(valid, n):
-    """``valid``, all False where fewer than two vectors take part: such a relation is exactly 0."""
-    return valid & (tl.broadcast_to(n, valid.shape) >= 2.0)
 
 
 @triton.jit
@@ -67,16 +61,6 @@ def feature_norms(base, index, valid, stride_i, stride_k, features):
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
     change = tl.where(clamped, 1.0, dd / tl.maximum(r_norm + f_norm, NORM_FLOOR) / n_f)
     return 1.0 / n_x, 1.0 / n_r, change, 1.0 / n_f, x_norm >= NORM_FLOOR, clamped == 0
-
-
-@triton.jit
-def unit_diagonal(similarity, difference, diagonal, x_free, score_free):
-    """S_ii = 1 and Δ_ii = 0 exactly, as they are for vectors whose norm is not clamped.
-
-    A rounding there would be divided by τ like every other and shift the whole row's KL.
-    """
-    similarity = tl.where(diagonal & x_free, 1.0, similarity)
-    return similarity, tl.where(diagonal & score_free, 0.0, difference)
 
 
 @triton.jit
@@ -118,12 +102,6 @@ def outer_products(
         factor = tl.load(left_at + t * left_t, mask=i < rows, other=0.0)
         total += factor * tl.load(right_at + t * right_t, mask=k < columns, other=0.0)
     return total
-
-
-@triton.jit
-def store_tile(matrix, i, j, rows, columns, value):
-    """matrix[i, j] = value for i < rows, j < columns; row length ``columns``."""
-    tl.store(matrix + i * columns + j, value, mask=(i < rows) & (j < columns))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Gram matrices of whole latents (pool=None) of all samples and of their time averages, in one streaming pass.
 
 A program takes all samples of its columns. It adds X = x xᵀ, or R = r rᵀ, T = d mᵀ + m dᵀ and ‖f‖² (see
-:mod:`.relation_gram_stream`), of the frames of every sample, and the same of the time averages
+:mod:`.stream`), of the frames of every sample, and the same of the time averages
 ψ_b = (1/n_b) Σ_f x_bf, whose columns it has in registers: no average is ever stored. Dots are IEEE float32 with the
 samples as their batch axis. The long axis is split over programs, a third of which read x alone and the others r and f.
 Each leaves upper triangles, and the last program of a group of splits adds the group's in order.
@@ -10,9 +10,9 @@ Each leaves upper triangles, and the last program of a group of splits adds the 
 import triton
 import triton.language as tl
 
-from .relation_gram_algebra import add_pieces, triangle
-from .relation_gram_stream import tile_address
-from .relation_pool import frame_validity
+from ..blocks import frame_validity
+from .algebra import add_pieces, triangle
+from .stream import tile_address
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import limits
-from .launch import (
+from .. import limits
+from ..launch import (
     INTERPRETING,
     TRITON,
     Launcher,
@@ -23,11 +23,11 @@ from .launch import (
     mask_strides,
     multiprocessors,
 )
-from .relation_apply_batch import apply_batch_kernel
-from .relation_gram_batch import gram_batch_kernel
-from .relation_matrices import relations_kernel
+from ..tiling import GROUP, Geometry, cdiv, next_power_of_2
+from .apply_batch import apply_batch_kernel
+from .gram_batch import gram_batch_kernel
+from .matrices import relations_kernel
 from .runs import Runs
-from .tiling import GROUP, Geometry, cdiv, next_power_of_2
 
 MOST_PRODUCTS = 8192
 """Elements of the Gram matrices of all samples, padded, that the registers of eight warps hold twice."""

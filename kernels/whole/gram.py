@@ -1,17 +1,17 @@
 """Relations of whole latents (pool=None): Gram matrices of N ≤ 128 long vectors in one streaming pass.
 
 The long axis is split over programs, a third of which read x alone and the others r and f (see
-:mod:`.relation_gram_stream`): each leaves only upper triangles of its own matrices. The last block of a group of splits
+:mod:`.stream`): each leaves only upper triangles of its own matrices. The last block of a group of splits
 adds the group, the last group's block adds the groups, both in order, and computes the loss and M (see
-:mod:`.relation_gram_algebra`).
+:mod:`.algebra`).
 """
 
 import triton
 import triton.language as tl
 
-from .relation_gram_algebra import add_pieces, relation_of_grams, triangle
-from .relation_gram_stream import score_grams, student_gram
-from .relation_pool import frame_validity, ordered_sum, store_terms
+from ..blocks import frame_validity, ordered_sum, store_terms
+from .algebra import add_pieces, relation_of_grams, triangle
+from .stream import score_grams, student_gram
 
 
 @triton.jit(

@@ -11,9 +11,8 @@ and the loss, G, and M with ∂L/∂x = M x as in ``codmd.reference``. The matri
 import triton
 import triton.language as tl
 
-from .divergence import divergence_rows
-from .relation_algebra import NORM_FLOOR, store_tile, unit_diagonal, unless_alone
-from .relation_pool import frame_validity
+from ..blocks import NORM_FLOOR, frame_validity, store_tile, unit_diagonal, unless_alone
+from ..divergence import divergence_rows
 
 
 @triton.jit

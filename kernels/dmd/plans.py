@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import limits
-from .dmd_algebra import MOMENTS
-from .dmd_gradient import gradient_kernel
-from .dmd_moments import COUNT_BITS, moments_kernel
-from .launch import Launcher, multiprocessors
-from .limits import grid_of
-from .relation_pooled_plans import ONE_TILE, ROWS_OF_A_TILE, RowsPlan, block_of
-from .tiling import Geometry, Tiling, cdiv, next_power_of_2, tile_planes
+from .. import limits
+from ..launch import Launcher, multiprocessors
+from ..limits import grid_of
+from ..pooled.plans import ONE_TILE, ROWS_OF_A_TILE, RowsPlan, block_of
+from ..tiling import Geometry, Tiling, cdiv, next_power_of_2, tile_planes
+from .algebra import MOMENTS
+from .gradient import gradient_kernel
+from .moments import COUNT_BITS, moments_kernel
 
 TILE_BYTES = 2048
 """Bytes of one tensor in a tile of 4 warps, or 2 wavefronts: one 16-byte vector a thread, of up to six tensors."""

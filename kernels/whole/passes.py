@@ -3,7 +3,7 @@
 The frame term takes one launch. The batch term takes two more: the Grams of the time averages that the first launch
 leaves in ``pooled``, and the product of their small matrix with those averages. Samples of one frame are their own
 averages: with the axes exchanged, their batch relation is a frame relation, in one launch and without tables. Few
-samples of few frames take :mod:`.relation_together`.
+samples of few frames take :mod:`.together`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import limits, relation_together
-from .launch import alignment, counters, current_stream, mask_key, mask_strides, multiprocessors
-from .relation_whole_plans import ApplyPlan, GramPlan
+from .. import limits
+from ..launch import alignment, counters, current_stream, mask_key, mask_strides, multiprocessors
+from ..tiling import Geometry
+from . import together
+from .plans import ApplyPlan, GramPlan
 from .runs import Runs
-from .tiling import Geometry
 
 _plans: dict[Any, Any] = {}
 
@@ -99,7 +100,7 @@ def is_exchanged(samples: int, frames: int) -> bool:
 
 def keeps_matrix(samples: int, frames: int) -> bool:
     """Whether the batch gradient is the matrix M ``[1, B, B]``, not the gradient of the time averages ``[B, K]``."""
-    return is_exchanged(samples, frames) or relation_together.is_together(samples, frames)
+    return is_exchanged(samples, frames) or together.is_together(samples, frames)
 
 
 def _exchange(tensor: Tensor, layout: str) -> Tensor:
@@ -129,8 +130,8 @@ def relation_forward(
         terms, matrix, _ = _first_stage(*latents, mask, layout, temperature, batch_weight, False, True, True)
         assert terms is not None
         return terms, nothing, matrix
-    if means and relation_together.is_together(samples, frames):
-        return relation_together.relation_forward(
+    if means and together.is_together(samples, frames):
+        return together.relation_forward(
             student, real, fake, frame_mask, layout, temperature, batch_weight, frame_weight
         )
     terms, matrices, pooled = _first_stage(
@@ -219,7 +220,7 @@ def relation_backward(
     """Write the gradient of the student's latents into ``out``, from the student's values and M."""
     frames = student.shape[1 if layout == "bfchw" else 2]
     if batch_grad.ndim == 3 and frames > 1:
-        relation_together.relation_backward(
+        together.relation_backward(
             out, grad_total, grad_batch, grad_frame, student, frame_mask, matrices, batch_grad, layout, batch_weight,
             frame_weight,
         )  # fmt: skip

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dmd import forward_plan
-from .dmd_plans import MomentsPlan, Relation
-from .launch import counters, current_stream
-from .limits import Pool
-from .relation_pooled_plans import RowsPlan
+from ..launch import counters, current_stream
+from ..limits import Pool
+from ..pooled.plans import RowsPlan
+from .passes import forward_plan
+from .plans import MomentsPlan, Relation
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Terms [4] = (total, dmd, batch, frame), norms, factors, frame gradient, batch gradient."""

@@ -7,7 +7,7 @@ f fᵀ = R + T without cancellation. Dots are IEEE float32. The same pass can le
 import triton
 import triton.language as tl
 
-from .relation_pool import frame_validity
+from ..blocks import frame_validity
 
 
 @triton.jit

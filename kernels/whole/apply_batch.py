@@ -11,9 +11,9 @@ IEEE float32, over samples as their batch axis.
 import triton
 import triton.language as tl
 
-from .relation_broadcast import upstream
-from .relation_gram_batch import load_samples, valid_count, valid_rows
-from .relation_gram_stream import tile_address
+from ..blocks import upstream
+from .gram_batch import load_samples, valid_count, valid_rows
+from .stream import tile_address
 
 
 @triton.jit(

@@ -7,8 +7,9 @@ G = repaired d/norm, or d/sqrt(d² + c²)/norm for the pseudo-Huber penalty. The
 import triton
 import triton.language as tl
 
-from .dmd_scores import difference, segment_of, selection
-from .relation_broadcast import plane_gradient, upstream
+from ..blocks import upstream
+from ..pooled.broadcast import plane_gradient
+from .scores import difference, segment_of, selection
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 

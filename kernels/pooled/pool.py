@@ -2,14 +2,15 @@
 
 A program averages one piece of one region of one (sample, frame, channel) plane: Σx, Σr and Σ(f - r) in float32.
 The block that completes a sample adds the pieces in a fixed order, writes the sample's feature table
-``[3K + 1, F]`` (see :mod:`.relation_algebra`) and its row ``[3K + 1]`` of time averages, and computes the frame
+``[3K + 1, F]`` (see :mod:`.algebra`) and its row ``[3K + 1]`` of time averages, and computes the frame
 term; the block that completes the last sample computes the batch term and the total. Feature k = (c, gy, gx).
 """
 
 import triton
 import triton.language as tl
 
-from .relation_algebra import relation_in_one_block
+from ..blocks import frame_validity, ordered_sum, store_terms
+from .algebra import relation_in_one_block
 
 
 @triton.jit
@@ -85,17 +86,6 @@ def store_regions(at, stride_k, third, x, r, d, left, width, top, bottom, GRID_W
 
 
 @triton.jit
-def frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f):
-    """Bool like ``frame``: inside the video and not masked."""
-    inside = frame < frames
-    if frame_mask is None:
-        return inside
-    else:
-        at = frame_mask + sample.to(tl.int64) * mask_b + frame.to(tl.int64) * mask_f
-        return inside & (tl.load(at, mask=inside, other=0) != 0)
-
-
-@triton.jit
 def finish_sample(
     pieces, table, pooled, frame_mask, sample, frames, features, mask_b, mask_f,
     SPLITS: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -121,24 +111,6 @@ def finish_sample(
         tl.store(pooled + row, tl.sum(value, 1) / tl.maximum(count, 1.0), mask=row < rows)
     tl.store(table + rows * frames + frame, weight, mask=frame < frames)
     tl.store(pooled + rows, count)
-
-
-@triton.jit
-def ordered_sum(values, count, BLOCK: tl.constexpr):
-    """Σ values[:count] in a fixed order."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, count, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        total += tl.load(values + i, mask=i < count, other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def store_terms(terms, batch, frame, batch_weight, frame_weight):
-    """terms = (total, batch term, frame term)."""
-    tl.store(terms, batch_weight * batch + frame_weight * frame)
-    tl.store(terms + 1, batch)
-    tl.store(terms + 2, frame)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .tiling import Geometry, cdiv
+from ..tiling import Geometry, cdiv
 
 
 class Runs:

@@ -1,6 +1,6 @@
 """Launches of the DMD and CoDMD passes: one forward (relations of more than 32 vectors take a second), one backward.
 
-What sizes, strides and options decide is in :mod:`.dmd_plans`, so that a call allocates, launches and returns.
+What sizes, strides and options decide is in :mod:`.plans`, so that a call allocates, launches and returns.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dmd_plans import GradientPlan, MomentsPlan, Relation
-from .launch import alignment, counters, current_stream
+from ..launch import alignment, counters, current_stream
+from .plans import GradientPlan, MomentsPlan, Relation
 
 
 def _stride(tensor: Tensor | None) -> tuple[int, ...] | None:

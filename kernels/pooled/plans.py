@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import limits
-from .launch import TRITON, Launcher, mask_strides, multiprocessors
-from .limits import grid_of
-from .relation_broadcast import broadcast_kernel
-from .relation_pool import pool_kernel
-from .relation_rows import relation_rows_kernel
-from .tiling import Geometry, cdiv, next_power_of_2, tile_planes
+from .. import limits
+from ..launch import TRITON, Launcher, mask_strides, multiprocessors
+from ..limits import grid_of
+from ..tiling import Geometry, cdiv, next_power_of_2, tile_planes
+from .broadcast import broadcast_kernel
+from .pool import pool_kernel
+from .rows import relation_rows_kernel
 
 ONE_TILE = 32
 """Vectors of a relation that the last block computes alone; above, row blocks run in parallel."""

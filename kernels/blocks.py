@@ -1,0 +1,68 @@
+"""What kernels of several folders share: validity, the floor of a norm, fixed-order sums, terms, upstream gradients."""
+
+import triton
+import triton.language as tl
+
+NORM_FLOOR = tl.constexpr(1e-12)
+
+
+@triton.jit
+def frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f):
+    """Bool like ``frame``: inside the video and not masked."""
+    inside = frame < frames
+    if frame_mask is None:
+        return inside
+    else:
+        at = frame_mask + sample.to(tl.int64) * mask_b + frame.to(tl.int64) * mask_f
+        return inside & (tl.load(at, mask=inside, other=0) != 0)
+
+
+@triton.jit
+def unless_alone(valid, n):
+    """``valid``, all False where fewer than two vectors take part: such a relation is exactly 0."""
+    return valid & (tl.broadcast_to(n, valid.shape) >= 2.0)
+
+
+@triton.jit
+def unit_diagonal(similarity, difference, diagonal, x_free, score_free):
+    """S_ii = 1 and Δ_ii = 0 exactly, as they are for vectors whose norm is not clamped.
+
+    A rounding there would be divided by τ like every other and shift the whole row's KL.
+    """
+    similarity = tl.where(diagonal & x_free, 1.0, similarity)
+    return similarity, tl.where(diagonal & score_free, 0.0, difference)
+
+
+@triton.jit
+def store_tile(matrix, i, j, rows, columns, value):
+    """matrix[i, j] = value for i < rows, j < columns; row length ``columns``."""
+    tl.store(matrix + i * columns + j, value, mask=(i < rows) & (j < columns))
+
+
+@triton.jit
+def ordered_sum(values, count, BLOCK: tl.constexpr):
+    """Σ values[:count] in a fixed order."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(values + i, mask=i < count, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def store_terms(terms, batch, frame, batch_weight, frame_weight):
+    """terms = (total, batch term, frame term)."""
+    tl.store(terms, batch_weight * batch + frame_weight * frame)
+    tl.store(terms + 1, batch)
+    tl.store(terms + 2, frame)
+
+
+@triton.jit
+def upstream(grad_total, weight, grad_term):
+    """grad_total·weight + grad_term, where a missing gradient is 0."""
+    scale = 0.0
+    if grad_total is not None:
+        scale += tl.load(grad_total).to(tl.float32) * weight
+    if grad_term is not None:
+        scale += tl.load(grad_term).to(tl.float32)
+    return scale

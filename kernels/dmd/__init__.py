@@ -1,0 +1,1 @@
+"""The DMD loss, alone or with the pooled relation, and the gradient of both."""

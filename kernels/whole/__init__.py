@@ -1,0 +1,1 @@
+"""The relation of whole latents (pool=None): Gram matrices and a gradient from them."""
