@@ -58,16 +58,23 @@ def microseconds(calls: dict[str, Callable[[], object]], rounds: int, repeats: i
 
 def measurements(rounds: int) -> dict[str, float]:
     """Microseconds a call, by name."""
-    from codmd import conventions, kernels, ops
+    from codmd.kernels import backend
+
+    from codmd import conventions, ops
+    from codmd.ops.contract import Numbers, Objective, Relation, Upstream
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, real, fake, uncond = (torch.randn(SHAPE, device=device, dtype=torch.bfloat16) for _ in range(4))
     leaf = student.clone().requires_grad_()
     out, one = torch.empty_like(student), torch.ones((), device=device)
-    _, frame_grad, batch_grad = kernels.relation_forward(student, real, fake, None, "bfchw", "mean", 0.1, 1.0, 1.0)
-    rule = conventions.self_forcing
-    scores = (fake, real, uncond, None)
-    _, norms, factors = kernels.dmd_forward(student, *scores, None, None, None, None, "bfchw", rule, 3.5, 3.5, False)
+    options = "bfchw", (1, 1), True, True, Numbers()
+    related = Relation(student, real, fake, None, *options)
+    matched = Objective(
+        student, real, fake, uncond, None, None, None, None, None, None, "bfchw", conventions.self_forcing, False,
+        *options[1:],
+    )  # fmt: skip
+    features, moments = backend.relation(related), backend.objective(matched, False)
+    upstream = Upstream(one, None, None, None)
     relation = ops.relation_loss(leaf, real, fake, backend="triton")
     dmd = ops.dmd_loss(leaf, real=real, fake=fake, real_uncond=uncond, backend="triton")
     total = ops.codmd_loss(leaf, real=real, fake=fake, real_uncond=uncond, backend="triton")
@@ -77,18 +84,10 @@ def measurements(rounds: int) -> dict[str, float]:
         return lambda: torch.autograd.grad(loss, leaf, retain_graph=True)
 
     calls: dict[str, Callable[[], object]] = {
-        "kernels.relation_forward": lambda: kernels.relation_forward(
-            student, real, fake, None, "bfchw", "mean", 0.1, 1.0, 1.0
-        ),
-        "kernels.relation_backward": lambda: kernels.relation_backward(
-            out, one, None, None, None, None, frame_grad, batch_grad, "bfchw", "mean", 1.0, 1.0
-        ),
-        "kernels.dmd_forward": lambda: kernels.dmd_forward(
-            student, *scores, None, None, None, None, "bfchw", rule, 3.5, 3.5, False
-        ),
-        "kernels.dmd_backward": lambda: kernels.dmd_backward(
-            out, one, *scores, None, None, norms, factors, "bfchw", rule, 3.5, 3.5
-        ),
+        "backend.relation": lambda: backend.relation(related),
+        "backend.gradient of a relation": lambda: backend.gradient(out, upstream, related, features),
+        "backend.objective": lambda: backend.objective(matched, False),
+        "backend.gradient of an objective": lambda: backend.gradient(out, upstream, matched, moments),
         "relation_loss, forward": lambda: ops.relation_loss(leaf, real, fake, backend="triton"),
         "relation_loss, backward": backward(relation),
         "dmd_loss, forward": lambda: ops.dmd_loss(leaf, real=real, fake=fake, real_uncond=uncond, backend="triton"),

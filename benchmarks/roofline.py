@@ -27,7 +27,7 @@ CEILINGS = {"H100": 3.35e12, "H200": 4.3e12}
 
 RESULTS = Path("docs/results/gpu.json")
 
-BACKWARD = ("broadcast_kernel", "apply_kernel", "apply_batch_kernel", "gradient_kernel")
+BACKWARD = ("apply_kernel", "apply_batch_kernel", "gradient_kernel")
 
 
 @dataclass(frozen=True)

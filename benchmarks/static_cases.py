@@ -10,12 +10,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from codmd.kernels import backend
 from codmd.kernels.launch import Launch, recording
 from codmd.kernels.limits import MOST_WHOLE
 from torch import Tensor
 
 from benchmarks.shapes import SHAPES
-from codmd import conventions, kernels
+from codmd import conventions
+from codmd.ops.contract import Call, Found, Grid, Numbers, Objective, Relation, Upstream
+
+MEAN = (1, 1)
+NUMBERS = Numbers(real_scale=3.5, fake_scale=3.5, relation_weight=0.1)
+
+
+def numbers(scheduled: bool) -> Numbers | Tensor:
+    return torch.empty(len(NUMBERS), device="meta") if scheduled else NUMBERS
 
 
 def latents(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,87 +33,81 @@ def latents(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tupl
     return student, real, fake
 
 
+def gradient_launches(call: Call, found: Found) -> None:
+    total = torch.empty((), device="meta")
+    write = backend.whole_gradient if call.pool is None else backend.gradient
+    write(torch.empty_like(call.student), Upstream(total, None, None, None), call, found)
+
+
 def relation_launches(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.bfloat16,
-    pool: Any = "mean",
+    pool: Grid | None = MEAN,
     layout: str = "bfchw",
     masked: bool = False,
-    frame_weight: float = 1.0,
+    frame: bool = True,
+    scheduled: bool = False,
 ) -> list[Launch]:
     """The launches of the relation loss, forward and backward."""
-    student, real, fake = latents(shape, dtype)
     samples, frames = shape[0], shape[1] if layout == "bfchw" else shape[2]
     mask = torch.empty((samples, frames), dtype=torch.bool, device="meta") if masked else None
+    call = Relation(*latents(shape, dtype), mask, layout, pool, True, frame, numbers(scheduled))
     with recording() as launches:
-        terms, frame_grad, batch_grad = kernels.relation_forward(
-            student, real, fake, mask, layout, pool, 0.1, 1.0, frame_weight
-        )
-        kernels.relation_backward(
-            torch.empty_like(student), terms[0], None, None, student, mask, frame_grad, batch_grad, layout, pool,
-            1.0, frame_weight,
-        )  # fmt: skip
+        gradient_launches(call, backend.relation(call))
     return launches
 
 
 def gathered_launches(rows: int, features: int) -> list[Launch]:
     """The launches of the batch relation after a gather of ``rows`` vectors."""
-    pooled = torch.empty((rows, 3 * features + 1), device="meta")
+    call = Relation(*latents((1, 1, features, 1, 1)), None, "bfchw", MEAN, True, False, NUMBERS)
     with recording() as launches:
-        kernels.relation_batch(pooled, torch.empty(1, device="meta"), 0, 1, 0.1, 1.0, 1.0, 1.0)
-    return launches
+        pending = backend.features(call)
+        gathered = torch.empty((rows, 3 * features + 1), device="meta")
+        backend.gathered(call, pending, gathered, 0, 1.0)
+    return launches[1:]
 
 
-def before_gather_launches(shape: tuple[int, ...], pool: Any = "mean") -> list[Launch]:
+def before_gather_launches(shape: tuple[int, ...], pool: Grid | None = MEAN) -> list[Launch]:
     """The launches of the relation loss on one of several processes, before their gather."""
     with recording() as launches:
-        kernels.relation_frames(*latents(shape), None, "bfchw", pool, 0.1, 1.0)
+        backend.features(Relation(*latents(shape), None, "bfchw", pool, True, True, NUMBERS))
     return launches
 
 
-def codmd_gathered_launches(shape: tuple[int, ...], ranks: int, pool: Any = "mean") -> list[Launch]:
-    """The forward launches of ``codmd_loss`` on one of ``ranks`` processes."""
-    student, fake, real = latents(shape)
-    scores = student, fake, real, torch.empty_like(student), *[None] * 5
-    inputs = *scores, "bfchw", conventions.self_forcing, 3.5, 3.5
-    with recording() as launches:
-        pending = kernels.codmd_rows(inputs, None, pool, 0.1, 1.0, ranks)
-        assert pending is not None
-        gathered = pending.rows.new_empty(ranks * shape[0], pending.rows.shape[1])
-        kernels.codmd_gathered(pending, gathered, 0, 0.1, 1.0, 1.0, 1.0)
-    return launches
-
-
-def codmd_launches(
+def objective(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.bfloat16,
     convention: str = "self_forcing",
     flow: bool = False,
-    pool: Any = "mean",
+    pool: Grid = MEAN,
     relation: bool = True,
-) -> list[Launch]:
-    """The launches of ``codmd_loss`` with teacher guidance, forward and backward; ``dmd_loss`` unless ``relation``."""
-    rule = conventions.resolve(convention)
-    student, fake, real = latents(shape, dtype)
-    uncond = torch.empty_like(student)
-    noisy = torch.empty_like(student) if flow else None
+    scheduled: bool = False,
+) -> Objective:
+    """The CoDMD loss with teacher guidance; the DMD loss unless ``relation``."""
+    student, real, fake = latents(shape, dtype)
+    uncond, noisy = torch.empty_like(student), torch.empty_like(student) if flow else None
     sigma = torch.empty(shape[:2], device="meta") if flow else None
-    inputs = student, fake, real, uncond, None, noisy, sigma, None, None, "bfchw", rule, 3.5, 3.5
-    out, one = torch.empty_like(student), torch.empty((), device="meta")
+    return Objective(
+        student, real, fake, uncond, None, noisy, sigma, None, None, None, "bfchw", conventions.resolve(convention),
+        relation, pool, True, True, numbers(scheduled),
+    )  # fmt: skip
+
+
+def codmd_gathered_launches(shape: tuple[int, ...], ranks: int) -> list[Launch]:
+    """The forward launches of ``codmd_loss`` on one of ``ranks`` processes."""
+    call = objective(shape)
     with recording() as launches:
-        if not relation:
-            _, norms, factors = kernels.dmd_forward(*inputs, False)
-            kernels.dmd_backward(
-                out, one, fake, real, uncond, None, sigma, None, norms, factors, "bfchw", rule, 3.5, 3.5
-            )
-            return launches
-        found = kernels.codmd_terms(inputs, None, pool, 0.1, 0.1, 1.0, 1.0)
-        assert found is not None
-        _, norms, factors, frame_grad, batch_grad = found
-        kernels.codmd_backward(
-            out, one, None, None, None, fake, real, uncond, None, sigma, None, None, norms, factors, frame_grad,
-            batch_grad, "bfchw", rule, 3.5, 3.5, pool, 0.1, 1.0, 1.0,
-        )  # fmt: skip
+        pending = backend.features(call)
+        gathered = pending.rows.new_empty(ranks * shape[0], pending.rows.shape[1])
+        backend.gathered(call, pending, gathered, 0, 1.0)
+    return launches
+
+
+def codmd_launches(shape: tuple[int, ...], *arguments: Any, **options: Any) -> list[Launch]:
+    """The launches of :func:`objective`, forward and backward."""
+    call = objective(shape, *arguments, **options)
+    with recording() as launches:
+        gradient_launches(call, backend.objective(call, True))
     return launches
 
 
@@ -134,7 +137,7 @@ CASES: dict[str, Callable[[], list[Launch]]] = (
     | _of_every_convention()
     | {
         "480p float32, batch 8": lambda: relation_launches((8, 21, 16, 60, 104), SINGLE),
-        "480p float16, bcfhw, masked": lambda: relation_launches((2, 16, 21, 60, 104), HALF, "mean", "bcfhw", True),
+        "480p float16, bcfhw, masked": lambda: relation_launches((2, 16, 21, 60, 104), HALF, MEAN, "bcfhw", True),
         "480p, 4 x 4 regions": lambda: relation_launches((2, 21, 16, 60, 104), pool=(4, 4)),
         "720p, 161 frames, batch 8": lambda: relation_launches((8, 41, 16, 90, 160)),
         "240 latent frames, batch 2": lambda: relation_launches((2, 240, 16, 60, 104)),
@@ -145,9 +148,7 @@ CASES: dict[str, Callable[[], list[Launch]]] = (
         "every pixel float16, bcfhw, batch 4, masked": lambda: relation_launches(
             (4, 16, 21, 60, 104), HALF, None, "bcfhw", True
         ),
-        "every pixel, batch 8, samples alone": lambda: relation_launches(
-            (8, 21, 16, 60, 104), pool=None, frame_weight=0.0
-        ),
+        "every pixel, batch 8, samples alone": lambda: relation_launches((8, 21, 16, 60, 104), pool=None, frame=False),
         "every pixel, odd sizes, batch 8": lambda: relation_launches((8, 21, 3, 7, 13), pool=None),
         "every pixel, pairs of elements, batch 8": lambda: relation_launches((8, 21, 3, 7, 14), pool=None),
         "every pixel, 16 frames, batch 16": lambda: relation_launches((16, 16, 16, 60, 104), pool=None),
@@ -160,6 +161,9 @@ CASES: dict[str, Callable[[], list[Launch]]] = (
             (2, 21, 16, 60, 104), SINGLE, flow=True, pool=(2, 2)
         ),
         "codmd, 161 frames, 16 processes": lambda: codmd_gathered_launches((1, 41, 16, 60, 104), 16),
+        "relation, scheduled numbers": lambda: relation_launches((1, 21, 16, 60, 104), scheduled=True),
+        "every pixel, scheduled numbers": lambda: relation_launches((2, 21, 16, 60, 104), pool=None, scheduled=True),
+        "codmd, scheduled numbers": lambda: codmd_launches((2, 41, 16, 60, 104), scheduled=True),
         "dmd, rcm, flow": lambda: codmd_launches((2, 21, 16, 60, 104), convention="rcm", flow=True, relation=False),
     }
 )

@@ -71,12 +71,6 @@ def _pool(v: dict[str, Any], grid: int) -> Traffic:
     return Traffic(read, 2 * _size(v["workspace"]) + written)
 
 
-def _broadcast(v: dict[str, Any], grid: int) -> Traffic:
-    planes = grid // (v["GRID_H"] * v["SPLITS"])
-    written = planes * plane_elements(v) * v["out"].element_size()
-    return Traffic(written, _size(v["frame_grad"]) + _size(v["batch_grad"]))
-
-
 def _rows(v: dict[str, Any], grid: int) -> Traffic:
     # Its share of the workspace is counted by the launch that made it, or here when it is its own.
     own = 0 if v["source"] is v["workspace"] else 2 * _size(v["workspace"]) + _size(v["source"])
@@ -140,7 +134,6 @@ def _gradient(v: dict[str, Any], grid: int) -> Traffic:
 
 _KERNELS: dict[str, Callable[[dict[str, Any], int], Traffic]] = {
     "pool_kernel": _pool,
-    "broadcast_kernel": _broadcast,
     "relation_rows_kernel": _rows,
     "gram_kernel": _gram,
     "moments_kernel": _moments,

@@ -1,5 +1,119 @@
-from codmd import kernels
-from codmd.ops.backends.adapter import Adapter
+"""The Triton kernels as a backend of the operators, see :class:`codmd.ops.contract.Backend`.
 
-load_error = kernels.load_error
-adapter = Adapter(kernels, kernels)
+Every call runs on the device of its tensors. Sizes beyond the kernels go to the reference, with a logged reason.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from codmd.ops.backends import reference
+from codmd.ops.contract import Call, Found, Objective, Pending, Relation, Upstream
+
+from . import load_error
+
+if load_error is not None:
+    raise ImportError(load_error)
+
+from .dmd import passes as dmd
+from .launch import elsewhere
+from .limits import LARGEST_TABLE, MOST_POOLED, MOST_WHOLE, Refused, log
+from .pooled import passes as pooled
+from .whole import passes as whole
+
+__all__ = [
+    "features", "gathered", "gradient", "load_error", "objective", "relation", "whole_batch_grad", "whole_gradient",
+]  # fmt: skip
+
+LONG_FEATURES = 2048
+"""Features from which a gathered batch relation goes through its Gram matrices."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _served(function: Function) -> Function:
+    """``function`` of a call on the device of its tensors, or the reference's where the sizes are refused."""
+    instead = getattr(reference, function.__name__)
+
+    @functools.wraps(function)
+    def run(call: Any, *rest: Any) -> Any:
+        if elsewhere(call.student):
+            with torch.cuda.device(call.student.device):
+                return run(call, *rest)
+        try:
+            return function(call, *rest)
+        except Refused:
+            return instead(call, *rest)
+
+    return run  # type: ignore[return-value]
+
+
+@_served
+def relation(call: Relation) -> Found:
+    return whole.relation(call) if call.pool is None else pooled.relation(call)
+
+
+@_served
+def objective(call: Objective, separate: bool) -> Found:
+    return dmd.objective(call, separate)
+
+
+@_served
+def features(call: Call) -> Pending:
+    if isinstance(call, Objective):
+        return dmd.features(call)
+    return whole.features(call) if call.pool is None else pooled.features(call)
+
+
+@_served
+def gathered(call: Call, pending: Pending, rows: Tensor, first: int, scale: float) -> Found:
+    kept = pending.kept
+    if not isinstance(kept, (Found, dmd.Kept)):
+        raise Refused
+    vectors, row = rows.shape
+    long = row > 3 * LONG_FEATURES and vectors <= MOST_WHOLE
+    refused = not long and (vectors > MOST_POOLED or vectors * row >= LARGEST_TABLE)
+    if isinstance(call, Objective):
+        if not long and not refused:
+            return dmd.gathered(call, pending, rows, first, scale)
+        kept = dmd.with_relations(call, kept)
+    if refused:
+        log(f"{vectors} gathered rows of {row}")
+        terms = kept.terms.unbind()
+        frame = (terms[2], kept.frame_grad)
+        if isinstance(call, Objective):
+            frame = (terms[3], kept.frame_grad, terms[1], terms[4], kept.norms, kept.factors)
+        return reference.gathered(call, Pending(pending.rows, frame), rows, first, scale)
+    batch_relation = whole.batch_relation if long else pooled.batch_relation
+    if isinstance(call, Relation):
+        terms, batch_grad = batch_relation(call.numbers, rows, kept.terms[2:], first, len(pending.rows), scale)
+        return kept._replace(terms=terms, batch_grad=batch_grad)
+    terms, batch_grad = batch_relation(call.numbers, rows, kept.terms[3:], first, len(pending.rows), scale)
+    dmd_loss, magnitude = kept.terms[1], kept.terms[4]
+    total = dmd_loss + call.numbers[3] * terms[0]
+    return kept._replace(terms=torch.stack([total, dmd_loss, terms[1], terms[2], magnitude]), batch_grad=batch_grad)
+
+
+def gradient(out: Tensor, upstream: Upstream, call: Call, found: Found) -> None:
+    if elsewhere(out):
+        with torch.cuda.device(out.device):
+            return gradient(out, upstream, call, found)
+    if isinstance(call, Objective):
+        return dmd.gradient(out, upstream, call, found)
+    return dmd.relation_gradient(out, upstream, call, found)
+
+
+def whole_gradient(out: Tensor, upstream: Upstream, call: Relation, found: Found) -> None:
+    if elsewhere(out):
+        with torch.cuda.device(out.device):
+            return whole_gradient(out, upstream, call, found)
+    return whole.gradient(out, upstream, call, found)
+
+
+def whole_batch_grad(samples: int, frames: int, features: int) -> tuple[int, ...]:
+    return (1, samples, samples) if whole.keeps_matrix(samples, frames) else (samples, features)

@@ -5,6 +5,23 @@ import triton.language as tl
 
 NORM_FLOOR = tl.constexpr(1e-12)
 
+TEMPERATURE = tl.constexpr(0)
+BATCH_WEIGHT = tl.constexpr(1)
+FRAME_WEIGHT = tl.constexpr(2)
+RELATION_WEIGHT = tl.constexpr(3)
+REAL_SCALE = tl.constexpr(4)
+FAKE_SCALE = tl.constexpr(5)
+"""Places in a call's numbers, as :class:`codmd.ops.contract.Numbers` has them."""
+
+
+@triton.jit
+def number(numbers, place: tl.constexpr, value):
+    """A number of the call: loaded where ``numbers`` [6] schedule it on the device, else ``value``."""
+    if numbers is not None:
+        return tl.load(numbers + place)
+    else:
+        return value
+
 
 @triton.jit
 def frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f):
@@ -50,11 +67,27 @@ def ordered_sum(values, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_terms(terms, batch, frame, batch_weight, frame_weight):
+def weighted_terms(batch, frame, numbers, batch_weight, frame_weight):
+    """w_B·L_B + w_F·L_F."""
+    return number(numbers, BATCH_WEIGHT, batch_weight) * batch + number(numbers, FRAME_WEIGHT, frame_weight) * frame
+
+
+@triton.jit
+def store_terms(terms, batch, frame, numbers, batch_weight, frame_weight):
     """terms = (total, batch term, frame term)."""
-    tl.store(terms, batch_weight * batch + frame_weight * frame)
+    tl.store(terms, weighted_terms(batch, frame, numbers, batch_weight, frame_weight))
     tl.store(terms + 1, batch)
     tl.store(terms + 2, frame)
+
+
+@triton.jit
+def store_objective_terms(terms, dmd, batch, frame, numbers, batch_weight, frame_weight, relation_weight):
+    """The first four of (total, DMD loss, batch term, frame term, mean|g|)."""
+    relation = weighted_terms(batch, frame, numbers, batch_weight, frame_weight)
+    tl.store(terms, dmd + number(numbers, RELATION_WEIGHT, relation_weight) * relation)
+    tl.store(terms + 1, dmd)
+    tl.store(terms + 2, batch)
+    tl.store(terms + 3, frame)
 
 
 @triton.jit

@@ -30,9 +30,6 @@ _ENTER, _EXIT = _hooks.launch_enter_hook, _hooks.launch_exit_hook
 _ENTERED, _EXITED = getattr(_ENTER, "calls", _ENTER), getattr(_EXIT, "calls", _EXIT)
 """What a profiler hangs onto launches. Triton calls even empty chains of hooks; without any they are left out."""
 
-_COUNTERS_PER_STREAM = 4096
-_CAPTURE_POOL = 1 << 18
-
 
 class _Interpreted:
     """What :class:`Launcher` uses of a ``CompiledKernel``, run by Triton's interpreter."""
@@ -165,59 +162,3 @@ def current_stream(tensor: Tensor) -> int:
 def elsewhere(tensor: Tensor) -> bool:
     """Whether ``tensor`` lies on a GPU that is not the current one."""
     return tensor.is_cuda and tensor.get_device() != torch._C._cuda_getDevice()
-
-
-def alignment(*tensors: Tensor | None) -> Any:
-    """What launches specialise on: True if every address is a multiple of 16 bytes, else which ones are."""
-    together = 0
-    for tensor in tensors:
-        if tensor is not None:
-            together |= tensor.data_ptr()
-    return not together % 16 or tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-
-
-def mask_strides(frame_mask: Tensor | None) -> tuple[int, int]:
-    """Strides of a frame mask, of b and f."""
-    return (0, 0) if frame_mask is None else (frame_mask.stride(0), frame_mask.stride(1))
-
-
-def mask_key(frame_mask: Tensor | None) -> tuple[Any, ...] | None:
-    """What launches specialise on in a frame mask."""
-    return None if frame_mask is None else (frame_mask.stride(), frame_mask.dtype)
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-_capture_pool: dict[torch.device, tuple[Tensor, int]] = {}
-
-
-def _zeros(device: torch.device, count: int) -> Tensor:
-    """Zeros made on a stream of their own, so that a caller's private memory pool never owns them."""
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    side = torch.cuda.Stream(device)
-    with torch.cuda.stream(side):
-        zeros = torch.zeros(count, dtype=torch.int32, device=device)
-    torch.cuda.current_stream(device).wait_stream(side)
-    return zeros
-
-
-def counters(tensor: Tensor, stream: int, count: int) -> Tensor:
-    """``count`` int32 zeros beside ``tensor`` for "last block done" tickets; the kernel that uses them leaves zeros.
-
-    Work on one stream runs in order and shares a buffer. Graphs may replay side by side on any streams, so every
-    captured call takes counters that no other call ever gets; without a warm-up before the capture they come from
-    the graph's own memory, with a memset in the graph.
-    """
-    device = tensor.device
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        pool, used = _capture_pool.get(device, (None, 0))
-        if pool is None or used + count > len(pool):
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _capture_pool[device] = pool, used + count
-        return pool[used : used + count]
-    buffer = _counters.get((device, stream))
-    if buffer is None or buffer.numel() < count:
-        if tensor.is_cuda and device not in _capture_pool:
-            _capture_pool[device] = _zeros(device, _CAPTURE_POOL), 0
-        buffer = _counters[device, stream] = _zeros(device, max(_COUNTERS_PER_STREAM, count))
-    return buffer

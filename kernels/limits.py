@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+
+from codmd.ops.contract import Grid
 
 logger = logging.getLogger("codmd")
 
@@ -15,19 +18,12 @@ MOST_WHOLE = 128
 LARGEST_TABLE = 1 << 31
 """Elements of a feature table that int32 offsets reach."""
 
-Pool = str | tuple[int, int] | None
-
 
 class Refused(Exception):
     """The kernels do not take this call."""
 
 
-def grid_of(pool: str | tuple[int, int]) -> tuple[int, int]:
-    """Regions (gh, gw): ``"mean"`` is one."""
-    return (1, 1) if pool == "mean" else (int(pool[0]), int(pool[1]))
-
-
-def refusal(sizes: tuple[int, int, int, int, int], pool: Pool, batch: bool, frame: bool) -> str:
+def refusal(sizes: tuple[int, int, int, int, int], pool: Grid | None, batch: bool, frame: bool) -> str:
     """Why latents of canonical ``sizes`` are beyond the kernels; empty if they are not."""
     samples, frames, channels = sizes[:3]
     most = MOST_WHOLE if pool is None else MOST_POOLED
@@ -36,21 +32,21 @@ def refusal(sizes: tuple[int, int, int, int, int], pool: Pool, batch: bool, fram
     if batch and samples > most:
         return f"{samples} samples, at most {most} with pool={pool!r}"
     if pool is not None:
-        rows, columns = grid_of(pool)
+        rows, columns = pool
         if 4 * channels * rows * columns * max(frames, samples) >= LARGEST_TABLE:
             return f"a table of {channels * rows * columns} features for {max(frames, samples)} vectors"
     return ""
 
 
-_logged: set[str] = set()
+@functools.cache
+def log(what: str) -> None:
+    """Say once for each reason what goes to the reference."""
+    logger.warning("codmd: the Triton kernels do not take %s; the reference computes it", what)
 
 
-def check(sizes: tuple[int, int, int, int, int], pool: Pool, batch: bool, frame: bool) -> None:
-    """Raise :class:`Refused`, logged once for each reason, where :func:`refusal` has one."""
+def check(sizes: tuple[int, int, int, int, int], pool: Grid | None, batch: bool, frame: bool) -> None:
+    """Raise :class:`Refused`, logged, where :func:`refusal` has a reason."""
     reason = refusal(sizes, pool, batch, frame)
-    if not reason:
-        return
-    if reason not in _logged:
-        _logged.add(reason)
-        logger.warning("codmd: the Triton kernels do not take %s; the reference computes it", reason)
-    raise Refused(reason)
+    if reason:
+        log(reason)
+        raise Refused(reason)

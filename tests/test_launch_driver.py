@@ -22,7 +22,7 @@ calls = {}
 launch = Launcher.__call__
 
 def recorded(self, stream, *arguments):
-    calls.setdefault(self.kernel.fn.__name__, (self, arguments))
+    calls.setdefault(id(self), (self, arguments))
     launch(self, stream, *arguments)
 
 Launcher.__call__ = recorded
@@ -34,8 +34,8 @@ ops.relation_loss(student, real, fake, backend="triton").backward()
 ops.relation_loss(student, real, fake, pool=None, backend="triton").backward()
 Launcher.__call__ = launch
 
-found = {}
-for name, (launcher, arguments) in calls.items():
+found = []
+for launcher, arguments in calls.values():
     idle.expect(launcher._compiled)
     before, _ = idle.latest()
     launcher._compiled[launcher.grid](*arguments, *launcher._last, stream=0)
@@ -57,7 +57,8 @@ for name, (launcher, arguments) in calls.items():
     else:
         chain.remove(hook)
     launcher(0, *arguments)
-    found[name] = {
+    found.append({
+        "name": launcher.kernel.fn.__name__,
         "launches": [middle - before, after - middle, observed - after],
         "same": tritons == ours == hooked,
         "shape": ours.shape,
@@ -66,7 +67,7 @@ for name, (launcher, arguments) in calls.items():
         "pointers": [f"{t.data_ptr():x}" for t in arguments if isinstance(t, torch.Tensor)],
         "passed": [f"{value:x}" for value in ours.parameters],
         "entered": entered,
-    }
+    })
 print(json.dumps(found))
 """
 
@@ -79,13 +80,15 @@ def launches():
 
 
 def test_a_bound_launch_passes_the_driver_what_tritons_own_does(launches):
-    assert {"moments_kernel", "gradient_kernel", "pool_kernel", "broadcast_kernel"} < set(launches)
-    for name, seen in launches.items():
-        assert seen["launches"] == [1, 1, 1], name
-        assert seen["same"], name
-        assert seen["shape"] == [*seen["grid"], 32 * seen["warps"], seen["shape"][4]], name
-        assert seen["passed"][: len(seen["pointers"])] == seen["pointers"], name
+    pooled = ["moments_kernel", "gradient_kernel", "pool_kernel", "gradient_kernel"]
+    assert [seen["name"] for seen in launches[:4]] == pooled
+    assert len(launches) > len(pooled)
+    for seen in launches:
+        assert seen["launches"] == [1, 1, 1], seen["name"]
+        assert seen["same"], seen["name"]
+        assert seen["shape"] == [*seen["grid"], 32 * seen["warps"], seen["shape"][4]], seen["name"]
+        assert seen["passed"][: len(seen["pointers"])] == seen["pointers"], seen["name"]
 
 
 def test_a_profilers_hook_sees_each_bound_launch(launches):
-    assert {name: seen["entered"] for name, seen in launches.items()} == {name: [name] for name in launches}
+    assert all(seen["entered"] == [seen["name"]] for seen in launches)

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces t
 
 REGISTERS = {
     "pool_kernel": 168,
-    "broadcast_kernel": 40,
     "relation_rows_kernel": 255,
     "gram_kernel": 255,
     "apply_kernel": 128,
@@ -66,11 +65,12 @@ def test_a_barrier_stands_before_every_ticket(compiled):
 
 def test_latents_are_read_and_gradients_written_16_bytes_at_a_time(compiled):
     loads = {"pool_kernel": 3, "moments_kernel": 4, "gradient_kernel": 3}
-    stores = {"broadcast_kernel": 1, "gradient_kernel": 1}
     for case, report in compiled:
+        # The gradient of a relation alone reads no latent.
+        alone = report.kernel == "gradient_kernel" and not case.startswith(("dmd", "codmd"))
         if case not in SCALAR:
-            assert report.wide_loads >= loads.get(report.kernel, 0), (case, report)
-            assert report.wide_stores >= stores.get(report.kernel, 0), (case, report)
+            assert report.wide_loads >= (0 if alone else loads.get(report.kernel, 0)), (case, report)
+            assert report.wide_stores >= (report.kernel == "gradient_kernel"), (case, report)
 
 
 def test_every_kernel_of_the_package_is_compiled(compiled):
@@ -82,11 +82,11 @@ def test_every_kernel_of_the_package_is_compiled(compiled):
 
 def test_one_launch_forward_and_one_backward_up_to_32_frames_and_samples():
     names = [launch.name for launch in static_cases.relation_launches((32, 32, 16, 60, 104))]
-    assert names == ["pool_kernel", "broadcast_kernel"]
+    assert names == ["pool_kernel", "gradient_kernel"]
     for shape in SHAPES.values():
         names = [launch.name for launch in static_cases.relation_launches(shape)]
         assert len(names) <= 3
-        assert names[-1] == "broadcast_kernel"
+        assert names[-1] == "gradient_kernel"
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (1024, 1, 4, 8, 8), (2, 1024, 4, 8, 8)], ids=str)

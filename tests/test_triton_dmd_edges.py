@@ -22,15 +22,17 @@ if not INTERPRETED:
         run_interpreted(__file__)
 
 else:
-    from codmd.kernels import launch, tiling
-    from codmd.kernels.dmd import passes as dmd
+    from codmd.kernels import backend, launch, plans, tickets, tiling
+    from codmd.kernels.limits import MOST_POOLED
     from test_codmd_loss import by_reference, fused, terms_and_gradient
     from test_codmd_loss import truth as codmd_truth
     from test_dmd import mask_of
+    from triton_calls import gradient, objective_call
 
-    from codmd import conventions, kernels, ops
+    from codmd import conventions, ops
     from codmd.conventions import NAMED
-    from codmd.ops.backends import old_dmd as _reference_dmd
+    from codmd.ops.backends import reference
+    from codmd.ops.contract import Numbers
 
     SHAPE = (2, 4, 1, 3, 5)
     UPSTREAM = (0.5, -2.0, 0.7, 3.0)
@@ -42,12 +44,26 @@ else:
         "dropped blocks": {"nan": "zero_sample", "guard": "add", "eps": 1e-6, "norm_scope": "block", "norm_block": 3},
     }
 
+    def with_plans_of_its_own(monkeypatch):
+        """An empty cache that later tests do not see: the plans are of changed constants."""
+        plans.PLANS.clear()
+        monkeypatch.setattr(plans.PLANS, "_new", {})
+
+    def as_good_as_the_reference(call, **upstream):
+        """The terms, norms, factors and gradient of ``call``, equal to the reference's within float32."""
+        results = []
+        for run_by in (backend, reference):
+            found = run_by.objective(call, True)
+            results.append((found.terms, found.norms, found.factors, gradient(run_by, call, found, **upstream)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
+
     @pytest.fixture
     def small_tiles(monkeypatch):
         """Tiles of a few elements, so that small planes are looped over, split and have tails."""
         monkeypatch.setattr("codmd.kernels.dmd.plans.TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
-        monkeypatch.setattr(dmd, "_plans", {})
+        with_plans_of_its_own(monkeypatch)
 
     def assert_dmd(student, arguments, upstream=1.0, **options):
         """Value and gradient within twice the same-dtype PyTorch error, plus one rounding of the output."""
@@ -101,7 +117,7 @@ else:
     @pytest.mark.parametrize("norm_scope", ["block", "batch"])
     def test_more_samples_than_one_tile(monkeypatch, norm_scope):
         monkeypatch.setattr("codmd.kernels.dmd.plans.SUMS_TILE", 4)
-        monkeypatch.setattr(dmd, "_plans", {})
+        with_plans_of_its_own(monkeypatch)
         student, arguments = scores((5, 2, 1, 1, 2))
         convention = replace(conventions.self_forcing, norm_scope=norm_scope)
         assert_dmd(student, arguments, convention=convention, sample_weight=torch.linspace(0.1, 2.0, 5))
@@ -111,23 +127,23 @@ else:
     def test_planes_beyond_one_tile_are_looped_over_and_split(small_tiles, width, pool):
         student, arguments = scores((1, 2, 1, 7, width), torch.float16)
         assert_codmd(student, pool=pool, mask=mask_of("elements", student), **arguments)
-        assert all(plan.launch.grid[0] > 6 for plan in dmd._plans.values())
+        assert all(plan.launch.grid[0] > 6 for plan in plans.PLANS)
 
     @pytest.mark.parametrize("pool", ["mean", (1, 2)], ids=["flat", "columns"])
     def test_a_lane_never_meets_more_elements_than_it_counts(small_tiles, monkeypatch, pool):
         """Planes are looped over unsplit but for that limit, with every counter of one lane driven to the top."""
         monkeypatch.setattr(tiling, "MOST_SPLITS", 1)
         student, arguments = scores((1, 1, 1, 1030, 16))
-        rule = "bfchw", replace(conventions.self_forcing, nan="keep"), 3.5, 0.5
+        rule = replace(conventions.self_forcing, nan="keep")
         arguments["fake"][..., 0] = torch.nan
         student[..., 0] = torch.inf
-        latents = student, arguments["fake"], arguments["real"]
+        latents = {"real": arguments["real"], "fake": arguments["fake"]}
         with launch.recording(run=True) as recorded:
-            kernels.codmd_forward(*latents, *[None] * 6, *rule, True, None, pool, 0.1, 1.0, False)
+            backend.objective(objective_call(student, latents, rule, pool=pool, batch=False), True)
         (pass_,) = recorded
         assert pass_.launcher.grid[0] == 2
         sums = pass_.values["workspace"][pass_.values["sums_at"] :].view(torch.float64)
-        selected, nans, wild = sums[3:].tolist()
+        selected, nans, wild = sums[3:6].tolist()
         assert (selected, nans, wild) == (1030 * 16, 1030, 1030)
 
     @pytest.mark.parametrize("kind", ["columns last", "every second column", "misaligned", "constant"])
@@ -172,38 +188,32 @@ else:
             return view.copy_(tensor)
 
         student, arguments = scores(shape, torch.float16)
-        near, mask = [student, *arguments.values()], mask_of("elements", student)
-        rule = "bfchw", conventions.longlive, 3.5, 0.5
+        near, mask = {"student": student, **arguments}, mask_of("elements", student)
+        far_away = {name: apart(tensor) for name, tensor in near.items()}
         results = []
         for latents, selected, out in (
             (near, mask, torch.empty_like(student)),
-            ([apart(tensor) for tensor in near], apart(mask), apart(torch.zeros_like(student))),
+            (far_away, apart(mask), apart(torch.zeros_like(student))),
         ):
-            found = kernels.codmd_forward(*latents, None, None, selected, None, *rule, True, None, pool, 0.1, 1.0, True)
-            kernels.codmd_backward(
-                out, torch.ones(()), None, None, None, *latents[1:], None, selected, None, found[1], found[2],
-                found[4], torch.empty(0), *rule, pool, 0.1, 1.0, 1.0,
-            )  # fmt: skip
-            results.append([*found, out])
+            call = objective_call(latents["student"], latents, "longlive", mask=selected, pool=pool)
+            found = backend.objective(call, True)
+            results.append([*found, gradient(backend, call, found, out, total=1.0)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         assert results[0][-1].any()
 
     def test_every_axis_may_pass_31_bits():
         student, arguments = scores((1, 3, 3, 3, 3), torch.float16, flow=True)
-        sigma = arguments.pop("sigma")
-        near, mask = [student, *arguments.values()], mask_of("elements", student)
-        rule = "bfchw", conventions.longlive, 3.5, 0.5
+        sigma = {"sigma": arguments.pop("sigma")}
+        near, mask = {"student": student, **arguments}, mask_of("elements", student)
+        far_away = {name: far_apart(tensor) for name, tensor in near.items()}
         results = []
         for latents, selected, out in (
             (near, mask, torch.empty_like(student)),
-            ([far_apart(tensor) for tensor in near], far_apart(mask), far_apart(student)),
+            (far_away, far_apart(mask), far_apart(student)),
         ):
-            found = kernels.codmd_forward(*latents, sigma, selected, None, *rule, True, None, (2, 2), 0.1, 1.0, False)
-            kernels.codmd_backward(
-                out, torch.ones(()), None, None, None, *latents[1:-1], sigma, selected, None, found[1], found[2],
-                found[4], torch.empty(0), *rule, (2, 2), 0.1, 1.0, 1.0,
-            )  # fmt: skip
-            results.append([*found, out])
+            call = objective_call(latents["student"], latents | sigma, "longlive", mask=selected, pool=(2, 2))
+            found = backend.objective(call, True)
+            results.append([*found, gradient(backend, call, found, out, total=1.0)])
         for value, expected in zip(*results, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
 
@@ -240,15 +250,9 @@ else:
     def test_a_broken_value_does_what_the_reference_does(name, where, bad):
         student, arguments = scores(SHAPE, layout=NAMED[name].layout)
         (student if where == "student" else arguments[where])[0, 0, 0, 2, 3] = bad
-        rule = NAMED[name].layout, NAMED[name], 3.5, 0.5
-        results = []
-        for module in (kernels, _reference_dmd):
-            found = module.dmd_forward(student, *arguments.values(), None, None, None, None, *rule, True)
-            out = torch.empty_like(student)
-            module.dmd_backward(out, torch.tensor(0.7), *arguments.values(), None, None, *found[1:], *rule)
-            results.append((*found, out))
-        for found, expected in zip(*results, strict=True):
-            torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
+        as_good_as_the_reference(
+            objective_call(student, arguments, name, layout=NAMED[name].layout, related=False), total=0.7
+        )
 
     @pytest.mark.parametrize(
         ("name", "change"), [("self_forcing", {}), ("rcm", {}), ("self_forcing", {"guard": "none"})]
@@ -264,12 +268,8 @@ else:
             student[0] = arguments["real"][0]
         else:
             (student if where == "student" else arguments[where])[0, 0, 0, 2, 3] = bad
-        scored = *arguments.values(), *[None] * (4 - len(arguments))
-        results = []
-        for module in (kernels, _reference_dmd):
-            found = module.dmd_forward(student, *scored, None, None, mask, None, rule.layout, rule, 3.5, 0.5, True)
-            results.append(found)
-        for found, expected in zip(*results, strict=True):
+        call = objective_call(student, arguments, rule, mask=mask, layout=rule.layout, related=False)
+        for found, expected in zip(backend.objective(call, True), reference.objective(call, True), strict=True):
             torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
 
     def test_a_constant_mask_of_flat_regions_is_read_where_it_is():
@@ -319,21 +319,17 @@ else:
     )
     def test_every_upstream_gradient_reaches_its_term(given, pool):
         student, arguments = scores((2, 4, 2, 3, 5))
-        upstream = [torch.tensor(g) if wanted else None for g, wanted in zip(UPSTREAM, given, strict=True)]
+        names = "total", "dmd", "batch", "frame"
+        upstream = {name: g for name, g, wanted in zip(names, UPSTREAM, given, strict=True) if wanted}
         mask, valid = mask_of("elements", student), torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]], dtype=torch.bool)
-        rule = "bfchw", conventions.longlive, 3.5, 0.5
-        forward = student, *arguments.values(), None, None, mask, None, *rule, True, valid, pool, 0.1, 1.0, True
-        found = kernels.codmd_forward(*forward)
-        for value, expected in zip(found, _reference_dmd.codmd_forward(*forward), strict=True):
+        call = objective_call(
+            student, arguments, "longlive", mask=mask, frame_mask=valid, pool=pool,
+            numbers=Numbers(0.1, 0.6, 1.3, 0.3, 3.5, 0.5),
+        )  # fmt: skip
+        found = backend.objective(call, True)
+        for value, expected in zip(found, reference.objective(call, True), strict=True):
             torch.testing.assert_close(value, expected, rtol=3e-5, atol=1e-7)
-        _, batch_grad = kernels.relation_batch(found[5], found[3], 0, 2, 0.1, 1.0, 1.0, 1.0)
-        outs = []
-        for module in (kernels, _reference_dmd):
-            outs.append(torch.empty_like(student))
-            module.codmd_backward(
-                outs[-1], *upstream, *arguments.values(), None, mask, valid, found[1], found[2], found[4], batch_grad,
-                *rule, pool, 0.3, 0.6, 1.3,
-            )  # fmt: skip
+        outs = [gradient(run_by, call, found, **upstream) for run_by in (backend, reference)]
         torch.testing.assert_close(*outs, rtol=2e-5, atol=1e-9)
         assert outs[0].any()
 
@@ -361,41 +357,81 @@ else:
             run(ops.codmd_loss, student, arguments, prediction="flow", backend="triton")
         names = ["moments_kernel", *["relation_rows_kernel"] * (forward - 1), "gradient_kernel"]
         assert [launched.name for launched in recorded] == names
-        assert all(not buffer.any() for buffer in launch._counters.values())
+        assert all(not buffer.any() for buffer in tickets._buffers.values())
 
     @pytest.mark.parametrize("frames", [1, 3, 35])
     def test_rows_of_several_processes_give_the_loss_of_one_in_two_launches(frames):
         student, arguments = scores((4, frames, 2, 2, 3))
-        latents = student, *arguments.values(), None
         valid = torch.ones(4, frames, dtype=torch.bool)
         valid[1, frames // 2 :] = frames == 1
-        tail = "bfchw", conventions.self_forcing, 3.5, 0.5
-        weights = 0.3, 0.6, 1.3
-        whole = kernels.codmd_terms((*latents, *[None] * 3, *tail), valid, "mean", 0.1, *weights)
+        numbers = Numbers(0.1, 0.6, 1.3, 0.3, 3.5, 0.5)
+        whole = backend.objective(objective_call(student, arguments, frame_mask=valid, numbers=numbers), True)
         halves = [slice(0, 2), slice(2, 4)]
+        calls = [
+            objective_call(
+                student[half], {name: v[half] for name, v in arguments.items()}, frame_mask=valid[half], numbers=numbers
+            )
+            for half in halves
+        ]
         with launch.recording(run=True) as recorded:
-            pending = []
-            for half in halves:
-                part = tuple(None if v is None else v[half] for v in latents)
-                pending.append(kernels.codmd_rows((*part, *[None] * 3, *tail), valid[half], "mean", 0.1, 1.3, 2))
+            pending = [backend.features(call) for call in calls]
             rows = torch.cat([one.rows for one in pending])
-            found = [kernels.codmd_gathered(one, rows, 2 * i, *weights, 2.0) for i, one in enumerate(pending)]
+            found = [backend.gathered(calls[i], pending[i], rows, 2 * i, 2.0) for i in range(2)]
         assert len(recorded) == 4
         for half, (terms, norms, _, frame_grad, batch_grad) in zip(halves, found, strict=True):
-            torch.testing.assert_close(terms[2], whole[0][2], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(terms[2], whole.terms[2], rtol=1e-5, atol=1e-9)
             torch.testing.assert_close(terms[0], terms[1] + 0.3 * (0.6 * terms[2] + 1.3 * terms[3]))
-            torch.testing.assert_close(norms, whole[1][half])
-            torch.testing.assert_close(batch_grad, 2 * whole[4][half], rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(norms, whole.norms[half])
+            torch.testing.assert_close(batch_grad, 2 * whole.batch_grad[half], rtol=1e-4, atol=1e-7)
             if frames > 1:
-                torch.testing.assert_close(frame_grad, 2 * whole[3][half], rtol=1e-5, atol=1e-9)
-        for term in (1, 3):
-            mean = torch.stack([terms[term] for terms, *_ in found]).mean()
-            torch.testing.assert_close(mean, whole[0][term], rtol=1e-5, atol=0)
-        assert all(not buffer.any() for buffer in launch._counters.values())
+                torch.testing.assert_close(frame_grad, 2 * whole.frame_grad[half], rtol=1e-5, atol=1e-9)
+        for term in (1, 3, 4):
+            mean = torch.stack([one.terms[term] for one in found]).mean()
+            torch.testing.assert_close(mean, whole.terms[term], rtol=1e-5, atol=0)
+        assert all(not buffer.any() for buffer in tickets._buffers.values())
 
-    def test_a_loss_beyond_the_kernels_is_composed_of_its_stages():
-        student, arguments = scores((2, 3, 1, 2, 2))
-        many = {name: value.repeat(513, 1, 1, 1, 1) for name, value in {"student": student, **arguments}.items()}
-        inputs = *many.values(), None, None, None, None, "bfchw", conventions.self_forcing, 3.5, 0.5
-        assert kernels.codmd_terms(inputs, None, "mean", 0.1, 0.1, 1.0, 0.0) is None
-        assert kernels.codmd_rows(inputs, None, "mean", 0.1, 1.0, 1) is None
+    @pytest.mark.parametrize("frames", [3, 35])
+    @pytest.mark.parametrize("limit", [("LONG_FEATURES", 0), ("MOST_POOLED", 3)], ids=str)
+    def test_long_or_many_gathered_rows_take_another_way(monkeypatch, frames, limit):
+        monkeypatch.setattr(backend, *limit)
+        student, arguments = scores((2, frames, 2, 1, 2))
+        call = objective_call(student, arguments, numbers=Numbers(0.1, 0.6, 1.3, 0.3, 3.5, 0.5))
+        pending, plain = backend.features(call), reference.features(call)
+        rows = torch.cat([plain.rows, 2 - plain.rows])
+        found = backend.gathered(call, pending, rows, 2, 2.0)
+        for value, expected in zip(found, reference.gathered(call, plain, rows, 2, 2.0), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+    def test_a_loss_beyond_the_kernels_is_the_references():
+        student, arguments = scores((MOST_POOLED + 1, 1, 1, 1, 2))
+        call = objective_call(student, {name: arguments[name] for name in ("real", "fake")}, frame=False)
+        for value, expected in zip(backend.objective(call, True), reference.objective(call, True), strict=True):
+            assert torch.equal(value, expected)
+        pending, plain = backend.features(call), reference.features(call)
+        assert torch.equal(pending.rows, plain.rows)
+        found = backend.gathered(call, pending, pending.rows, 0, 1.0)
+        assert torch.equal(found.terms, reference.gathered(call, plain, plain.rows, 0, 1.0).terms)
+
+    @pytest.mark.parametrize("shape", [(2, 3, 2, 3, 4), (2, 35, 2, 1, 2)])
+    @pytest.mark.parametrize("related", [True, False])
+    def test_numbers_on_the_device_are_loaded_by_the_kernels(shape, related):
+        student, arguments = scores(shape)
+        numbers = Numbers(0.2, 0.6, 1.3, 0.3, 3.5, 0.5)
+        call = objective_call(student, arguments, related=related, numbers=numbers)
+        for factor in (1, 2):
+            call = call._replace(numbers=Numbers(*(factor * n for n in numbers)))
+            scheduled = call._replace(numbers=torch.tensor(call.numbers))
+            found = backend.objective(call, True)
+            same = backend.objective(scheduled, True)
+            assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+            upstream = {"total": 0.7, "dmd": 0.3, "batch": -0.2, "frame": 0.4}
+            assert torch.equal(*(gradient(backend, one, found, **upstream) for one in (call, scheduled)))
+
+    def test_pieces_of_one_allocation_hold_what_separate_results_do():
+        student, arguments = scores((2, 3, 2, 3, 4))
+        call = objective_call(student, arguments)
+        apart, pieces = backend.objective(call, True), backend.objective(call, False)
+        assert len({v.untyped_storage().data_ptr() for v in pieces}) == 1
+        assert len({v.untyped_storage().data_ptr() for v in apart}) == len(apart)
+        assert all(torch.equal(a.flatten(), b[: a.numel()]) for a, b in zip(apart, pieces, strict=True))
+        assert torch.equal(*(gradient(backend, call, found, total=1.0) for found in (apart, pieces)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,24 +15,17 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from codmd.kernels import launch, limits, tiling
-from codmd.kernels.dmd import passes as dmd
-from codmd.kernels.dmd import related
+from codmd.kernels import backend, blocks, launch, limits, plans, tickets, tiling
 from codmd.kernels.launch import Launch, recording
-from codmd.kernels.pooled import passes as pooled
-from codmd.kernels.whole import passes as whole
-from codmd.kernels.whole import together
 from codmd.kernels.whole.runs import Runs
+from triton_calls import gradient, objective_call, relation_call
 
-from codmd import conventions, kernels
+from codmd import conventions
+from codmd.ops.contract import Numbers, Upstream
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 HALF, SINGLE = torch.float16, torch.float32
 SHAPE = (2, 3, 2, 4, 8)
-PLANS = (
-    pooled._forward_plans, pooled._rows_plans, pooled._backward_plans, dmd._plans,
-    related._gathered_plans, whole._plans, together._plans,
-)  # fmt: skip
 
 
 def misaligned(tensor: Tensor) -> Tensor:
@@ -43,69 +38,74 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 CHANGES = {"misaligned": misaligned, "transposed": transposed}
-UPSTREAMS = (
-    (SINGLE, None, None), (torch.float64, None, None), (None, SINGLE, None), (None, None, SINGLE),
-    (SINGLE, SINGLE, SINGLE),
+UPSTREAMS = tuple(
+    {name: torch.empty((), dtype=dtype) for name, dtype in zip(Upstream._fields, kinds, strict=True) if dtype}
+    for kinds in (
+        (SINGLE, None, None, None), (torch.float64, None, None, None), (None, SINGLE, None, None),
+        (None, None, SINGLE, None), (None, None, None, SINGLE), (SINGLE, None, SINGLE, SINGLE),
+        (SINGLE, SINGLE, SINGLE, SINGLE),
+    )
 )  # fmt: skip
+SCHEDULED = torch.empty(6)
 
 
 def relation(
-    shape=SHAPE, dtype=HALF, layout="bfchw", pool="mean", mask=None, weights=(1.0, 1.0), change=(), gather=False
-):
+    shape=SHAPE, dtype=HALF, layout="bfchw", pool="mean", mask=None, weights=(1.0, 1.0), change=(), gather=False,
+    scheduled=False,
+):  # fmt: skip
     """Launches of the relation loss; ``change`` = (latent, what) makes that one strided or misaligned."""
     scores = {name: torch.empty(shape, dtype=dtype) for name in ("student", "real", "fake", "out")}
     if change:
         scores[change[0]] = CHANGES[change[1]](scores[change[0]])
     out = scores.pop("out")
+    call = relation_call(tuple(scores.values()), pool, mask, layout, weights)
+    call = call._replace(numbers=SCHEDULED) if scheduled else call
     with recording() as launches:
         if gather:
-            kernels.relation_frames(*scores.values(), mask, layout, pool, 0.1, weights[1])
+            backend.features(call)
             return launches
-        _, *grads = kernels.relation_forward(*scores.values(), mask, layout, pool, 0.1, *weights)
+        found = backend.relation(call)
         for upstream in UPSTREAMS:
-            given = (g if g is None else torch.empty((), dtype=g) for g in upstream)
-            kernels.relation_backward(out, *given, scores["student"], mask, *grads, layout, pool, *weights)
+            gradient(backend, call, found, out, **upstream)
     return launches
 
 
-def gathered(vectors=6, features=5, first=0, rows=2):
-    pooled = torch.empty(vectors, 3 * features + 1)
+def gathered(vectors=6, features=5, first=0, samples=2, scheduled=False):
+    call = relation_call([torch.empty(samples, 1, features, 1, 1)] * 3)
+    call = call._replace(numbers=SCHEDULED) if scheduled else call
+    rows = torch.empty(vectors, 3 * features + 1)
     with recording() as launches:
-        for table in (pooled, misaligned(pooled)):
-            kernels.relation_batch(table, torch.empty(1), first, rows, 0.1, 1.0, 1.0, 1.0)
+        pending = backend.features(call)
+        for table in (rows, misaligned(rows)):
+            backend.gathered(call, pending, table, first, 1.0)
     return launches
 
 
 def both(
     shape=SHAPE, dtype=HALF, layout="bfchw", convention="longlive", change=(), absent=(), mask=None, sigma=None,
-    weight=None, valid=None, pool="mean", weights=(1.0, 1.0), ranks=0, rule=None,
+    weight=None, valid=None, pool="mean", batch=True, frame=True, ranks=0, scheduled=False,
 ):  # fmt: skip
     """Launches of the DMD loss and of the CoDMD loss, or of its stages on one of ``ranks`` processes."""
-    names = "student", "fake", "real", "real_uncond", "fake_uncond", "noisy", "out"
+    names = "student", "real", "fake", "real_uncond", "fake_uncond", "noisy", "out"
     tensors = {name: torch.empty(shape, dtype=dtype) for name in names}
     if change:
         tensors[change[0]] = CHANGES[change[1]](tensors[change[0]])
     tensors |= dict.fromkeys(absent)
-    out, sigma = tensors.pop("out"), torch.empty(shape[:2]) if sigma is None else sigma
-    rule = conventions.resolve(convention) if rule is None else rule
-    inputs = *tensors.values(), sigma, mask, weight, layout, rule, 3.5, 0.5
-    scores = tuple(tensors[name] for name in names[1:5])
+    student, out = tensors.pop("student"), tensors.pop("out")
+    tensors["sigma"] = torch.empty(shape[:2]) if sigma is None else sigma
+    call = objective_call(
+        student, tensors, convention, mask=mask, sample_weight=weight, frame_mask=valid, layout=layout, pool=pool,
+        batch=batch, frame=frame, numbers=SCHEDULED if scheduled else None,
+    )  # fmt: skip
     with recording() as launches:
         if ranks:
-            pending = kernels.codmd_rows(inputs, valid, pool, 0.1, weights[1], ranks)
-            rows = torch.empty(ranks * shape[0], pending.rows.shape[1])
-            kernels.codmd_gathered(pending, rows, 0, 0.1, 1.0, 1.0, 1.0)
+            pending = backend.features(call)
+            backend.gathered(call, pending, torch.empty(ranks * shape[0], pending.rows.shape[1]), 0, 1.0)
             return launches
-        _, norms, factors = kernels.dmd_forward(*inputs, False)
-        tail = layout, rule, 3.5, 0.5
-        kernels.dmd_backward(out, torch.empty(()), *scores, sigma, mask, norms, factors, *tail)
-        _, norms, factors, *grads = kernels.codmd_terms(inputs, valid, pool, 0.1, 0.1, *weights)
-        for upstream in UPSTREAMS:
-            total, first, last = (g if g is None else torch.empty((), dtype=g) for g in upstream)
-            for given in ((total, first, last, last), (total, last, first, last), (total, last, last, first)):
-                kernels.codmd_backward(
-                    out, *given, *scores, sigma, mask, valid, norms, factors, *grads, *tail, pool, 0.1, *weights
-                )
+        for one in (call, call._replace(related=False)):
+            found = backend.objective(one, True)
+            for upstream in UPSTREAMS:
+                gradient(backend, one, found, out, **upstream)
     return launches
 
 
@@ -125,13 +125,13 @@ def calls():
         yield one
         for changed in (
             {"dtype": SINGLE}, {"dtype": torch.bfloat16}, {"layout": "bcfhw"}, {"weights": (0.0, 1.0)},
-            {"weights": (1.0, 0.0)}, {"gather": True}, *({"change": c} for c in strided),
+            {"weights": (1.0, 0.0)}, {"gather": True}, {"scheduled": True}, *({"change": c} for c in strided),
             *({"pool": (2, 1)}, {"pool": (1, 2)}) * (pool is not None),
             *({"mask": m} for m in masks(*shape[:2])),
         ):  # fmt: skip
             yield partial(one, **changed)
     for features in (5, limits.MOST_POOLED * 4):
-        for changed in ({}, {"first": 2}, {"rows": 3}, {"vectors": 40}):
+        for changed in ({}, {"first": 2}, {"samples": 3}, {"vectors": 40}, {"scheduled": True}):
             yield partial(gathered, **{"features": features} | changed)
     selected = torch.empty(SHAPE, dtype=torch.bool)
     names = "student", "fake", "real", "real_uncond", "fake_uncond", "noisy", "out"
@@ -139,14 +139,14 @@ def calls():
     for changed in (
         {}, {"dtype": SINGLE}, {"dtype": torch.bfloat16}, {"layout": "bcfhw", "sigma": torch.empty(2, 2)},
         *({"change": c} for c in strided), *({"convention": name} for name in ("rcm", "fastvideo", "fastgen", "tdm")),
-        {"rule": conventions.replace(conventions.longlive, norm_block=2)},
+        {"convention": conventions.replace(conventions.longlive, norm_block=2)},
         {"absent": ("real_uncond",)}, {"absent": ("fake_uncond",)},
         *({"mask": m} for m in (selected, misaligned(selected), transposed(selected), selected[:1, :1].expand(SHAPE))),
         {"sigma": torch.empty(3, 2).t()}, {"sigma": torch.empty(2, 3, dtype=torch.float64)},
         {"weight": torch.empty(2)}, {"weight": torch.empty(4)[::2]}, {"weight": torch.empty(2, dtype=torch.float64)},
         *({"valid": m} for m in masks(2, 3)), {"pool": (2, 1)}, {"pool": (1, 2)},
-        {"weights": (0.0, 1.0)}, {"weights": (1.0, 0.0)}, {"ranks": 2}, {"ranks": 3},
-        {"ranks": 2, "weights": (1.0, 0.0)},
+        {"batch": False}, {"frame": False}, {"scheduled": True}, {"ranks": 2}, {"ranks": 3},
+        {"ranks": 2, "frame": False}, {"ranks": 2, "scheduled": True},
         {"ranks": 2, "shape": (2, 33, 2, 4, 8)}, {"ranks": 2, "shape": (2, 34, 2, 4, 8)},
     ):  # fmt: skip
         yield partial(both, **changed)
@@ -179,8 +179,7 @@ def described(launched: Launch) -> tuple:
 def test_a_kept_plan_launches_what_a_fresh_one_would_and_as_it_was_compiled():
     every, fresh = list(calls()), []
     for call in every:
-        for plans in PLANS:
-            plans.clear()
+        plans.PLANS.clear()
         fresh.append([described(launched) for launched in call()])
     compiled = {}
     for call, expected in zip(every, fresh, strict=True):
@@ -191,29 +190,83 @@ def test_a_kept_plan_launches_what_a_fresh_one_would_and_as_it_was_compiled():
             assert specialised(launched) == first, (launched.name, call)
 
 
+def test_the_plans_used_latest_are_kept_and_their_number_is_bounded():
+    made = []
+    cache = plans.Plans(most=3)
+
+    def use(key):
+        return cache.of(key, lambda: made.append(key) or key)
+
+    for key in "abcadaeaf":
+        assert use(key) == key
+    assert made == list("abcdef")
+    for key in "aef":
+        use(key)
+    assert made == list("abcdef")
+    for key in range(100):
+        use(key)
+        use(key)
+        assert len(list(cache)) <= 6
+    assert made[6:] == list(range(100))
+
+
+def test_the_pieces_of_a_workspace_do_not_overlap_and_are_aligned():
+    workspace = plans.Workspace(first=5, empty=0, second=8, last=1)
+    assert workspace.at("first", "empty", "second", "last") == (0, 8, 8, 16)
+    assert workspace.size == 20
+
+
+def test_kernels_load_numbers_in_the_contracts_order():
+    assert [getattr(blocks, name.upper()).value for name in Numbers._fields] == list(range(len(Numbers._fields)))
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """What :func:`launch.counters` sees of a tensor on a GPU, with memory of the CPU; ``capturing`` is for the test."""
-    monkeypatch.setattr(launch, "_counters", {})
-    monkeypatch.setattr(launch, "_capture_pool", {})
-    monkeypatch.setattr(launch, "_CAPTURE_POOL", 64)
+    """What :func:`tickets.counters` sees of a tensor on a GPU, in memory of the CPU; ``capturing`` is the test's."""
+    monkeypatch.setattr(tickets, "_buffers", {})
+    monkeypatch.setattr(tickets, "_outgrown", [])
+    monkeypatch.setattr(tickets, "_capture_pool", {})
+    monkeypatch.setattr(tickets, "CAPTURE_POOL", 64)
     seen = SimpleNamespace(device=torch.device("cpu"), is_cuda=True, capturing=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
     return seen
 
 
 def test_calls_on_one_stream_share_their_tickets_and_streams_do_not(on_gpu):
-    first, again, other = (launch.counters(on_gpu, stream, 3) for stream in (5, 5, 6))
+    first, again, other = (tickets.counters(on_gpu, stream, 3) for stream in (5, 5, 6))
     assert first.data_ptr() == again.data_ptr() != other.data_ptr()
-    large = launch.counters(on_gpu, 5, 10_000)
+    large = tickets.counters(on_gpu, 5, 10_000)
     assert len(large) >= 10_000
     assert not large.any()
 
 
-def test_captured_calls_take_tickets_that_no_other_call_ever_gets(on_gpu):
-    eager = launch.counters(on_gpu, 5, 3)
+def test_a_buffer_that_kernels_may_still_count_in_outlives_a_larger_one(on_gpu):
+    sizes = 3, 5000, 6000, 9000, 20_000
+    places = {tickets.counters(on_gpu, 5, size).data_ptr() for size in sizes}
+    kept = [*tickets._outgrown, *tickets._buffers.values()]
+    assert places <= {buffer.data_ptr() for buffer in kept}
+    assert sum(map(len, tickets._outgrown)) < len(tickets._buffers[on_gpu.device, 5])
+    assert tickets.counters(on_gpu, 5, 3).data_ptr() == kept[-1].data_ptr()
+
+
+def test_threads_that_capture_at_once_share_no_ticket(on_gpu, monkeypatch):
+    monkeypatch.setattr(tickets, "CAPTURE_POOL", 4000)
+    tickets.counters(on_gpu, 5, 3)
     on_gpu.capturing = True
-    taken = [eager, *(launch.counters(on_gpu, 5, 30) for _ in range(4))]
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            taken = list(pool.map(lambda _: tickets.counters(on_gpu, 5, 2).data_ptr(), range(1000)))
+    finally:
+        sys.setswitchinterval(switch)
+    assert len(set(taken)) == len(taken)
+
+
+def test_captured_calls_take_tickets_that_no_other_call_ever_gets(on_gpu):
+    eager = tickets.counters(on_gpu, 5, 3)
+    on_gpu.capturing = True
+    taken = [eager, *(tickets.counters(on_gpu, 5, 30) for _ in range(4))]
     places = [set(range(t.data_ptr(), t.data_ptr() + 4 * len(t), 4)) for t in taken]
     assert all(len(t) >= 30 and not t.any() for t in taken[1:])
     assert len(set.union(*places)) == sum(map(len, places))
@@ -221,7 +274,7 @@ def test_captured_calls_take_tickets_that_no_other_call_ever_gets(on_gpu):
 
 def test_a_capture_without_warm_up_has_tickets(on_gpu):
     on_gpu.capturing = True
-    found = launch.counters(on_gpu, 5, 7)
+    found = tickets.counters(on_gpu, 5, 7)
     assert (len(found), found.dtype, bool(found.any())) == (7, torch.int32, False)
 
 
@@ -234,12 +287,12 @@ def test_an_axis_of_one_element_does_not_narrow_the_vectors():
 @pytest.mark.parametrize(
     ("taken", "refused", "pool", "batch", "frame"),
     [
-        ((1, 1024, 1, 1, 1), (1, 1025, 1, 1, 1), "mean", True, True),
-        ((1024, 1, 1, 1, 1), (1025, 1, 1, 1, 1), "mean", True, True),
+        ((1, 1024, 1, 1, 1), (1, 1025, 1, 1, 1), (1, 1), True, True),
+        ((1024, 1, 1, 1, 1), (1025, 1, 1, 1, 1), (1, 1), True, True),
         ((1, 128, 9, 9, 9), (1, 129, 9, 9, 9), None, False, True),
         ((128, 1, 9, 9, 9), (129, 1, 9, 9, 9), None, True, False),
-        ((1, 2, (1 << 28) - 1, 1, 1), (1, 2, 1 << 28, 1, 1), "mean", False, True),
-        ((2, 1, (1 << 28) - 1, 1, 1), (2, 1, 1 << 28, 1, 1), "mean", True, False),
+        ((1, 2, (1 << 28) - 1, 1, 1), (1, 2, 1 << 28, 1, 1), (1, 1), False, True),
+        ((2, 1, (1 << 28) - 1, 1, 1), (2, 1, 1 << 28, 1, 1), (1, 1), True, False),
         ((1, 2, (1 << 26) - 1, 2, 2), (1, 2, 1 << 26, 2, 2), (2, 2), False, True),
     ],
 )
@@ -251,8 +304,8 @@ def test_the_largest_sizes_are_taken_and_the_next_refused(taken, refused, pool, 
 
 
 def test_a_term_that_is_not_wanted_refuses_nothing():
-    assert limits.refusal((2000, 3, 1, 1, 1), "mean", False, True) == ""
-    assert limits.refusal((3, 2000, 1, 1, 1), "mean", True, False) == ""
+    assert limits.refusal((2000, 3, 1, 1, 1), (1, 1), False, True) == ""
+    assert limits.refusal((3, 2000, 1, 1, 1), (1, 1), True, False) == ""
 
 
 def _calls(name: str):

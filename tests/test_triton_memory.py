@@ -25,14 +25,11 @@ else:
     import triton
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
-    from codmd.kernels import launch, tiling
-    from codmd.kernels.dmd import passes as dmd
-    from codmd.kernels.dmd import related
-    from codmd.kernels.pooled import passes as pooled
-    from codmd.kernels.whole import passes as whole
+    from codmd.kernels import backend, launch, plans, tiling
     from codmd.kernels.whole import together
+    from triton_calls import relation_call
 
-    from codmd import kernels, ops
+    from codmd import ops
 
     class Watch:
         """The interpreter's memory; raises where a launch leaves its tensors or trusts an order."""
@@ -109,18 +106,17 @@ else:
         monkeypatch.setattr(tiling, "WAVES", 1)
         monkeypatch.setattr(together, "GROUP", 2)
         monkeypatch.setattr("codmd.kernels.whole.plans.GROUP", 2)
-        for module, name in (
-            (pooled, "_forward_plans"), (pooled, "_backward_plans"), (dmd, "_plans"),
-            (together, "_plans"), (whole, "_plans"),
-        ):  # fmt: skip
-            monkeypatch.setattr(module, name, {})
-        for module in (pooled, dmd, related, together, whole):
+        plans.PLANS.clear()
+        monkeypatch.setattr(plans.PLANS, "_new", {})
+        for passes in ("pooled.passes", "dmd.passes", "whole.passes", "whole.together"):
             # Neither more nor fewer tickets than asked for.
-            monkeypatch.setattr(module, "counters", lambda _, stream, count: torch.zeros(count, dtype=torch.int32))
+            monkeypatch.setattr(
+                f"codmd.kernels.{passes}.counters", lambda _, stream, count: torch.zeros(count, dtype=torch.int32)
+            )
         return Watch(monkeypatch)
 
-    POOLED, WHOLE = ["pool_kernel", "broadcast_kernel"], ["gram_kernel", "apply_kernel"]
-    ROWS = ["pool_kernel", "relation_rows_kernel", "broadcast_kernel"]
+    POOLED, WHOLE = ["pool_kernel", "gradient_kernel"], ["gram_kernel", "apply_kernel"]
+    ROWS = ["pool_kernel", "relation_rows_kernel", "gradient_kernel"]
     TOGETHER = ["gram_batch_kernel", "relations_kernel", "apply_batch_kernel"]
 
     @pytest.mark.parametrize(
@@ -148,10 +144,10 @@ else:
 
     @pytest.mark.parametrize("long", [False, True])
     def test_gathered_rows(monkeypatch, watch, long):
-        monkeypatch.setattr("codmd.kernels.relation.LONG_FEATURES", 4 if long else 1 << 20)
-        scored = [v.detach() for v in latents((3, 2, 1, 2, 3))]
-        frame, _, rows = kernels.relation_frames(*scored, None, "bfchw", (2, 3), 0.1, 1.0)
-        kernels.relation_batch(rows, frame, 1, 2, 0.1, 1.0, 1.0, 1.0)
+        monkeypatch.setattr(backend, "LONG_FEATURES", 4 if long else 1 << 20)
+        call = relation_call([v.detach() for v in latents((3, 2, 1, 2, 3))], (2, 3))
+        pending = backend.features(call)
+        backend.gathered(call, pending, torch.cat([pending.rows, pending.rows]), 3, 1.0)
         assert watch.launched[1:] == (WHOLE if long else ["relation_rows_kernel"])
 
     @pytest.mark.parametrize(

@@ -33,27 +33,28 @@ if not INTERPRETED:
         run_interpreted(__file__)
 
 else:
-    from codmd.kernels import launch, tiling
-    from codmd.kernels.pooled import passes as pooled_passes
-    from codmd.kernels.whole import passes as whole_passes
+    from codmd.kernels import backend, launch, plans, tickets, tiling
     from codmd.kernels.whole import plans as whole_plans
     from codmd.kernels.whole import together
+    from triton_calls import gradient, relation_call
 
-    from codmd import kernels
     from codmd.ops import relation_loss
-    from codmd.ops.backends import old as _reference
+    from codmd.ops.backends import reference
+    from codmd.ops.contract import Numbers
 
     UPSTREAM = (0.7, 0.3, -0.2)
+
+    def with_plans_of_its_own(monkeypatch):
+        """An empty cache that later tests do not see: the plans are of changed constants."""
+        plans.PLANS.clear()
+        monkeypatch.setattr(plans.PLANS, "_new", {})
 
     @pytest.fixture
     def small_tiles(monkeypatch):
         """Tiles of a few elements, so that small planes are looped over, split and have tails."""
         monkeypatch.setattr(tiling, "TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
-        for plans in (pooled_passes._forward_plans, pooled_passes._backward_plans):
-            monkeypatch.setattr(pooled_passes, "_forward_plans", {})
-            monkeypatch.setattr(pooled_passes, "_backward_plans", {})
-            plans.clear()
+        with_plans_of_its_own(monkeypatch)
 
     def triton_loss(*args, **kwargs):
         return relation_loss(*args, return_terms=True, backend="triton", **kwargs)
@@ -144,7 +145,7 @@ else:
     def test_planes_beyond_one_tile_are_looped_over_and_split(small_tiles, width, pool):
         student, real, fake = latents((1, 2, 1, 7, width), torch.float16)
         assert_as_accurate_as_pytorch(student, real, fake, pool=pool)
-        plan = next(iter(pooled_passes._forward_plans.values()))
+        plan, *_ = plans.PLANS
         assert plan.tiling.splits > 1
 
     @pytest.mark.parametrize("perturbation", [1e-2, 1e-4])
@@ -209,28 +210,22 @@ else:
             return view
 
         student, real, fake = latents(shape, torch.float16)
-        arguments = None, "bfchw", pool, 0.1, 1.0, 1.0
-        near = kernels.relation_forward(student.detach(), real, fake, *arguments)
-        distant = [apart(v) for v in (student, real, fake)]
-        wide = kernels.relation_forward(*distant, *arguments)
-        for a, b in zip(near, wide, strict=True):
-            assert torch.equal(a, b)
-        gradients = []
-        for out, x in ((torch.empty_like(real), student.detach()), (apart(torch.zeros_like(real)), distant[0])):
-            one = torch.ones(())
-            kernels.relation_backward(out, one, None, None, x, None, *near[1:], "bfchw", pool, 1.0, 1.0)
-            gradients.append(out)
-        assert torch.equal(*gradients)
+        near = relation_call((student.detach(), real, fake), pool)
+        wide = relation_call([apart(v) for v in (student, real, fake)], pool)
+        found, same = backend.relation(near), backend.relation(wide)
+        assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True) if a is not None)
+        distant = gradient(backend, wide, found, apart(torch.zeros_like(real)), total=1.0)
+        assert torch.equal(gradient(backend, near, found, total=1.0), distant)
 
     @pytest.mark.parametrize(("samples", "pool"), [(1, (2, 2)), (1, None), (2, None)])
     def test_every_axis_may_pass_31_bits(samples, pool):
         near = [v.detach() for v in latents((samples, 3, 3, 3, 3), torch.float16)]
         results = []
         for scores, out in ((near, torch.empty_like(near[0])), ([far_apart(v) for v in near], far_apart(near[0]))):
-            found = kernels.relation_forward(*scores, None, "bfchw", pool, 0.1, 1.0, 1.0)
-            tail = scores[0], None, *found[1:], "bfchw", pool, 1.0, 1.0
-            kernels.relation_backward(out, torch.ones(()), None, None, *tail)
-            results.append((*found, out))
+            call = relation_call(scores, pool)
+            found = backend.relation(call)
+            written = gradient(backend, call, found, out, total=1.0)
+            results.append((found.terms, found.frame_grad, found.batch_grad, written))
         for value, expected in zip(*results, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
 
@@ -267,55 +262,54 @@ else:
     def test_non_finite_values_travel_to_the_loss(samples, index, value, pool):
         inputs = [v.detach().clone() for v in latents((samples, 3, 1, 3, 4))]
         inputs[index][0, 1, 0, 0, 0] = value
-        terms, frame_grad, _ = kernels.relation_forward(*inputs, None, "bfchw", pool, 0.1, 1.0, 1.0)
-        assert not terms[0].isfinite()
-        assert not frame_grad.isfinite().all()
+        found = backend.relation(relation_call(inputs, pool))
+        assert not found.terms[0].isfinite()
+        assert not found.frame_grad.isfinite().all()
 
     @pytest.mark.parametrize("pool", ["mean", None])
     def test_one_valid_frame_has_no_relation_whatever_it_holds(pool):
         inputs = [v.detach().clone() for v in latents((1, 3, 1, 2, 3))]
         inputs[0][0, 1] = torch.nan
         mask = torch.tensor([[False, True, False]])
-        terms, _, _ = kernels.relation_forward(*inputs, mask, "bfchw", pool, 0.1, 1.0, 1.0)
-        assert terms.eq(0).all()
+        assert backend.relation(relation_call(inputs, pool, mask)).terms.eq(0).all()
 
     @pytest.mark.parametrize(("samples", "pool"), [(2, "mean"), (2, (2, 2)), (2, None), (1, None)])
     def test_masked_frames_never_leak(samples, pool):
         inputs = [v.detach().clone() for v in latents((samples, 4, 1, 3, 4))]
         mask = torch.ones(samples, 4, dtype=torch.bool)
         mask[:, 2] = False
-        clean = kernels.relation_forward(*inputs, mask, "bfchw", pool, 0.1, 1.0, 1.0)
+        call = relation_call(inputs, pool, mask)
+        clean = backend.relation(call)
         for tensor in inputs:
             tensor[:, 2] = torch.nan
-        poisoned = kernels.relation_forward(*inputs, mask, "bfchw", pool, 0.1, 1.0, 1.0)
-        for a, b in zip(clean, poisoned, strict=True):
-            assert torch.equal(a, b)
-        out = torch.empty_like(inputs[0])
-        kernels.relation_backward(out, torch.ones(()), None, None, inputs[0], mask, *clean[1:], "bfchw", pool, 1.0, 1.0)
+        poisoned = backend.relation(call)
+        assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True) if a is not None)
+        out = gradient(backend, call, clean, total=1.0)
         assert out[:, 2].eq(0).all()
         assert out.isfinite().all()
 
     @pytest.mark.parametrize("pool", ["mean", (2, 1), None])
     @pytest.mark.parametrize("long", [False, True])
     def test_gathered_rows_give_the_terms_and_gradients_of_one_process(monkeypatch, pool, long):
-        monkeypatch.setattr("codmd.kernels.relation.LONG_FEATURES", 4 if long else 1 << 20)
+        monkeypatch.setattr(backend, "LONG_FEATURES", 4 if long else 1 << 20)
         inputs = [v.detach() for v in latents((4, 3, 1, 3, 5))]
         mask = frame_mask(4, 3)
-        whole = kernels.relation_forward(*inputs, mask, "bfchw", pool, 0.1, 0.6, 1.3)
-        expected = averages_gradient(whole[2], inputs[0], mask)
-        stages = [
-            kernels.relation_frames(*(v[i : i + 2] for v in inputs), mask[i : i + 2], "bfchw", pool, 0.1, 1.3)
-            for i in (0, 2)
+        whole = backend.relation(relation_call(inputs, pool, mask, weights=(0.6, 1.3)))
+        expected = averages_gradient(whole.batch_grad, inputs[0], mask)
+        calls = [
+            relation_call([v[i : i + 2] for v in inputs], pool, mask[i : i + 2], weights=(0.6, 1.3)) for i in (0, 2)
         ]
-        rows = torch.cat([pooled for _, _, pooled in stages])
-        for rank, (frame, _, _) in enumerate(stages):
-            terms, gradient = kernels.relation_batch(rows, frame, 2 * rank, 2, 0.1, 0.6, 1.3, 2.0)
-            torch.testing.assert_close(terms[1], whole[0][1], rtol=1e-5, atol=1e-9)
-            torch.testing.assert_close(terms[2], frame[0])
-            torch.testing.assert_close(terms[0], 0.6 * terms[1] + 1.3 * frame[0])
-            torch.testing.assert_close(gradient, 2 * expected[2 * rank : 2 * rank + 2], rtol=1e-4, atol=1e-7)
-        frames = torch.stack([frame for frame, _, _ in stages]).mean()
-        torch.testing.assert_close(frames, whole[0][2], rtol=1e-6, atol=0)
+        stages = [backend.features(call) for call in calls]
+        rows = torch.cat([pending.rows for pending in stages])
+        frames = []
+        for rank, (call, pending) in enumerate(zip(calls, stages, strict=True)):
+            found = backend.gathered(call, pending, rows, 2 * rank, 2.0)
+            total, batch, frame = found.terms
+            torch.testing.assert_close(batch, whole.terms[1], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(total, 0.6 * batch + 1.3 * frame)
+            torch.testing.assert_close(found.batch_grad, 2 * expected[2 * rank : 2 * rank + 2], rtol=1e-4, atol=1e-7)
+            frames.append(frame)
+        torch.testing.assert_close(torch.stack(frames).mean(), whole.terms[2], rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize(("pool", "tables"), [("mean", False), (None, False), (None, True)])
     @pytest.mark.parametrize(
@@ -324,27 +318,24 @@ else:
     def test_every_upstream_gradient_reaches_its_term(monkeypatch, given, pool, tables):
         monkeypatch.setattr(together, "DOTS_OF_EIGHT", not tables)
         inputs = [v.detach() for v in latents((2, 2, 1, 3, 5))]
-        upstream = [torch.tensor(g) if wanted else None for g, wanted in zip((0.5, -0.7, 0.9), given, strict=True)]
-        _, *grads = kernels.relation_forward(*inputs, None, "bfchw", pool, 0.1, 0.6, 1.3)
-        found, expected = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-        tail = "bfchw", pool, 0.6, 1.3
-        kernels.relation_backward(found, *upstream, inputs[0], None, *grads, *tail)
-        grads[1] = averages_gradient(grads[1], inputs[0])
-        _reference.relation_backward(expected, *upstream, inputs[0], None, *grads, *tail)
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-9)
+        upstream = dict(zip(("total", "batch", "frame"), (0.5, -0.7, 0.9), strict=True))
+        upstream = {name: value for wanted, (name, value) in zip(given, upstream.items(), strict=True) if wanted}
+        call = relation_call(inputs, pool, weights=(0.6, 1.3))
+        found = backend.relation(call)
+        plain = found._replace(batch_grad=averages_gradient(found.batch_grad, inputs[0]))
+        written, expected = gradient(backend, call, found, **upstream), gradient(reference, call, plain, **upstream)
+        torch.testing.assert_close(written, expected, rtol=2e-5, atol=1e-9)
 
     @pytest.mark.parametrize(("batch_weight", "frame_weight"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
     @pytest.mark.parametrize("pool", ["mean", None])
     def test_a_term_without_weight_is_not_computed(batch_weight, frame_weight, pool):
         inputs = [v.detach() for v in latents((2, 3, 2, 3, 4))]
-        weights = batch_weight, frame_weight
-        terms, frame_grad, batch_grad = kernels.relation_forward(*inputs, None, "bfchw", pool, 0.1, *weights)
-        assert (frame_grad.numel() > 0, batch_grad.numel() > 0) == (frame_weight > 0, batch_weight > 0)
-        assert terms[1].item() == 0 or batch_weight
-        assert terms[2].item() == 0 or frame_weight
-        out = torch.empty_like(inputs[0])
-        tail = None, frame_grad, batch_grad, "bfchw", pool, *weights
-        kernels.relation_backward(out, torch.ones(()), None, None, inputs[0], *tail)
+        call = relation_call(inputs, pool, weights=(batch_weight, frame_weight))
+        found = backend.relation(call)
+        assert (found.frame_grad.numel() > 0, found.batch_grad.numel() > 0) == (frame_weight > 0, batch_weight > 0)
+        assert found.terms[1].item() == 0 or batch_weight
+        assert found.terms[2].item() == 0 or frame_weight
+        out = gradient(backend, call, found, total=1.0)
         assert out.isfinite().all()
         assert bool(out.any()) == (batch_weight + frame_weight > 0)
 
@@ -353,10 +344,9 @@ else:
     )
     def test_calls_repeat_bit_for_bit_and_leave_the_counters_zero(shape, pool):
         inputs = [v.detach() for v in latents(shape)]
-        first, second = (kernels.relation_forward(*inputs, None, "bfchw", pool, 0.1, 1.0, 1.0) for _ in range(2))
-        for a, b in zip(first, second, strict=True):
-            assert torch.equal(a, b)
-        assert all(not buffer.any() for buffer in launch._counters.values())
+        first, second = (backend.relation(relation_call(inputs, pool)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+        assert all(not buffer.any() for buffer in tickets._buffers.values())
 
     TOGETHER = ["gram_batch_kernel", "relations_kernel", "apply_batch_kernel"]
     WITH_TABLES = ["gram_kernel", "gram_kernel", "apply_kernel", "apply_kernel"]
@@ -388,8 +378,7 @@ else:
     def test_a_broken_critic_of_a_zero_teacher_travels_to_the_loss(pool):
         student, real, fake = (v.detach().clone() for v in latents((1, 3, 1, 3, 4)))
         real[0, 1], fake[0, 1, 0, 0, 0] = 0, torch.nan
-        terms, *_ = kernels.relation_forward(student, real, fake, None, "bfchw", pool, 0.1, 1.0, 1.0)
-        assert not terms[2].isfinite()
+        assert not backend.relation(relation_call((student, real, fake), pool)).terms[2].isfinite()
 
     def test_averages_alone_are_those_of_the_valid_frames(monkeypatch):
         monkeypatch.setattr(together, "DOTS_OF_EIGHT", False)
@@ -411,21 +400,21 @@ else:
     @pytest.mark.parametrize("strided_height", [False, True])
     def test_splits_and_groups_of_a_long_axis_add_up(monkeypatch, strided_height):
         monkeypatch.setattr(together, "GROUP", 2)
-        monkeypatch.setattr(together, "_plans", {})
+        with_plans_of_its_own(monkeypatch)
         student, real, fake = (v.detach() for v in latents((3, 4, 2, 12, 25)))
         if strided_height:
             student, fake = (torch.nn.functional.pad(v, (0, 3))[..., :25] for v in (student, fake))
         assert_as_accurate_as_pytorch(student, real, fake, pool=None)
-        plan = next(iter(together._plans.values()))
+        plan, *_ = plans.PLANS
         splits_x, splits_s, *_ = plan.grams.constants
         assert min(splits_x, splits_s) > 4
         assert plan.counters > 4
 
     def test_splits_and_groups_of_one_sample_add_up(monkeypatch):
         monkeypatch.setattr(whole_plans, "GROUP", 2)
-        monkeypatch.setattr(whole_passes, "_plans", {})
+        with_plans_of_its_own(monkeypatch)
         assert_as_accurate_as_pytorch(*latents((1, 4, 2, 12, 25)), pool=None)
-        plan = next(iter(whole_passes._plans.values()))
+        plan, *_ = plans.PLANS
         splits_x, splits_s, group, *_ = plan.launch.constants
         assert min(splits_x, splits_s) > 2 * group
 
@@ -439,18 +428,51 @@ else:
         assert [launched.name for launched in recorded] == ["gram_kernel", "apply_kernel"]
 
     @pytest.mark.parametrize("shape", [(4, 1, 2, 3, 6), (4, 2, 2, 3, 6), (1, 2, 2, 3, 6), (129, 1, 1, 1, 2)], ids=str)
-    def test_traced_calls_are_told_the_shapes_of_whole_relations(shape):
-        options = None, 0.1, 1.0, 1.0, "bfchw", None, "", "global", "triton"
-        scores = [v.detach() for v in latents(shape)]
-        found = torch.ops.codmd.relation_loss(*scores, *options)
-        with torch._subclasses.FakeTensorMode() as mode:
-            told = torch.ops.codmd.relation_loss(*(mode.from_tensor(v) for v in scores), *options)
-        assert [(v.shape, v.stride()) for v in found] == [(v.shape, v.stride()) for v in told]
+    def test_the_shape_told_of_a_whole_relations_gradient_is_the_one_found(shape):
+        found = backend.relation(relation_call([v.detach() for v in latents(shape)], None))
+        features = torch.Size(shape[2:]).numel()
+        assert tuple(found.batch_grad.shape) == (
+            backend.whole_batch_grad(*shape[:2], features) if shape[0] > 1 else (0,)
+        )
 
     def test_calls_beyond_the_kernels_go_to_the_reference_with_a_reason(caplog):
-        inputs = [v.detach() for v in latents((1, 129, 1, 1, 2))]
+        call = relation_call([v.detach() for v in latents((1, 129, 1, 1, 2))], None)
         with caplog.at_level(logging.WARNING, "codmd"):
-            found = kernels.relation_forward(*inputs, None, "bfchw", None, 0.1, 1.0, 1.0)
-        expected = _reference.relation_forward(*inputs, None, "bfchw", None, 0.1, 1.0, 1.0)
-        assert torch.equal(found[0], expected[0])
+            found = backend.relation(call)
+        expected = reference.relation(call)
+        assert torch.equal(found.terms, expected.terms)
         assert "129 frames, at most 128" in caplog.text
+        written = gradient(backend, call, found, total=1.0)
+        torch.testing.assert_close(written, gradient(reference, call, expected, total=1.0), rtol=1e-4, atol=1e-7)
+
+    def test_gathered_rows_beyond_the_kernels_go_to_the_reference_with_a_reason(monkeypatch, caplog):
+        monkeypatch.setattr(backend, "MOST_POOLED", 3)
+        call = relation_call([v.detach() for v in latents((2, 3, 2, 3, 5))])
+        pending, plain = backend.features(call), reference.features(call)
+        rows = torch.cat([plain.rows, 2 - plain.rows])
+        with caplog.at_level(logging.WARNING, "codmd"):
+            found = backend.gathered(call, pending, rows, 2, 0.5)
+        expected = reference.gathered(call, plain, rows, 2, 0.5)
+        torch.testing.assert_close(found.terms, expected.terms, rtol=1e-5, atol=1e-8)
+        assert torch.equal(found.batch_grad, expected.batch_grad)
+        assert "4 gathered rows of 7" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("shape", "pool"),
+        [
+            ((2, 3, 2, 3, 4), "mean"),
+            ((2, 35, 2, 1, 2), "mean"),
+            *(((n, f, 2, 3, 4), None) for n, f in ((1, 3), (2, 3), (3, 1))),
+        ],
+    )
+    def test_numbers_on_the_device_are_loaded_by_the_kernels(shape, pool):
+        call = relation_call([v.detach() for v in latents(shape)], pool, weights=(0.6, 1.3), temperature=0.2)
+        scheduled = call._replace(numbers=torch.tensor(call.numbers))
+        found, same = backend.relation(call), backend.relation(scheduled)
+        assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True) if a is not None)
+        upstream = {"total": 0.7, "batch": -0.2, "frame": 0.4}
+        assert torch.equal(*(gradient(backend, one, found, **upstream) for one in (call, scheduled)))
+        scheduled.numbers.mul_(2)
+        doubled = call._replace(numbers=Numbers(*(2 * n for n in call.numbers)))
+        found, same = backend.relation(doubled), backend.relation(scheduled)
+        assert torch.equal(found.terms, same.terms)

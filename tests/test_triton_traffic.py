@@ -19,11 +19,10 @@ if not INTERPRETED:
 
 else:
     import triton.runtime.interpreter as interpreter
-    from codmd.kernels import launch, tiling
-    from codmd.kernels.pooled import passes as pooled
+    from codmd.kernels import backend, launch, plans, tiling
+    from triton_calls import gradient, objective_call, relation_call
 
     from benchmarks.traffic import traffic
-    from codmd import conventions, kernels
 
     class Counter:
         """The interpreter's memory, counting bytes inside the watched tensors."""
@@ -57,70 +56,49 @@ else:
             call()
         return counter.bytes, traffic(launches).latents
 
+    def assert_as_counted(monkeypatch, call, read, every, written):
+        """Forward and backward pass count and derive ``every`` bytes of the latents read, and of those written."""
+        found = []
+        forward = backend.objective if hasattr(call, "convention") else backend.relation
+        arguments = (call, True) if hasattr(call, "convention") else (call,)
+        assert counted(monkeypatch, read, lambda: found.append(forward(*arguments))) == (every,) * 2
+        out = torch.empty_like(call.student)
+        watched = [out, *read[1:]] if hasattr(call, "convention") else [out, call.student]
+
+        def backward():
+            gradient(backend, call, found[0], out, total=1.0)
+
+        assert counted(monkeypatch, watched, backward) == (written,) * 2
+
     @pytest.mark.parametrize("pool", ["mean", (2, 3), (3, 1), None])
     @pytest.mark.parametrize("shape", [(2, 3, 2, 5, 8), (1, 2, 2, 7, 13)])
     def test_relation(monkeypatch, shape, pool):
-        student, real, fake = (v.detach() for v in latents(shape))
-        grads = kernels.relation_forward(student, real, fake, None, "bfchw", pool, 0.1, 0.0, 1.0)[1:]
-
-        def forward():
-            kernels.relation_forward(student, real, fake, None, "bfchw", pool, 0.1, 0.0, 1.0)
-
-        assert counted(monkeypatch, (student, real, fake), forward) == (3 * 4 * student.numel(),) * 2
-        out = torch.empty_like(student)
-
-        def backward():
-            one = torch.ones(())
-            kernels.relation_backward(out, one, None, None, student, None, *grads, "bfchw", pool, 0.0, 1.0)
-
-        passes = 2 if pool is None else 1
-        assert counted(monkeypatch, (student, out), backward) == (passes * 4 * student.numel(),) * 2
+        scores = [v.detach() for v in latents(shape)]
+        one = 4 * scores[0].numel()
+        call = relation_call(scores, pool, weights=(0.0, 1.0))
+        assert_as_counted(monkeypatch, call, scores, 3 * one, (2 if pool is None else 1) * one)
 
     def test_lines_that_do_not_divide_among_splits(monkeypatch):
         monkeypatch.setattr(tiling, "TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "MOST_SPLITS", 4)
-        monkeypatch.setattr(pooled, "_forward_plans", {})
+        plans.PLANS.clear()
+        monkeypatch.setattr(plans.PLANS, "_new", {})
         scores = [v.detach() for v in latents((1, 2, 2, 7, 13))]
-
-        def forward():
-            kernels.relation_forward(*scores, None, "bfchw", (1, 2), 0.1, 0.0, 1.0)
-
-        assert counted(monkeypatch, scores, forward) == (3 * 4 * scores[0].numel(),) * 2
+        one = 4 * scores[0].numel()
+        assert_as_counted(monkeypatch, relation_call(scores, (1, 2), weights=(0.0, 1.0)), scores, 3 * one, one)
 
     @pytest.mark.parametrize("shape", [(2, 3, 2, 5, 8), (3, 20, 1, 3, 7)])
     @pytest.mark.parametrize("frame_weight", [0.0, 1.0])
     def test_frame_and_batch_relations_of_whole_latents(monkeypatch, shape, frame_weight):
-        student, real, fake = (v.detach() for v in latents(shape))
-        weights = 1.0, frame_weight
-        grads = kernels.relation_forward(student, real, fake, None, "bfchw", None, 0.1, *weights)[1:]
+        scores = [v.detach() for v in latents(shape)]
+        one = 4 * scores[0].numel()
+        call = relation_call(scores, None, weights=(1.0, frame_weight))
+        assert_as_counted(monkeypatch, call, scores, 3 * one, 2 * one)
 
-        def forward():
-            kernels.relation_forward(student, real, fake, None, "bfchw", None, 0.1, *weights)
-
-        assert counted(monkeypatch, (student, real, fake), forward) == (3 * 4 * student.numel(),) * 2
-        out = torch.empty_like(student)
-
-        def backward():
-            one = torch.ones(())
-            kernels.relation_backward(out, one, None, None, student, None, *grads, "bfchw", None, *weights)
-
-        assert counted(monkeypatch, (student, out), backward) == (2 * 4 * student.numel(),) * 2
-
-    def test_dmd(monkeypatch):
+    @pytest.mark.parametrize("related", [False, True])
+    def test_dmd(monkeypatch, related):
         student, real, fake = (v.detach() for v in latents((2, 2, 2, 5, 8), torch.float16))
-        uncond = real.clone()
-        rule = conventions.resolve("self_forcing")
-        scores, tail = (fake, real, uncond, None), ("bfchw", rule, 3.5, 3.5)
-        kept: list[torch.Tensor] = []
-
-        def forward():
-            kept.extend(kernels.dmd_forward(student, *scores, None, None, None, None, *tail, False))
-
-        every = 2 * student.numel()
-        assert counted(monkeypatch, (student, fake, real, uncond), forward) == (4 * every,) * 2
-        out = torch.empty_like(student)
-
-        def backward():
-            kernels.dmd_backward(out, torch.ones(()), *scores, None, None, kept[1], kept[2], *tail)
-
-        assert counted(monkeypatch, (out, fake, real, uncond), backward) == (4 * every,) * 2
+        arguments = {"real": real, "fake": fake, "real_uncond": real.clone()}
+        call = objective_call(student, arguments, related=related)
+        one = 2 * student.numel()
+        assert_as_counted(monkeypatch, call, [student, *arguments.values()], 4 * one, 4 * one)

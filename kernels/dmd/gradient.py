@@ -1,13 +1,14 @@
-"""The backward pass of the DMD and CoDMD losses: one read of the predictions, one write of the gradient.
+"""The gradient of the DMD loss, of the pooled relation, or of both: predictions read once, gradient written once.
 
 ∂L/∂X = upstream · factor[b] · G(d, norm) + (c_F·frame_grad + c_B·batch_grad·valid/n_valid)/area, rounded once, where
-G = repaired d/norm, or d/sqrt(d² + c²)/norm for the pseudo-Huber penalty. The student is not read.
+G = repaired d/norm, or d/sqrt(d² + c²)/norm for the pseudo-Huber penalty. The student is not read; without the DMD
+loss nothing but ``out`` is touched.
 """
 
 import triton
 import triton.language as tl
 
-from ..blocks import upstream
+from ..blocks import BATCH_WEIGHT, FAKE_SCALE, FRAME_WEIGHT, REAL_SCALE, RELATION_WEIGHT, number, upstream
 from ..pooled.broadcast import plane_gradient
 from .scores import difference, segment_of, selection
 
@@ -29,21 +30,22 @@ def direction(d, norm, huber_c, HUBER: tl.constexpr, REPAIR: tl.constexpr):
     do_not_specialize=["frames", "channels", "features", "segments"],
     do_not_specialize_on_alignment=[
         "sigma", "frame_mask", "norms", "factors", "grad_total", "grad_dmd", "grad_batch", "grad_frame",
-        "frame_grad", "batch_grad",
+        "frame_grad", "batch_grad", "numbers",
     ],
 )  # fmt: skip
 def gradient_kernel(
-    out, fake, real, real_uncond, fake_uncond,  # [B, F, C, H, W], any strides; the last two or None
+    out, real, fake, real_uncond, fake_uncond,  # [B, F, C, H, W], any strides; all but ``out`` or None
     sigma,  # [B, F] or None
     mask,  # like the latents, or None
     frame_mask,  # [B, F] or None
-    norms, factors,
+    norms, factors,  # as the forward pass left them, or None
     grad_total, grad_dmd, grad_batch, grad_frame,  # scalars or None
     frame_grad,  # [B, F, K] or None
     batch_grad,  # [B, K] or None
-    real_scale, fake_scale, batch_weight, frame_weight,
+    numbers,  # [6] or None: the values that follow
+    temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
     frames, channels, features, segments, height, width,
-    o_b, o_f, o_c, o_h, o_w, f_b, f_f, f_c, f_h, f_w, r_b, r_f, r_c, r_h, r_w,
+    o_b, o_f, o_c, o_h, o_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
     u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, mask_b, mask_f,
     huber_c,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
@@ -81,15 +83,18 @@ def gradient_kernel(
 
     relation = tl.zeros([1, TILE_W], tl.float32)
     if frame_grad is not None or batch_grad is not None:
+        weight = number(numbers, RELATION_WEIGHT, relation_weight)
+        batch_scale = upstream(grad_total, weight * number(numbers, BATCH_WEIGHT, batch_weight), grad_batch)
+        frame_scale = upstream(grad_total, weight * number(numbers, FRAME_WEIGHT, frame_weight), grad_frame)
         relation += plane_gradient(
-            frame_grad, batch_grad, frame_mask, grad_total, grad_batch, grad_frame, batch_weight, frame_weight,
+            frame_grad, batch_grad, frame_mask, batch_scale, frame_scale,
             sample, frame, channel, gy, frames, features, mask_b, mask_f, left, width, bottom - top,
             GRID_H, GRID_W, TILE_W, BLOCK_F,
         )  # fmt: skip
 
     if DMD:
-        fake_plane = (fake + (b * f_b + f * f_f + c * f_c) * VEC + skip, f_h, f_w)
         real_plane = (real + (b * r_b + f * r_f + c * r_c) * VEC + skip, r_h, r_w)
+        fake_plane = (fake + (b * f_b + f * f_f + c * f_c) * VEC + skip, f_h, f_w)
         real_uncond_plane = (None, 0, 0)
         fake_uncond_plane = (None, 0, 0)
         mask_plane = (None, 0, 0)
@@ -107,6 +112,8 @@ def gradient_kernel(
         else:
             norm = tl.load(norms + sample * segments + segment_of(frame, BLOCK, FIRST_ALONE))
         factor = tl.load(factors + sample) * upstream(grad_total, 1.0, grad_dmd)
+        real_scale = number(numbers, REAL_SCALE, real_scale)
+        fake_scale = number(numbers, FAKE_SCALE, fake_scale)
 
     for first in range(start, stop, STEP):
         if FLAT:
@@ -120,7 +127,7 @@ def gradient_kernel(
         value = relation + tl.zeros([TILE_H, TILE_W], tl.float32)
         if DMD:
             d, _cond, _push = difference(
-                fake_plane, real_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
+                real_plane, fake_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
                 line, column, inside, VEC,
             )  # fmt: skip
             g = factor * direction(d, norm, huber_c, HUBER, REPAIR)

@@ -8,9 +8,9 @@ sample computes norms, loss, factors and, for CoDMD, the batch relation and the 
 import triton
 import triton.language as tl
 
-from ..blocks import ordered_sum
+from ..blocks import FAKE_SCALE, REAL_SCALE, TEMPERATURE, number, ordered_sum, store_objective_terms
 from ..pooled.algebra import relation_in_one_block
-from ..pooled.pool import finish_sample, store_codmd_terms, store_regions
+from ..pooled.pool import finish_sample, store_regions
 from .algebra import MOMENTS, add_segments, finish_loss
 from .scores import difference, guided_real, load, selection
 
@@ -39,31 +39,35 @@ def moments(x, r, d, selected, inside, huber_c, HUBER: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["scratch_at", "moments_at", "sums_at", "samples", "frames", "channels", "features", "segments"],
+    do_not_specialize=[
+        "losses_at", "averages_at", "pieces_at", "matrices_at", "moments_at", "sums_at", "samples", "frames",
+        "channels", "features", "segments",
+    ],
     do_not_specialize_on_alignment=[
-        "sigma", "sample_weight", "frame_mask", "values", "norms", "factors", "terms", "frame_grad", "batch_grad",
-        "pooled", "workspace", "counters",
+        "sigma", "sample_weight", "frame_mask", "terms", "norms", "factors", "frame_grad", "batch_grad", "pooled",
+        "workspace", "counters", "numbers",
     ],
 )  # fmt: skip
 def moments_kernel(
-    student, fake, real, real_uncond, fake_uncond, noisy,  # [B, F, C, H, W], any strides; the last three or None
+    student, real, fake, real_uncond, fake_uncond, noisy,  # [B, F, C, H, W], any strides; the last three or None
     sigma,  # [B, F] or None
     mask,  # like the latents, or None
     sample_weight,  # [B] or None
     frame_mask,  # [B, F] or None
-    values,  # [2]: loss and mean|g|, or None
+    terms,  # [5]; a relation that another launch computes counts as 0
     norms,  # [B], [1] or [B, segments]
     factors,  # [B]
-    terms,  # [4] of CoDMD, or None; a relation that another launch computes counts as 0
-    frame_grad,  # [B, F, K] or None
-    batch_grad,  # [B, K] or None
+    frame_grad,  # [B, F, K]
+    batch_grad,  # [B, K]
     pooled,  # [B, 3K + 1], or None: kept in the workspace
-    workspace,  # as in pool_kernel; then from moments_at on pieces [MOMENTS, B, F, programs of a frame], and from
-    # sums_at on (an even offset) sums [B, MOMENTS, segments] in float64
+    workspace,  # as in pool_kernel; then moments [MOMENTS, B, F, programs of a frame] and, in float64, their sums
+    # [B, MOMENTS, segments]; see MomentsPlan
     counters,  # [B + 1], zero before and after
-    real_scale, fake_scale, temperature, relation_weight, batch_weight, frame_weight,
-    scratch_at, matrices_at, moments_at, sums_at, samples, frames, channels, features, segments, height, width,
-    x_b, x_f, x_c, x_h, x_w, f_b, f_f, f_c, f_h, f_w, r_b, r_f, r_c, r_h, r_w,
+    numbers,  # [6] or None: the values that follow
+    temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
+    losses_at, averages_at, pieces_at, matrices_at, moments_at, sums_at,
+    samples, frames, channels, features, segments, height, width,
+    x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
     u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, n_b, n_f, n_c, n_h, n_w,
     m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, weight_b, mask_b, mask_f,
     huber_c, eps, coefficient,
@@ -92,8 +96,8 @@ def moments_kernel(
         skip = top.to(tl.int64) * width // VEC * VEC
 
     student_plane = (student + (b * x_b + f * x_f + c * x_c) * VEC + skip, x_h, x_w)
-    fake_plane = (fake + (b * f_b + f * f_f + c * f_c) * VEC + skip, f_h, f_w)
     real_plane = (real + (b * r_b + f * r_f + c * r_c) * VEC + skip, r_h, r_w)
+    fake_plane = (fake + (b * f_b + f * f_f + c * f_c) * VEC + skip, f_h, f_w)
     real_uncond_plane = (None, 0, 0)
     fake_uncond_plane = (None, 0, 0)
     noisy_plane = (None, 0, 0)
@@ -109,6 +113,8 @@ def moments_kernel(
     level = None
     if sigma is not None:
         level = tl.load(sigma + b * sigma_b + f * sigma_f).to(tl.float32)
+    real_scale = number(numbers, REAL_SCALE, real_scale)
+    fake_scale = number(numbers, FAKE_SCALE, fake_scale)
 
     i = tl.arange(0, TILE_W)[None, :]
     left = 0
@@ -142,7 +148,7 @@ def moments_kernel(
             inside = (line < stop) & (i // VEC < (width - left) // VEC)
         x = load(student_plane, line, column, inside, VEC)
         d, cond, push = difference(
-            fake_plane, real_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
+            real_plane, fake_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
             line, column, inside, VEC,
         )  # fmt: skip
         r = guided_real(cond, push, real_uncond_plane, noisy_plane, level, real_scale, line, column, inside, VEC)
@@ -169,13 +175,13 @@ def moments_kernel(
 
     third = features.to(tl.int64) * frames
     table = workspace + b * (3 * third + frames)
-    losses = workspace + samples.to(tl.int64) * (3 * third + frames)
-    averages = losses + samples
+    losses = workspace + losses_at
+    averages = workspace + averages_at
     if pooled is not None:
         averages = pooled
     pieces = table
     if SPLITS > 1:
-        pieces = workspace + scratch_at + b * SPLITS * 3 * third
+        pieces = workspace + pieces_at + b * SPLITS * 3 * third
     sums = (workspace + sums_at).to(tl.pointer_type(tl.float64), bitcast=True)
     if RELATION:
         at = pieces + split.to(tl.int64) * 3 * third + (c * GRID_H + gy) * GRID_W * frames + f
@@ -206,7 +212,7 @@ def moments_kernel(
         if FRAMES:
             tl.debug_barrier()
             loss = relation_in_one_block(
-                table, 1, frames, frames, features, temperature,
+                table, 1, frames, frames, features, number(numbers, TEMPERATURE, temperature),
                 workspace + matrices_at + b * (2 * frames + 2) * frames,
                 frame_grad + b * frames * features, 1.0 / samples, BLOCK_I, BLOCK_F, BLOCK_K,
             )  # fmt: skip
@@ -220,16 +226,21 @@ def moments_kernel(
                 frame_term = ordered_sum(losses, samples, 16) / samples
             if BATCH:
                 batch_term = relation_in_one_block(
-                    averages, 3 * features + 1, 1, samples, features, temperature, workspace + matrices_at,
-                    batch_grad, 1.0, BLOCK_I, BLOCK_N, BLOCK_K,
+                    averages, 3 * features + 1, 1, samples, features, number(numbers, TEMPERATURE, temperature),
+                    workspace + matrices_at, batch_grad, 1.0, BLOCK_I, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
             dmd_loss, mean_g = finish_loss(
                 sums, norms, factors, sample_weight, weight_b, samples, frames, segments,
                 channels.to(tl.float64) * height * width, eps, coefficient,
                 SCOPE, BLOCK, FIRST_ALONE, GUARD, NAN, HUBER, SUM, LOSS_DIVIDED, WEIGHT_SQUARED, BLOCK_S, BLOCK_B,
             )  # fmt: skip
-            if values is not None:
-                tl.store(values, dmd_loss)
-                tl.store(values + 1, mean_g)
-            if terms is not None:
-                store_codmd_terms(terms, dmd_loss, batch_term, frame_term, relation_weight, batch_weight, frame_weight)
+            if RELATION:
+                store_objective_terms(
+                    terms, dmd_loss, batch_term, frame_term, numbers, batch_weight, frame_weight, relation_weight
+                )
+            else:
+                tl.store(terms, dmd_loss)
+                tl.store(terms + 1, dmd_loss)
+                tl.store(terms + 2, 0.0)
+                tl.store(terms + 3, 0.0)
+            tl.store(terms + 4, mean_g)

@@ -1,121 +1,169 @@
-"""Launches of the DMD and CoDMD passes: one forward (relations of more than 32 vectors take a second), one backward.
+"""The DMD loss, alone or with the pooled relation, and gradients: allocations and launches.
 
-What sizes, strides and options decide is in :mod:`.plans`, so that a call allocates, launches and returns.
+One process: up to 32 frames and samples one launch finds everything, down to the total; beyond, a second adds the
+relations. Several processes: the first launch leaves the rows to gather, the second computes what is left, frame
+relations beyond 32 frames included. A gradient is one launch. What sizes, strides and options decide is in
+:mod:`.plans`, so that a call allocates, launches and returns.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..launch import alignment, counters, current_stream
-from .plans import GradientPlan, MomentsPlan, Relation
+from codmd.ops.contract import Call, Found, Objective, Pending, Upstream
+
+from ..launch import current_stream
+from ..plans import PLANS, alignment, details, mask_key, number_arguments
+from ..pooled.plans import RowsPlan
+from ..tickets import counters
+from .plans import GradientPlan, MomentsPlan
+
+
+class Kept(NamedTuple):
+    """What a forward pass leaves until the rows are gathered."""
+
+    plan: MomentsPlan
+    workspace: Tensor
+    found: Found
 
 
 def _stride(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tensor.stride()
 
 
-def _key(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
-    for tensor in tensors:
-        if tensor is not None:
-            break
-    else:
-        return None
-    return tuple(None if t is None else (t.stride(), t.data_ptr() % 16 == 0, t.dtype) for t in tensors)
-
-
-_plans: dict[Any, Any] = {}
-
-
-def forward_plan(
-    latents: tuple[Any, ...],
-    others: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    layout: str,
-    convention: Any,
-    relation: Relation | None,
-) -> MomentsPlan:
-    """The plan of a forward pass; ``others`` are sigma, mask, sample_weight and frame_mask."""
-    student, fake, real, real_uncond, fake_uncond, noisy = latents
-    key = (
-        student.shape, student.dtype, student.device, student.stride(), fake.stride(), real.stride(),
-        None if real_uncond is None else real_uncond.stride(), None if fake_uncond is None else fake_uncond.stride(),
-        None if noisy is None else noisy.stride(), alignment(*latents), _key(others), layout, convention.encoded,
-        relation,
+def _first(call: Objective, gather: bool, separate: bool) -> tuple[Kept, Tensor | None]:
+    """The first launch, and the rows to ``gather``."""
+    (
+        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask, layout, rule,
+        related, pool, batch, frame, numbers,
+    ) = call  # fmt: skip
+    device, single = student.device, torch.float32
+    plan = PLANS.of(
+        (
+            MomentsPlan, student.shape, student.dtype, device, student.stride(), real.stride(), fake.stride(),
+            _stride(real_uncond), _stride(fake_uncond), _stride(noisy),
+            alignment(student, real, fake, real_uncond, fake_uncond, noisy), details(sigma, mask, sample_weight),
+            mask_key(frame_mask), layout, rule.encoded, related, pool, batch, frame, gather, type(numbers),
+        ),
+        lambda: MomentsPlan(call, gather),
     )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = MomentsPlan(latents, others, layout, convention, relation)
-    return plan
-
-
-def forward(
-    latents: tuple[Any, ...],
-    sigma: Tensor | None,
-    mask: Tensor | None,
-    sample_weight: Tensor | None,
-    layout: str,
-    convention: Any,
-    real_scale: float,
-    fake_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and mean|g| ``[2]``, norms and factors of the DMD loss."""
-    plan = forward_plan(latents, (sigma, mask, sample_weight, None), layout, convention, None)
-    student = latents[0]
-    device, empty, single = student.device, torch.empty, torch.float32
-    values = empty(2, dtype=single, device=device)
-    norms = empty(plan.norm_shape, dtype=single, device=device)
-    factors = empty(plan.samples, dtype=single, device=device)
-    workspace = empty(plan.workspace, dtype=single, device=device)
+    rows = torch.empty(plan.rows_shape, dtype=single, device=device) if gather else None
+    if separate:
+        shapes = 5, plan.norm_shape, plan.samples, plan.frame_grad_shape, plan.batch_grad_shape, plan.workspace.size
+        pieces = [torch.empty(shape, dtype=single, device=device) for shape in shapes]
+    else:
+        pieces = torch.empty(plan.room, dtype=single, device=device).unsafe_split_with_sizes(plan.pieces)
+    terms, norms, factors, frame_grad, batch_grad, workspace = pieces
     stream = current_stream(student)
     plan.launch(
-        stream, *latents, sigma, mask, sample_weight, None, values, norms, factors, None, None, None, None,
-        workspace, counters(student, stream, plan.counters), float(real_scale), float(fake_scale), 1.0, 0.0, 0.0, 0.0,
+        stream, student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask, terms,
+        norms, factors, frame_grad, batch_grad, rows, workspace, counters(student, stream, plan.counters),
+        *number_arguments(numbers),
     )  # fmt: skip
-    return values, norms, factors
+    return Kept(plan, workspace, Found(terms, norms, factors, frame_grad, batch_grad)), rows
 
 
-def backward(
-    out: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    scores: tuple[Any, Any, Any, Any],
-    sigma: Tensor | None,
-    mask: Tensor | None,
-    frame_mask: Tensor | None,
-    norms: Tensor,
-    factors: Tensor,
-    frame_grad: Tensor | None,
-    batch_grad: Tensor | None,
-    layout: str,
-    convention: Any,
-    real_scale: float,
-    fake_scale: float,
-    pool: str | tuple[int, int] | None,
-    batch_weight: float,
-    frame_weight: float,
-) -> None:
-    """Write the gradient of both terms into ``out``; ``grads`` are those of total, dmd, batch and frame."""
-    grad_total, grad_dmd, grad_batch, grad_frame = grads
-    dmd = grad_total is not None or grad_dmd is not None
-    if frame_grad is not None and (not frame_grad.numel() or (grad_total is None and grad_frame is None)):
-        frame_grad = None
-    if batch_grad is not None and (not batch_grad.numel() or (grad_total is None and grad_batch is None)):
-        batch_grad = None
-    fake, real, real_uncond, fake_uncond = scores
-    others = sigma, mask, frame_mask
-    key = (
-        out.shape, out.dtype, out.device, out.stride(), fake.stride(), real.stride(), _stride(real_uncond),
-        _stride(fake_uncond), alignment(out, *scores), _key(others), layout,
-        convention.encoded, pool, dmd, frame_grad is None, batch_grad is None,
-        grad_total is None or grad_total.dtype, grad_dmd is None or grad_dmd.dtype,
-        grad_batch is None or grad_batch.dtype, grad_frame is None or grad_frame.dtype,
+def with_relations(call: Objective, kept: Kept) -> Found:
+    """The second launch of one process, where its relations need one."""
+    plan, workspace, found = kept
+    rows = plan.rows
+    if rows is not None:
+        student = call.student
+        stream = current_stream(student)
+        rows.launch(
+            stream, workspace, None, None, found.terms, found.frame_grad, found.batch_grad, workspace,
+            counters(student, stream, rows.counters), *number_arguments(call.numbers), 1.0, *plan.rows_at, 0,
+            rows.batch,
+        )  # fmt: skip
+    return found
+
+
+def objective(call: Objective, separate: bool) -> Found:
+    """The loss of one process; unless ``separate``, flat, padded pieces of one allocation: less host time."""
+    return with_relations(call, _first(call, False, separate)[0])
+
+
+def features(call: Objective) -> Pending:
+    """The stage before a gather."""
+    kept, rows = _first(call, True, True)
+    assert rows is not None
+    return Pending(rows, kept)
+
+
+def gathered(call: Objective, pending: Pending, rows: Tensor, first: int, scale: float) -> Found:
+    """The stage after a gather; ``scale`` multiplies the batch term's gradient of this process's rows."""
+    plan, source, found = pending.kept
+    vectors, row = rows.shape
+    device, count, features = rows.device, len(pending.rows), (row - 1) // 3
+    samples, frames = (0, 1) if plan.rows is None else plan.rows.relations
+    second = PLANS.of(
+        (RowsPlan, samples, frames, vectors, features, True, device, type(call.numbers)),
+        lambda: RowsPlan(samples, frames, vectors, features, True),
+    )
+    batch_grad = torch.empty((count, features), dtype=torch.float32, device=device)
+    workspace = torch.empty(second.room, dtype=torch.float32, device=device)
+    stream = current_stream(rows)
+    second.launch(
+        stream, source, rows, None, found.terms, found.frame_grad, batch_grad, workspace,
+        counters(rows, stream, second.counters), *number_arguments(call.numbers), scale, 0, 0, first, count,
     )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans[key] = GradientPlan((out, *scores), others, layout, convention, pool, dmd)
+    return found._replace(batch_grad=batch_grad)
+
+
+def relation_gradient(out: Tensor, upstream: Upstream, call: Call, found: Found) -> None:
+    """Write the gradient of the pooled relation into ``out``."""
+    total, _, batch, frame = upstream
+    layout, pool, frame_mask, numbers = call.layout, call.pool, call.frame_mask, call.numbers
+    frame_grad, batch_grad = _wanted(found.frame_grad, total, frame), _wanted(found.batch_grad, total, batch)
+    assert pool is not None
+    plan = PLANS.of(
+        (
+            relation_gradient, out.shape, out.stride(), out.data_ptr() % 16, out.dtype, out.device, layout, pool,
+            mask_key(frame_mask), frame_grad is None, batch_grad is None, None if total is None else total.dtype,
+            None if batch is None else batch.dtype, None if frame is None else frame.dtype, type(numbers),
+        ),
+        lambda: GradientPlan((out, None, None, None, None), None, None, frame_mask, layout, pool, None),
+    )  # fmt: skip
     plan.launch(
-        current_stream(out), out, *scores, sigma, mask, frame_mask, norms, factors, *grads, frame_grad, batch_grad,
-        float(real_scale), float(fake_scale), float(batch_weight), float(frame_weight),
+        current_stream(out), out, None, None, None, None, None, None, frame_mask, None, None, total, None, batch,
+        frame, frame_grad, batch_grad, *number_arguments(numbers),
     )  # fmt: skip
+
+
+def gradient(out: Tensor, upstream: Upstream, call: Objective, found: Found) -> None:
+    """Write the gradient of all terms into ``out``, rounded once."""
+    total, dmd, batch, frame = upstream
+    if total is None and dmd is None:
+        relation_gradient(out, upstream, call, found)
+        return
+    frame_grad, batch_grad = _wanted(found.frame_grad, total, frame), _wanted(found.batch_grad, total, batch)
+    (
+        _, real, fake, real_uncond, fake_uncond, _, sigma, mask, _, frame_mask, layout, rule, related, pool, _, _,
+        numbers,
+    ) = call  # fmt: skip
+    plan = PLANS.of(
+        (
+            GradientPlan, out.shape, out.dtype, out.device, out.stride(), real.stride(), fake.stride(),
+            _stride(real_uncond), _stride(fake_uncond), alignment(out, real, fake, real_uncond, fake_uncond),
+            details(sigma, mask), mask_key(frame_mask), layout, rule.encoded, pool, related,
+            frame_grad is None, batch_grad is None, None if total is None else total.dtype,
+            None if dmd is None else dmd.dtype, None if batch is None else batch.dtype,
+            None if frame is None else frame.dtype, type(numbers),
+        ),
+        lambda: GradientPlan(
+            (out, real, fake, real_uncond, fake_uncond), sigma, mask, frame_mask, layout, pool if related else (1, 1),
+            rule,
+        ),
+    )  # fmt: skip
+    plan.launch(
+        current_stream(out), out, real, fake, real_uncond, fake_uncond, sigma, mask, frame_mask, found.norms,
+        found.factors, total, dmd, batch, frame, frame_grad, batch_grad, *number_arguments(numbers),
+    )  # fmt: skip
+
+
+def _wanted(term_grad: Tensor, total: Tensor | None, term: Tensor | None) -> Tensor | None:
+    """The features' gradient of a term that is computed and has an upstream gradient."""
+    return None if not term_grad.numel() or (total is None and term is None) else term_grad

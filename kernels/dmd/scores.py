@@ -22,7 +22,7 @@ def load(plane, line, column, inside, VEC: tl.constexpr):
 
 @triton.jit
 def difference(
-    fake, real, real_uncond, fake_uncond, sigma, real_scale, fake_scale, line, column, inside, VEC: tl.constexpr
+    real, fake, real_uncond, fake_uncond, sigma, real_scale, fake_scale, line, column, inside, VEC: tl.constexpr
 ):  # fmt: skip
     """d = f - r of the guided x0 predictions, and (c, c - u) for :func:`guided_real`."""
     f = load(fake, line, column, inside, VEC)

@@ -9,7 +9,7 @@ term; the block that completes the last sample computes the batch term and the t
 import triton
 import triton.language as tl
 
-from ..blocks import frame_validity, ordered_sum, store_terms
+from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms
 from .algebra import relation_in_one_block
 
 
@@ -113,19 +113,12 @@ def finish_sample(
     tl.store(pooled + rows, count)
 
 
-@triton.jit
-def store_codmd_terms(terms, dmd, batch, frame, relation_weight, batch_weight, frame_weight):
-    """terms = (total, DMD loss, batch term, frame term)."""
-    tl.store(terms, dmd + relation_weight * (batch_weight * batch + frame_weight * frame))
-    tl.store(terms + 1, dmd)
-    tl.store(terms + 2, batch)
-    tl.store(terms + 3, frame)
-
-
 @triton.jit(
-    do_not_specialize=["scratch_at", "matrices_at", "samples", "frames", "channels", "features"],
+    do_not_specialize=[
+        "losses_at", "averages_at", "pieces_at", "matrices_at", "samples", "frames", "channels", "features"
+    ],
     do_not_specialize_on_alignment=[
-        "frame_mask", "terms", "frame_grad", "batch_grad", "pooled", "workspace", "counters"
+        "frame_mask", "terms", "frame_grad", "batch_grad", "pooled", "workspace", "counters", "numbers"
     ],
 )  # fmt: skip
 def pool_kernel(
@@ -135,11 +128,12 @@ def pool_kernel(
     frame_grad,  # [B, F, K]
     batch_grad,  # [B, K]
     pooled,  # [B, 3K + 1], or None: kept in the workspace
-    workspace,  # tables [B, 3K + 1, F], losses [B], pooled [B, 3K + 1], then from scratch_at on
-    # pieces [B, SPLITS, 3K, F] if SPLITS > 1, and from matrices_at on B matrices [2F + 2, F] or one [2B + 2, B]
+    workspace,  # tables [B, 3K + 1, F], losses [B], averages [B, 3K + 1], pieces [B, SPLITS, 3K, F] if SPLITS > 1, and
+    # B matrices [2F + 2, F] or one [2B + 2, B]; see ForwardPlan
     counters,  # [B + 1], zero before and after
-    temperature, batch_weight, frame_weight,
-    scratch_at, matrices_at, samples, frames, channels, features, height, width,
+    numbers,  # [6] or None: the values that follow
+    temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
+    losses_at, averages_at, pieces_at, matrices_at, samples, frames, channels, features, height, width,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -158,14 +152,14 @@ def pool_kernel(
     b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
     third = features.to(tl.int64) * frames
     table = workspace + b * (3 * third + frames)
-    losses = workspace + samples.to(tl.int64) * (3 * third + frames)
+    losses = workspace + losses_at
     if pooled is None:
-        averages = losses + samples
+        averages = workspace + averages_at
     else:
         averages = pooled
     pieces = table
     if SPLITS > 1:
-        pieces = workspace + scratch_at + b * SPLITS * 3 * third
+        pieces = workspace + pieces_at + b * SPLITS * 3 * third
     matrices = workspace + matrices_at
     at = pieces + split.to(tl.int64) * 3 * third + (c * GRID_H + gy) * GRID_W * frames + f
 
@@ -207,8 +201,9 @@ def pool_kernel(
         tl.debug_barrier()
         if FRAMES:
             loss = relation_in_one_block(
-                table, 1, frames, frames, features, temperature, matrices + b * (2 * frames + 2) * frames,
-                frame_grad + b * frames * features, 1.0 / samples, BLOCK_I, BLOCK_F, BLOCK_K,
+                table, 1, frames, frames, features, number(numbers, TEMPERATURE, temperature),
+                matrices + b * (2 * frames + 2) * frames, frame_grad + b * frames * features, 1.0 / samples,
+                BLOCK_I, BLOCK_F, BLOCK_K,
             )  # fmt: skip
             tl.store(losses + sample, loss)
         if TERMS:
@@ -221,7 +216,7 @@ def pool_kernel(
                     frame_term = ordered_sum(losses, samples, BLOCK_B) / samples
                 if BATCH:
                     batch_term = relation_in_one_block(
-                        averages, 3 * features + 1, 1, samples, features, temperature, matrices, batch_grad, 1.0,
-                        BLOCK_I, BLOCK_B, BLOCK_K,
+                        averages, 3 * features + 1, 1, samples, features, number(numbers, TEMPERATURE, temperature),
+                        matrices, batch_grad, 1.0, BLOCK_I, BLOCK_B, BLOCK_K,
                     )  # fmt: skip
-                store_terms(terms, batch_term, frame_term, batch_weight, frame_weight)
+                store_terms(terms, batch_term, frame_term, numbers, batch_weight, frame_weight)

@@ -9,9 +9,8 @@ order; the block that completes the last relation writes the terms.
 import triton
 import triton.language as tl
 
-from ..blocks import ordered_sum, store_terms, store_tile, unless_alone
+from ..blocks import TEMPERATURE, number, ordered_sum, store_objective_terms, store_terms, store_tile, unless_alone
 from .algebra import UNROLL, feature_norms, outer_products, row_block, store_gradient, validity
-from .pool import store_codmd_terms
 
 
 @triton.jit
@@ -83,33 +82,39 @@ def add_shares(
 
 @triton.jit(
     do_not_specialize=[
-        "pooled_at", "shares_at", "samples", "frames", "features", "frame_blocks", "batch_blocks", "batch_count",
-        "first_row", "rows",
+        "averages_at", "shares_at", "first_row", "rows", "samples", "frames", "features", "frame_blocks",
+        "batch_blocks", "batch_count", "batch_at", "totals_at", "frame_room", "frame_direct_at", "frame_transposed_at",
+        "frame_row_radial_at", "frame_column_radial_at", "frame_by_column_at", "frame_by_row_at", "batch_direct_at",
+        "batch_transposed_at", "batch_row_radial_at", "batch_column_radial_at", "batch_by_column_at", "batch_by_row_at",
     ],
     do_not_specialize_on_alignment=[
-        "source", "gathered", "frame_term", "terms", "frame_grad", "batch_grad", "workspace", "counters"
+        "source", "gathered", "frame_term", "terms", "frame_grad", "batch_grad", "workspace", "counters", "numbers"
     ],
 )  # fmt: skip
 def relation_rows_kernel(
-    source,  # tables [B, 3K + 1, F], and pooled [N, 3K + 1] from pooled_at on
-    gathered,  # [N, 3K + 1] in place of the pooled rows of the source, or None
+    source,  # tables [B, 3K + 1, F], and averages [N, 3K + 1] from averages_at on
+    gathered,  # [N, 3K + 1] in place of the source's averages, or None
     frame_term,  # [1] or None: the frame term computed elsewhere
-    terms,  # [3]; [4] if DMD, of which dmd, and the frame term unless FRAMES, are there already
+    terms,  # [3]; [5] if DMD, of which dmd and mean|g|, and the frame term unless FRAMES, are there already
     frame_grad,  # [B, F, K]
     batch_grad,  # [rows, K]
-    workspace,  # from shares_at on, for every relation: losses [blocks], direct [n, K], transposed [blocks, n, K],
-    # row_radial [n], column_radial [blocks, n], by_column [n, n], by_row [n, n]; then a loss of every relation
+    workspace,  # from shares_at on a room [frame_room] of every frame relation, from batch_at on there that of the
+    # batch relation, then a loss of every relation; a room holds losses [blocks], direct [n, K], transposed
+    # [blocks, n, K], row_radial [n], column_radial [blocks, n], by_column [n, n], by_row [n, n]; see RowsPlan
     counters,  # [B + 2], zero before and after
-    pooled_at, shares_at, samples, frames, features, frame_blocks, batch_blocks, batch_count, first_row, rows,
-    temperature, batch_weight, frame_weight, relation_weight, grad_scale,
+    numbers,  # [6] or None: the values that follow
+    temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
+    grad_scale, averages_at, shares_at, first_row, rows,
+    samples, frames, features, frame_blocks, batch_blocks, batch_count, batch_at, totals_at, frame_room,
+    frame_direct_at, frame_transposed_at, frame_row_radial_at, frame_column_radial_at, frame_by_column_at,
+    frame_by_row_at,
+    batch_direct_at, batch_transposed_at, batch_row_radial_at, batch_column_radial_at, batch_by_column_at,
+    batch_by_row_at,
     FRAMES: tl.constexpr, BATCH: tl.constexpr, DMD: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·frame_blocks (if FRAMES) + batch_blocks (if BATCH)]."""
     pid = tl.program_id(0)
-    # Sizes of one relation, see RowsPlan.room.
-    width = features.to(tl.int64) + 1
-    frame_room = frame_blocks + frames * (width * (frame_blocks + 1) + 2 * frames)
     frame_programs = samples * frame_blocks
     is_frame = pid < frame_programs
     relation = tl.where(is_frame, pid // frame_blocks, samples)
@@ -123,23 +128,23 @@ def relation_rows_kernel(
         grad = frame_grad + relation.to(tl.int64) * frames * features
     else:
         if gathered is None:
-            base = source + pooled_at
+            base = source + averages_at
         else:
             base = gathered
         grad = batch_grad
-    room = workspace + shares_at + relation.to(tl.int64) * frame_room
-    direct = room + blocks
-    transposed = direct + count * (width - 1)
-    row_radial = transposed + blocks * count * (width - 1)
-    column_radial = row_radial + count
-    by_column = column_radial + blocks * count
-    by_row = by_column + count * count
-    totals = workspace + shares_at + samples * frame_room + batch_blocks
-    totals += batch_count * (width * (batch_blocks + 1) + 2 * batch_count)
+    room = workspace + shares_at + tl.where(is_frame, relation.to(tl.int64) * frame_room, batch_at)
+    direct = room + tl.where(is_frame, frame_direct_at, batch_direct_at)
+    transposed = room + tl.where(is_frame, frame_transposed_at, batch_transposed_at)
+    row_radial = room + tl.where(is_frame, frame_row_radial_at, batch_row_radial_at)
+    column_radial = room + tl.where(is_frame, frame_column_radial_at, batch_column_radial_at)
+    by_column = room + tl.where(is_frame, frame_by_column_at, batch_by_column_at)
+    by_row = room + tl.where(is_frame, frame_by_row_at, batch_by_row_at)
+    totals = workspace + shares_at + totals_at
+    share = tl.cast(count, tl.int64) * features
 
     loss = block_shares(
-        base, stride_i, stride_k, count, features, temperature, block, by_column, by_row, direct,
-        transposed + block * count * (width - 1), row_radial, column_radial + block * count,
+        base, stride_i, stride_k, count, features, number(numbers, TEMPERATURE, temperature), block, by_column, by_row,
+        direct, transposed + block * share, row_radial, column_radial + block * count,
         BLOCK_I, BLOCK_J, BLOCK_K,
     )  # fmt: skip
     tl.store(room + block, loss)
@@ -173,6 +178,8 @@ def relation_rows_kernel(
                 batch_loss = tl.load(totals + samples)
             if DMD:
                 dmd_loss = tl.load(terms + 1)
-                store_codmd_terms(terms, dmd_loss, batch_loss, frame_loss, relation_weight, batch_weight, frame_weight)
+                store_objective_terms(
+                    terms, dmd_loss, batch_loss, frame_loss, numbers, batch_weight, frame_weight, relation_weight
+                )
             else:
-                store_terms(terms, batch_loss, frame_loss, batch_weight, frame_weight)
+                store_terms(terms, batch_loss, frame_loss, numbers, batch_weight, frame_weight)

@@ -6,13 +6,13 @@ Dots are IEEE float32. The same pass turns the batch relation's M and the gather
 import triton
 import triton.language as tl
 
-from ..blocks import frame_validity, upstream
+from ..blocks import BATCH_WEIGHT, FRAME_WEIGHT, frame_validity, number, upstream
 
 
 @triton.jit(
     do_not_specialize=["frames", "runs", "run_lines", "first_row", "rows"],
     do_not_specialize_on_alignment=[
-        "frame_mask", "grad_total", "grad_batch", "grad_frame", "matrices", "batch_grad"
+        "frame_mask", "grad_total", "grad_batch", "grad_frame", "matrices", "batch_grad", "numbers"
     ],
 )  # fmt: skip
 def apply_kernel(
@@ -20,13 +20,14 @@ def apply_kernel(
     student,  # [B, F, runs of `length` elements], read if matrices is not None
     frame_mask,  # [B, F], != 0 is valid, or None
     grad_total, grad_batch, grad_frame,  # scalars or None; all None: the weights are the scales
-    matrices,  # [B, F, F] or None
+    matrices,  # [B, F, F] or None; of the batch term if EXCHANGED
     batch_grad,  # [B, K] or None
+    numbers,  # [6] or None: the values that follow
+    temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
     frames, runs, run_lines, length, tiles, first_row, rows,
     o_b, o_f, o_c, o_h, o_w, x_b, x_f, x_c, x_h, x_w, mask_b, mask_f,
-    batch_weight, frame_weight,
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_F: tl.constexpr, EXCHANGED: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·SPLITS·BLOCKS]. Rows ``first_row : first_row + rows`` of the product go to ``out``."""
     pid = tl.program_id(0)
@@ -37,12 +38,14 @@ def apply_kernel(
     i = first_row + block * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     i_inside = i < first_row + rows
     i_valid = frame_validity(frame_mask, sample, i, frames, mask_b, mask_f)
-    frame_scale = frame_weight
-    batch_scale = batch_weight
+    batch_scale = number(numbers, BATCH_WEIGHT, batch_weight)
+    frame_scale = number(numbers, FRAME_WEIGHT, frame_weight)
     if grad_total is not None or grad_frame is not None:
-        frame_scale = upstream(grad_total, frame_weight, grad_frame)
+        frame_scale = upstream(grad_total, frame_scale, grad_frame)
     if grad_total is not None or grad_batch is not None:
-        batch_scale = upstream(grad_total, batch_weight, grad_batch)
+        batch_scale = upstream(grad_total, batch_scale, grad_batch)
+    if EXCHANGED:
+        frame_scale = batch_scale
     every = tl.arange(0, BLOCK_F)
     counted = frame_validity(frame_mask, sample, every, frames, mask_b, mask_f)
     batch_scale = batch_scale / tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0)

@@ -11,7 +11,7 @@ IEEE float32, over samples as their batch axis.
 import triton
 import triton.language as tl
 
-from ..blocks import upstream
+from ..blocks import BATCH_WEIGHT, FRAME_WEIGHT, number, upstream
 from .gram_batch import load_samples, valid_count, valid_rows
 from .stream import tile_address
 
@@ -19,7 +19,7 @@ from .stream import tile_address
 @triton.jit(
     do_not_specialize=["samples", "frames", "run_lines"],
     do_not_specialize_on_alignment=[
-        "frame_mask", "grad_total", "grad_batch", "grad_frame", "matrices", "batch_matrix"
+        "frame_mask", "grad_total", "grad_batch", "grad_frame", "matrices", "batch_matrix", "numbers"
     ],
 )  # fmt: skip
 def apply_batch_kernel(
@@ -29,9 +29,10 @@ def apply_batch_kernel(
     grad_total, grad_batch, grad_frame,  # scalars or None
     matrices,  # [B, F, F] or None
     batch_matrix,  # [1, B, B]
+    numbers,  # [6] or None: the values that follow
+    temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
     samples, frames, run_lines, length, tiles,
     o_b, o_f, o_c, o_h, o_w, x_b, x_f, x_c, x_h, x_w, mask_b, mask_f,
-    batch_weight, frame_weight,
     SPLITS: tl.constexpr, VEC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -41,10 +42,10 @@ def apply_batch_kernel(
     i = tl.arange(0, BLOCK_N)
     valid = valid_rows(frame_mask, b, i, samples, frames, mask_b, mask_f)
     count = valid_count(valid)
-    frame_scale = upstream(grad_total, frame_weight, grad_frame)
+    frame_scale = upstream(grad_total, number(numbers, FRAME_WEIGHT, frame_weight), grad_frame)
     pair = (b < samples)[:, None] & (b < samples)[None, :]
     shared = tl.load(batch_matrix + b[:, None] * samples + b[None, :], mask=pair, other=0.0)
-    shared *= upstream(grad_total, batch_weight, grad_batch) / count
+    shared *= upstream(grad_total, number(numbers, BATCH_WEIGHT, batch_weight), grad_batch) / count
 
     per_run = tl.cdiv(length, BLOCK_L)
     share = tl.cdiv(tiles, SPLITS)

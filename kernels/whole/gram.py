@@ -9,15 +9,19 @@ adds the group, the last group's block adds the groups, both in order, and compu
 import triton
 import triton.language as tl
 
-from ..blocks import frame_validity, ordered_sum, store_terms
+from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms
 from .algebra import add_pieces, relation_of_grams, triangle
 from .stream import score_grams, student_gram
 
 
 @triton.jit(
-    do_not_specialize=["samples", "frames", "runs", "run_lines", "tiles", "pieces_at"],
-    do_not_specialize_on_alignment=["frame_mask", "frame_term", "terms", "matrices", "pooled", "workspace", "counters"],
-)
+    do_not_specialize=[
+        "samples", "frames", "runs", "run_lines", "tiles", "sums_at", "scratch_at", "losses_at", "pieces_at"
+    ],
+    do_not_specialize_on_alignment=[
+        "frame_mask", "frame_term", "terms", "matrices", "pooled", "workspace", "counters", "numbers"
+    ],
+)  # fmt: skip
 def gram_kernel(
     student, real, fake,  # [B, F, runs of `length` elements]; `fake` holds d itself if DIFFERENCE
     frame_mask,  # [B, F], != 0 is valid, or None
@@ -26,12 +30,13 @@ def gram_kernel(
     matrices,  # [B, F, F]: M of the mean over samples
     pooled,  # [B, 3K + 1] or None: time averages of x, r, d, and the number of valid frames
     workspace,  # a relation's grams X, R, T, ‖f‖² are SIZE = 3·F(F + 1)/2 + F floats, X from one kind of program, the
-    # others from the other: grams [B, SIZE], sums of groups [B, ...], scratch [B, F + 2, F], losses [B], and from
-    # pieces_at on the pieces [B, ...] of all splits
+    # others from the other: grams [B, SIZE], sums of groups [B, ...], scratch [B, F + 2, F], losses [B] and the pieces
+    # [B, ...] of all splits; see GramPlan
     counters,  # [B·(all groups + 1) + 1], zero before and after
-    samples, frames, runs, run_lines, length, tiles, pieces_at,
+    numbers,  # [6] or None: the values that follow
+    temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
+    samples, frames, runs, run_lines, length, tiles, sums_at, scratch_at, losses_at, pieces_at,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
-    temperature, batch_weight, frame_weight,
     SPLITS_X: tl.constexpr, SPLITS_S: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
     GRAMS: tl.constexpr, DIFFERENCE: tl.constexpr, BATCH: tl.constexpr,
@@ -106,9 +111,9 @@ def gram_kernel(
         size = half + scores_size
         sums_size = GROUPS_X * half + GROUPS_S * scores_size
         grams = workspace + b * size
-        sums = workspace + samples.to(tl.int64) * size + b * sums_size
-        scratch = workspace + samples.to(tl.int64) * (size + sums_size) + b * (frames + 2) * frames
-        losses = workspace + samples.to(tl.int64) * (size + sums_size + (frames + 2) * frames)
+        sums = workspace + sums_at + b * sums_size
+        scratch = workspace + scratch_at + b * (frames + 2) * frames
+        losses = workspace + losses_at
 
         group = split // GROUP
         last = tl.minimum(group * GROUP + GROUP, tl.where(of_student, SPLITS_X, SPLITS_S))
@@ -127,8 +132,8 @@ def gram_kernel(
                 add_pieces(grams + half, sums + GROUPS_X * half, 0, GROUPS_S, scores_size, scores_size, 1024)
                 tl.debug_barrier()
                 loss = relation_of_grams(
-                    grams, frame_mask, sample, frames, mask_b, mask_f, temperature, scratch,
-                    matrices + b * frames * frames, 1.0 / samples, 16, BLOCK_J,
+                    grams, frame_mask, sample, frames, mask_b, mask_f, number(numbers, TEMPERATURE, temperature),
+                    scratch, matrices + b * frames * frames, 1.0 / samples, 16, BLOCK_J,
                 )  # fmt: skip
                 tl.store(losses + sample, loss)
                 tl.debug_barrier()
@@ -140,6 +145,6 @@ def gram_kernel(
                         frame = 0.0
                         if frame_term is not None:
                             frame = tl.load(frame_term)
-                        store_terms(terms, mean, frame, batch_weight, frame_weight)
+                        store_terms(terms, mean, frame, numbers, batch_weight, frame_weight)
                     else:
-                        store_terms(terms, 0.0, mean, batch_weight, frame_weight)
+                        store_terms(terms, 0.0, mean, numbers, batch_weight, frame_weight)

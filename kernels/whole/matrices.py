@@ -7,7 +7,7 @@ loss and M (see :mod:`.algebra`). The last program writes the terms.
 import triton
 import triton.language as tl
 
-from ..blocks import ordered_sum, store_terms
+from ..blocks import TEMPERATURE, number, ordered_sum, store_terms
 from .algebra import add_pieces, relation_of_grams
 from .gram_batch import valid_rows
 
@@ -23,17 +23,22 @@ def gather_grams(
 
 
 @triton.jit(
-    do_not_specialize=["samples", "frames", "results_at"],
-    do_not_specialize_on_alignment=["frame_mask", "terms", "matrices", "batch_matrix", "workspace", "counters"],
-)
+    do_not_specialize=["samples", "frames", "losses_at", "valid_at", "rooms_at", "room", "scratch_at"],
+    do_not_specialize_on_alignment=[
+        "frame_mask", "terms", "matrices", "batch_matrix", "workspace", "counters", "numbers"
+    ],
+)  # fmt: skip
 def relations_kernel(
     frame_mask,  # [B, F], != 0 is valid, or None
     terms,  # [3]
     matrices,  # [B, F, F]: M / B of the frame relations
     batch_matrix,  # [1, B, B]: M of the batch relation
-    workspace,  # sums of groups; from results_at on losses [B + 1], valid samples [B], and [B + 1, ...]: grams, scratch
+    workspace,  # sums of groups, losses [B + 1], valid samples [B], and rooms [B + 1, room] of grams and, from
+    # scratch_at on there, of scratch; see TogetherPlan
     counters,  # [1], zero before and after
-    samples, frames, results_at, mask_b, mask_f, temperature, batch_weight, frame_weight,
+    numbers,  # [6] or None: the values that follow
+    temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
+    samples, frames, losses_at, valid_at, rooms_at, room, scratch_at, mask_b, mask_f,
     GROUPS_X: tl.constexpr, GROUPS_S: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
     FRAMES: tl.constexpr,
 ):  # fmt: skip
@@ -45,30 +50,30 @@ def relations_kernel(
     s_frames = samples * (2 * half + frames) if FRAMES else 0
     x_size = x_frames + half_b
     s_size = s_frames + 2 * half_b + samples
-    losses = workspace + results_at
-    valid_samples = losses + samples + 1
-    most = tl.maximum(samples, frames)
-    room = valid_samples + samples + relation * (3 * most * (most + 1) // 2 + most + (most + 2) * most)
-    scratch = room + 3 * most * (most + 1) // 2 + most
+    losses = workspace + losses_at
+    valid_samples = workspace + valid_at
+    grams = workspace + rooms_at + relation * room
+    scratch = grams + scratch_at
+    temperature = number(numbers, TEMPERATURE, temperature)
     if relation == 0:
-        gather_grams(room, workspace, samples, x_frames, s_frames, x_size, s_size, GROUPS_X, GROUPS_S)
+        gather_grams(grams, workspace, samples, x_frames, s_frames, x_size, s_size, GROUPS_X, GROUPS_S)
         b = tl.arange(0, BLOCK_B)
         valid = valid_rows(frame_mask, b, tl.arange(0, BLOCK_N), samples, frames, mask_b, mask_f)
         tl.store(valid_samples + b, tl.max(valid.to(tl.float32), 1), mask=b < samples)
         # All threads wrote the grams and the samples that take part, and all read them.
         tl.debug_barrier()
         loss = relation_of_grams(
-            room, valid_samples, relation, samples, 0, 1, temperature, scratch, batch_matrix, 1.0, 16, BLOCK_B
+            grams, valid_samples, relation, samples, 0, 1, temperature, scratch, batch_matrix, 1.0, 16, BLOCK_B
         )
         tl.store(losses, loss)
     else:
         sample = relation - 1
         x_at = sample * half
         s_at = sample * (2 * half + frames)
-        gather_grams(room, workspace, frames, x_at, s_at, x_size, s_size, GROUPS_X, GROUPS_S)
+        gather_grams(grams, workspace, frames, x_at, s_at, x_size, s_size, GROUPS_X, GROUPS_S)
         tl.debug_barrier()
         loss = relation_of_grams(
-            room, frame_mask, sample, frames, mask_b, mask_f, temperature, scratch,
+            grams, frame_mask, sample, frames, mask_b, mask_f, temperature, scratch,
             matrices + sample * frames * frames, 1.0 / samples, 16, BLOCK_N,
         )  # fmt: skip
         tl.store(losses + relation, loss)
@@ -78,4 +83,4 @@ def relations_kernel(
         frame = 0.0
         if FRAMES:
             frame = ordered_sum(losses + 1, samples, 16) / samples
-        store_terms(terms, tl.load(losses), frame, batch_weight, frame_weight)
+        store_terms(terms, tl.load(losses), frame, numbers, batch_weight, frame_weight)

@@ -1,8 +1,9 @@
-"""How the kernels of whole latents are launched: blocks, splits and workspaces of the Gram pass and of its gradient."""
+"""What sizes decide about whole latents: blocks, splits and workspaces of the Gram pass and of its gradient."""
 
 from __future__ import annotations
 
 from ..launch import Launcher
+from ..plans import Workspace
 from ..tiling import GROUP, cdiv, next_power_of_2
 from .apply import apply_kernel
 from .gram import gram_kernel
@@ -31,6 +32,7 @@ class GramPlan:
         difference: bool,
         batch: bool,
         means: bool = False,
+        mask_strides: tuple[int, int] = (0, 0),
     ) -> None:
         block_n = max(16, min(64, next_power_of_2(vectors)))
         blocks = cdiv(vectors, block_n)
@@ -47,12 +49,12 @@ class GramPlan:
         scores = 2 * half + vectors
         groups_x, groups_s = cdiv(splits_x, GROUP), cdiv(splits_s, GROUP)
         sums = groups_x * half + groups_s * scores
-        pieces_at = samples * (half + scores + sums + (vectors + 2) * vectors + 1)
-        self.workspace = pieces_at + samples * (splits_x * half + splits_s * scores) if grams else 0
-        self.counters = samples * (groups_x + groups_s + 1) + 1
-        self.sizes = (
-            samples, vectors, runs.count, runs.lines, runs.length, tiles, pieces_at, *sum(runs.strides, ()),
+        workspace = Workspace(
+            grams=samples * (half + scores), sums=samples * sums, scratch=samples * (vectors + 2) * vectors,
+            losses=samples, pieces=samples * (splits_x * half + splits_s * scores),
         )  # fmt: skip
+        self.workspace = workspace.size if grams else 0
+        self.counters = samples * (groups_x + groups_s + 1) + 1
         self.launch = Launcher(
             gram_kernel,
             samples * (splits_x + splits_s) * pairs,
@@ -62,25 +64,42 @@ class GramPlan:
             ),
             warps=8 if block_n > 32 else 4,
             registers=255,
+            fixed=(
+                samples, vectors, runs.count, runs.lines, runs.length, tiles,
+                *workspace.at("sums", "scratch", "losses", "pieces"), *sum(runs.strides, ()), *mask_strides,
+            ),
         )  # fmt: skip
 
 
 class ApplyPlan:
-    """Launch of :func:`apply_kernel`: ``rows`` rows of M X, and the batch gradient."""
+    """Launch of :func:`apply_kernel`: ``rows`` rows of M X from ``first`` on, and the batch gradient.
 
-    def __init__(self, samples: int, vectors: int, rows: int, runs: Runs, processors: int) -> None:
+    ``exchanged``: samples of one frame take the place of frames.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        vectors: int,
+        first: int,
+        rows: int,
+        runs: Runs,
+        processors: int,
+        mask_strides: tuple[int, int],
+        exchanged: bool = False,
+    ) -> None:
         block_n = max(16, min(64, next_power_of_2(rows)))
         blocks = cdiv(rows, block_n)
         block_l = min(128, APPLY_TILE // block_n)
         tiles = runs.tiles(block_l)
         splits = max(1, min(tiles, cdiv(8 * processors, samples * blocks)))
-        self.sizes = vectors, runs.count, runs.lines, runs.length, tiles
-        self.rows = rows
-        self.strides = sum(runs.strides, ())
         self.launch = Launcher(
             apply_kernel,
             samples * splits * blocks,
-            (splits, blocks, runs.vec, block_n, block_l, BLOCK_J, next_power_of_2(vectors)),
+            (splits, blocks, runs.vec, block_n, block_l, BLOCK_J, next_power_of_2(vectors), exchanged),
             warps=block_n * block_l // 512,
             registers=255,
-        )
+            fixed=(
+                vectors, runs.count, runs.lines, runs.length, tiles, first, rows, *sum(runs.strides, ()), *mask_strides,
+            ),
+        )  # fmt: skip

@@ -6,23 +6,15 @@ keep no table of time averages: what stays between them are the matrices M.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from codmd.ops.contract import Found, Relation, Upstream
+
 from .. import limits
-from ..launch import (
-    INTERPRETING,
-    TRITON,
-    Launcher,
-    alignment,
-    counters,
-    current_stream,
-    mask_key,
-    mask_strides,
-    multiprocessors,
-)
+from ..launch import INTERPRETING, TRITON, Launcher, current_stream, multiprocessors
+from ..plans import PLANS, Workspace, alignment, dtype_of, mask_key, number_arguments, pair_of_strides
+from ..tickets import counters
 from ..tiling import GROUP, Geometry, cdiv, next_power_of_2
 from .apply_batch import apply_batch_kernel
 from .gram_batch import gram_batch_kernel
@@ -40,8 +32,6 @@ BLOCK_J = 16
 
 DOTS_OF_EIGHT = INTERPRETING or TRITON >= (3, 8)
 """Whether ``tl.dot`` takes 8 columns, and 2 rows; the compiler of older releases of Triton asks for 16."""
-
-_plans: dict[Any, Any] = {}
 
 
 def _blocks(samples: int, frames: int) -> tuple[int, int]:
@@ -62,10 +52,12 @@ def is_together(samples: int, frames: int) -> bool:
     return DOTS_OF_EIGHT and samples > 1 and frames > 1 and fits
 
 
-class ForwardPlan:
+class TogetherPlan:
     """Launches of :func:`gram_batch_kernel` and :func:`relations_kernel`; ``with_frames``: with the frame relations."""
 
-    def __init__(self, samples: int, frames: int, runs: Runs, processors: int, with_frames: bool) -> None:
+    def __init__(
+        self, samples: int, frames: int, runs: Runs, processors: int, with_frames: bool, mask_strides: tuple[int, int]
+    ) -> None:
         block_b, block_n = _blocks(samples, frames)
         block_l = _columns(block_b, block_n, runs.vec)
         tiles = runs.tiles(block_l)
@@ -82,114 +74,108 @@ class ForwardPlan:
         s_size = triangles(samples, 2) + samples
         s_size += samples * (triangles(frames, 2) + frames) if with_frames else 0
         largest = max(samples, frames)
-        room = triangles(largest, 3) + largest + (largest + 2) * largest
-        results_at = groups_x * x_size + groups_s * s_size
-        pieces_at = results_at + 2 * samples + 1 + (samples + 1) * room
-        self.workspace = pieces_at + splits_x * x_size + splits_s * s_size
+        room = Workspace(grams=triangles(largest, 3) + largest, scratch=(largest + 2) * largest)
+        workspace = Workspace(
+            sums=groups_x * x_size + groups_s * s_size, losses=samples + 1, valid=samples,
+            rooms=(samples + 1) * room.size, pieces=splits_x * x_size + splits_s * s_size,
+        )  # fmt: skip
+        self.workspace = workspace.size
         self.counters = groups_x + groups_s
-        self.sizes = samples, frames, runs.lines, runs.length, tiles, pieces_at, *sum(runs.strides, ())
-        self.result_sizes = samples, frames, results_at
         self.grams = Launcher(
             gram_batch_kernel,
             splits_x + splits_s,
             (splits_x, splits_s, GROUP, runs.vec, block_b, block_n, block_l, with_frames),
             warps=4 if block_b * block_n**2 <= 2048 else 8,
             registers=255,
-        )
+            fixed=(
+                samples, frames, runs.lines, runs.length, tiles, *workspace.at("pieces"), *sum(runs.strides, ()),
+                *mask_strides,
+            ),
+        )  # fmt: skip
         self.relations = Launcher(
             relations_kernel,
             samples + 1 if with_frames else 1,
             (groups_x, groups_s, max(16, block_b), block_n, with_frames),
             warps=4,
             registers=255,
-        )
+            fixed=(
+                samples, frames, *workspace.at("losses", "valid", "rooms"), room.size, *room.at("scratch"),
+                *mask_strides,
+            ),
+        )  # fmt: skip
 
 
-class BackwardPlan:
+class TogetherGradientPlan:
     """Launch of :func:`apply_batch_kernel`."""
 
-    def __init__(self, samples: int, frames: int, runs: Runs, processors: int) -> None:
+    def __init__(self, samples: int, frames: int, runs: Runs, processors: int, mask_strides: tuple[int, int]) -> None:
         block_b, block_n = _blocks(samples, frames)
         block_l = max(16, min(64, 4096 // (block_b * block_n)))
         tiles = runs.tiles(block_l)
         splits = max(1, min(tiles, 8 * processors))
-        self.sizes = samples, frames, runs.lines, runs.length, tiles, *sum(runs.strides, ())
         self.launch = Launcher(
             apply_batch_kernel,
             splits,
             (splits, runs.vec, block_b, block_n, block_l, BLOCK_J),
             warps=max(4, block_b * block_n * block_l // 512),
             registers=255,
+            fixed=(samples, frames, runs.lines, runs.length, tiles, *sum(runs.strides, ()), *mask_strides),
         )
 
 
-def relation_forward(
-    student: Tensor,
-    real: Tensor,
-    fake: Tensor,
-    frame_mask: Tensor | None,
-    layout: str,
-    temperature: float,
-    batch_weight: float,
-    frame_weight: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 terms ``[3]``, M / B of the frame relations ``[B, F, F]`` (empty without weight), M ``[1, B, B]``."""
+def relation(call: Relation) -> Found:
+    """M / B of the frame relations ``[B, F, F]`` (empty unless wanted) and M of the batch relation ``[1, B, B]``."""
+    student, real, fake, frame_mask, layout, _, _, frame, numbers = call
     device = student.device
     samples, frames = student.shape[0], student.shape[1 if layout == "bfchw" else 2]
-    with_frames = frame_weight != 0
     strides = student.stride(), real.stride(), fake.stride()
     aligned = alignment(student, real, fake)
-    key = (
-        "grams", student.shape, strides, aligned, student.dtype, device, layout, with_frames, mask_key(frame_mask)
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
+
+    def make() -> TogetherPlan:
         geometries = tuple(Geometry.of(student.shape, s, layout) for s in strides)
-        limits.check(geometries[0].sizes, None, True, with_frames)
+        limits.check(geometries[0].sizes, None, True, frame)
         runs = Runs(geometries, (student.element_size(),) * 3, aligned is True)
-        plan = _plans[key] = ForwardPlan(samples, frames, runs, multiprocessors(device), with_frames)
+        return TogetherPlan(samples, frames, runs, multiprocessors(device), frame, pair_of_strides(frame_mask))
+
+    plan = PLANS.of(
+        (
+            TogetherPlan, student.shape, strides, aligned, student.dtype, device, layout, frame, mask_key(frame_mask),
+            type(numbers),
+        ),
+        make,
+    )  # fmt: skip
     terms = torch.empty(3, dtype=torch.float32, device=device)
-    matrices = torch.empty((samples, frames, frames) if with_frames else 0, dtype=torch.float32, device=device)
+    matrices = torch.empty((samples, frames, frames) if frame else 0, dtype=torch.float32, device=device)
     batch_matrix = torch.empty((1, samples, samples), dtype=torch.float32, device=device)
     workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
     stream = current_stream(student)
     tickets = counters(student, stream, plan.counters)
-    mask = mask_strides(frame_mask)
-    plan.grams(stream, student, real, fake, frame_mask, workspace, tickets, *plan.sizes, *mask)
-    plan.relations(
-        stream, frame_mask, terms, matrices, batch_matrix, workspace, tickets, *plan.result_sizes, *mask,
-        float(temperature), float(batch_weight), float(frame_weight),
-    )  # fmt: skip
-    return terms, matrices, batch_matrix
+    plan.grams(stream, student, real, fake, frame_mask, workspace, tickets)
+    plan.relations(stream, frame_mask, terms, matrices, batch_matrix, workspace, tickets, *number_arguments(numbers))
+    return Found(terms, None, None, matrices, batch_matrix)
 
 
-def relation_backward(
-    out: Tensor,
-    grad_total: Tensor | None,
-    grad_batch: Tensor | None,
-    grad_frame: Tensor | None,
-    student: Tensor,
-    frame_mask: Tensor | None,
-    matrices: Tensor,
-    batch_matrix: Tensor,
-    layout: str,
-    batch_weight: float,
-    frame_weight: float,
-) -> None:
+def gradient(out: Tensor, upstream: Upstream, call: Relation, found: Found) -> None:
     """Write the gradient of the student's latents into ``out``, from the student's values and both kinds of M."""
-    aligned = out.data_ptr() % 16 == 0, student.data_ptr() % 16 == 0
-    has_frames = matrices.numel() > 0 and not (grad_total is None and grad_frame is None)
-    key = (
-        "apply", out.shape, out.stride(), student.stride(), aligned, out.dtype, out.device, layout, has_frames,
-        mask_key(frame_mask), *(g is None or g.dtype for g in (grad_total, grad_batch, grad_frame)),
+    total, _, batch, frame = upstream
+    student, frame_mask, layout, numbers = call.student, call.frame_mask, call.layout, call.numbers
+    strides, aligned = (out.stride(), student.stride()), alignment(out, student)
+    has_frames = found.frame_grad.numel() > 0 and not (total is None and frame is None)
+
+    def make() -> TogetherGradientPlan:
+        geometries = tuple(Geometry.of(out.shape, s, layout) for s in strides)
+        runs = Runs(geometries, (out.element_size(),) * 2, aligned is True)
+        processors = multiprocessors(out.device)
+        return TogetherGradientPlan(*geometries[0].sizes[:2], runs, processors, pair_of_strides(frame_mask))
+
+    plan = PLANS.of(
+        (
+            TogetherGradientPlan, out.shape, strides, aligned, out.dtype, out.device, layout, has_frames,
+            mask_key(frame_mask), dtype_of(total), dtype_of(batch), dtype_of(frame), type(numbers),
+        ),
+        make,
     )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        geometries = tuple(Geometry.of(out.shape, s, layout) for s in (out.stride(), student.stride()))
-        runs = Runs(geometries, (out.element_size(),) * 2, all(aligned))
-        plan = _plans[key] = BackwardPlan(*geometries[0].sizes[:2], runs, multiprocessors(out.device))
     plan.launch(
-        current_stream(out), out, student, frame_mask, grad_total, grad_batch, grad_frame,
-        matrices if has_frames else None, batch_matrix, *plan.sizes, *mask_strides(frame_mask), float(batch_weight),
-        float(frame_weight),
+        current_stream(out), out, student, frame_mask, total, batch, frame,
+        found.frame_grad if has_frames else None, found.batch_grad, *number_arguments(numbers),
     )  # fmt: skip
