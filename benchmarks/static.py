@@ -4,7 +4,8 @@ Every configuration that :mod:`benchmarks.static_cases` records is compiled ahea
 gfx942, by as many processes as there are cores. Registers, spills and shared memory come from the compiled binary
 (``cuobjdump -res-usage``, or the metadata of the AMD assembly); vector accesses and the barrier before each "last
 block done" ticket are read off the PTX (assembly). The barrier is looked for in Triton's IR as well: a release of
-Triton that emits barriers of its own must not hide that the kernel lacks one.
+Triton that emits barriers of its own must not hide that the kernel lacks one. On AMD GPUs every wave must wait for its
+stores before that barrier.
 """
 
 from __future__ import annotations
@@ -88,26 +89,27 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], 
     return signature, constants, attributes
 
 
-def _guarded(text: str, ticket: str, store: str, barrier: str) -> tuple[int, int]:
-    """(atomics, atomics with a barrier between them and the stores before them)."""
+def guarded(text: str, ticket: str, store: str, *guards: str) -> tuple[int, int]:
+    """(atomics, atomics before which the ``guards`` stand, the last one first, and no store between them)."""
     lines = text.splitlines()
-    found = guarded = 0
+    found = kept = 0
     for number, line in enumerate(lines):
         if not re.search(ticket, line):
             continue
         found += 1
+        wanted = list(guards)
         for before in reversed(lines[:number]):
-            if re.search(barrier, before):
-                guarded += 1
+            if re.search(wanted[-1], before):
+                wanted.pop()
+            if not wanted or re.search(store, before):
                 break
-            if re.search(store, before):
-                break
-    return found, guarded
+        kept += not wanted
+    return found, kept
 
 
 def _tickets(compiled: Any, machine: tuple[int, int]) -> tuple[int, int]:
     """(tickets, those guarded in Triton's IR and in the machine's code)."""
-    written = _guarded(compiled.asm["ttir"], r"tt\.atomic_rmw", r"tt\.store", r"\bbarrier\b")
+    written = guarded(compiled.asm["ttir"], r"tt\.atomic_rmw", r"tt\.store", r"\bbarrier\b")
     if written[0] != machine[0]:
         raise RuntimeError(f"{written[0]} atomics in the IR, {machine[0]} in the machine's code")
     return machine[0], min(machine[1], written[1])
@@ -120,11 +122,11 @@ def _nvidia(launch: Launch, target: str, compiled: Any) -> Report:
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", binary.name], capture_output=True, text=True, check=True)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
-    tickets, guarded = _tickets(compiled, _guarded(ptx, r"\batom\.", r"\bst\.global", r"\bbar\.sync"))
+    tickets, kept = _tickets(compiled, guarded(ptx, r"\batom\.", r"\bst\.global", r"\bbar\.sync"))
     return Report(
         launch.name, target, numbers["REG"], numbers["STACK"], numbers["LOCAL"], compiled.metadata.shared,
         len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)), len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
-        tickets, guarded,
+        tickets, kept,
     )  # fmt: skip
 
 
@@ -136,13 +138,14 @@ def _amd(launch: Launch, target: str, compiled: Any) -> Report:
         assert found is not None, key
         return int(found.group(1))
 
-    machine = _guarded(assembly, r"(global|buffer)_atomic_add", r"(global|buffer)_store", r"\bs_barrier\b")
-    tickets, guarded = _tickets(compiled, machine)
+    waits = r"\bs_waitcnt\b.*\bvmcnt\(0\)", r"\bs_barrier\b"
+    machine = guarded(assembly, r"(global|buffer)_atomic_add", r"(global|buffer)_store", *waits)
+    tickets, kept = _tickets(compiled, machine)
     return Report(
         launch.name, target, number("vgpr_count"), number("vgpr_spill_count"), number("private_segment_fixed_size"),
         compiled.metadata.shared,
         len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
-        len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly)), tickets, guarded,
+        len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly)), tickets, kept,
     )  # fmt: skip
 
 

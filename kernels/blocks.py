@@ -1,8 +1,13 @@
 """What kernels of several folders share: validity, the floor of a norm, fixed-order sums, terms, upstream gradients."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from .launch import INTERPRETING
+
+INTERPRETED = tl.constexpr(INTERPRETING)
 NORM_FLOOR = tl.constexpr(1e-12)
 
 TEMPERATURE = tl.constexpr(0)
@@ -21,6 +26,33 @@ def number(numbers, place: tl.constexpr, value):
         return tl.load(numbers + place)
     else:
         return value
+
+
+@tl.core.builtin  # type: ignore[misc]
+def drain_stores(_semantic: Any = None) -> None:
+    """On AMD GPUs: wait until the stores of this wave have left it.
+
+    There a barrier only orders waves of a block, and the release of a ticket only waits for the stores of the one wave
+    that takes it. The stores of others might still be under way to an L2 cache that other blocks do not share.
+    """
+    if _semantic.builder.options.backend_name == "hip":
+        wait = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, 0"
+        tl.inline_asm_elementwise(wait, "=v", [], dtype=tl.int32, is_pure=False, pack=1, _semantic=_semantic)
+
+
+@triton.jit
+def takes_last(counter, count):
+    """Take one of ``count`` tickets: whether it is the last, whose block then sees what every block stored before.
+
+    The counter is zero again afterwards.
+    """
+    # Every thread's stores must precede the one thread's ticket.
+    if not INTERPRETED:
+        drain_stores()
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1) == count - 1
+    tl.store(counter, 0, mask=last)
+    return last
 
 
 @triton.jit

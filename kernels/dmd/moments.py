@@ -8,7 +8,7 @@ sample computes norms, loss, factors and, for CoDMD, the batch relation and the 
 import triton
 import triton.language as tl
 
-from ..blocks import FAKE_SCALE, REAL_SCALE, TEMPERATURE, number, ordered_sum, store_objective_terms
+from ..blocks import FAKE_SCALE, REAL_SCALE, TEMPERATURE, number, ordered_sum, store_objective_terms, takes_last
 from ..pooled.algebra import relation_in_one_block
 from ..pooled.pool import finish_sample, store_regions
 from .algebra import MOMENTS, add_segments, finish_loss
@@ -196,10 +196,7 @@ def moments_kernel(
                 GRID_W, TILE_W,
             )  # fmt: skip
 
-    # Every thread's stores must precede the one thread's ticket.
-    tl.debug_barrier()
-    if tl.atomic_add(counters + sample, 1) == per_sample - 1:
-        tl.store(counters + sample, 0)
+    if takes_last(counters + sample, per_sample):
         add_segments(
             workspace + moments_at + b * per_sample, stride, programs, frames, segments,
             sums + sample * MOMENTS * segments, BLOCK, FIRST_ALONE, 256,
@@ -217,9 +214,7 @@ def moments_kernel(
                 frame_grad + b * frames * features, 1.0 / samples, BLOCK_I, BLOCK_F, BLOCK_K,
             )  # fmt: skip
             tl.store(losses + sample, loss)
-        tl.debug_barrier()
-        if tl.atomic_add(counters + samples, 1) == samples - 1:
-            tl.store(counters + samples, 0)
+        if takes_last(counters + samples, samples):
             frame_term = 0.0
             batch_term = 0.0
             if FRAMES:

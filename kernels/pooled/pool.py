@@ -9,7 +9,7 @@ term; the block that completes the last sample computes the batch term and the t
 import triton
 import triton.language as tl
 
-from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms
+from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms, takes_last
 from .algebra import relation_in_one_block
 
 
@@ -190,10 +190,7 @@ def pool_kernel(
             )  # fmt: skip
             store_regions(at, frames, third, x, r, d, left, width, top, bottom, GRID_W, TILE_W)
 
-    # Every thread's stores must precede the one thread's ticket.
-    tl.debug_barrier()
-    if tl.atomic_add(counters + sample, 1) == per_sample - 1:
-        tl.store(counters + sample, 0)
+    if takes_last(counters + sample, per_sample):
         finish_sample(
             pieces, table, averages + b * (3 * features + 1), frame_mask, sample, frames, features, mask_b, mask_f,
             SPLITS, BLOCK_F,
@@ -206,10 +203,8 @@ def pool_kernel(
                 BLOCK_I, BLOCK_F, BLOCK_K,
             )  # fmt: skip
             tl.store(losses + sample, loss)
-        if TERMS:
-            tl.debug_barrier()
-            if tl.atomic_add(counters + samples, 1) == samples - 1:
-                tl.store(counters + samples, 0)
+        if TERMS:  # noqa: SIM102 (decided at compile time, the next at run time)
+            if takes_last(counters + samples, samples):
                 frame_term = 0.0
                 batch_term = 0.0
                 if FRAMES:

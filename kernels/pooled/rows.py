@@ -9,7 +9,16 @@ order; the block that completes the last relation writes the terms.
 import triton
 import triton.language as tl
 
-from ..blocks import TEMPERATURE, number, ordered_sum, store_objective_terms, store_terms, store_tile, unless_alone
+from ..blocks import (
+    TEMPERATURE,
+    number,
+    ordered_sum,
+    store_objective_terms,
+    store_terms,
+    store_tile,
+    takes_last,
+    unless_alone,
+)
 from .algebra import UNROLL, feature_norms, outer_products, row_block, store_gradient, validity
 
 
@@ -148,10 +157,7 @@ def relation_rows_kernel(
         BLOCK_I, BLOCK_J, BLOCK_K,
     )  # fmt: skip
     tl.store(room + block, loss)
-    # Every thread's stores must precede the one thread's ticket.
-    tl.debug_barrier()
-    if tl.atomic_add(counters + relation, 1) == blocks - 1:
-        tl.store(counters + relation, 0)
+    if takes_last(counters + relation, blocks):
         tl.store(totals + relation, ordered_sum(room, blocks, 64))
         add_shares(
             base, stride_i, stride_k, count, features, blocks, direct, transposed, row_radial, column_radial, grad,
@@ -163,9 +169,7 @@ def relation_rows_kernel(
             relations += samples
         if BATCH:
             relations += 1
-        tl.debug_barrier()
-        if tl.atomic_add(counters + samples + 1, 1) == relations - 1:
-            tl.store(counters + samples + 1, 0)
+        if takes_last(counters + samples + 1, relations):
             frame_loss = 0.0
             batch_loss = 0.0
             if FRAMES:

@@ -9,7 +9,7 @@ adds the group, the last group's block adds the groups, both in order, and compu
 import triton
 import triton.language as tl
 
-from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms
+from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms, takes_last
 from .algebra import add_pieces, relation_of_grams, triangle
 from .stream import score_grams, student_gram
 
@@ -120,14 +120,9 @@ def gram_kernel(
         tickets = counters + sample * (GROUPS + 1)
         ticket = tickets + tl.where(of_student, group, GROUPS_X + group)
         own_sum = sums + tl.where(of_student, 0, GROUPS_X * half) + group * piece_size
-        # Every thread's stores must precede the one thread's ticket.
-        tl.debug_barrier()
-        if tl.atomic_add(ticket, 1) == (last - group * GROUP) * PAIRS - 1:
-            tl.store(ticket, 0)
+        if takes_last(ticket, (last - group * GROUP) * PAIRS):
             add_pieces(own_sum, pieces, group * GROUP, last, piece_size, piece_size, 1024)
-            tl.debug_barrier()
-            if tl.atomic_add(tickets + GROUPS, 1) == GROUPS - 1:
-                tl.store(tickets + GROUPS, 0)
+            if takes_last(tickets + GROUPS, GROUPS):
                 add_pieces(grams, sums, 0, GROUPS_X, half, half, 1024)
                 add_pieces(grams + half, sums + GROUPS_X * half, 0, GROUPS_S, scores_size, scores_size, 1024)
                 tl.debug_barrier()
@@ -136,10 +131,7 @@ def gram_kernel(
                     scratch, matrices + b * frames * frames, 1.0 / samples, 16, BLOCK_J,
                 )  # fmt: skip
                 tl.store(losses + sample, loss)
-                tl.debug_barrier()
-                every = counters + samples * (GROUPS + 1)
-                if tl.atomic_add(every, 1) == samples - 1:
-                    tl.store(every, 0)
+                if takes_last(counters + samples * (GROUPS + 1), samples):
                     mean = ordered_sum(losses, samples, 16) / samples
                     if BATCH:
                         frame = 0.0

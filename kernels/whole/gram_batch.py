@@ -10,7 +10,7 @@ Each leaves upper triangles, and the last program of a group of splits adds the 
 import triton
 import triton.language as tl
 
-from ..blocks import frame_validity
+from ..blocks import frame_validity, takes_last
 from .algebra import add_pieces, triangle
 from .stream import tile_address
 
@@ -186,8 +186,5 @@ def gram_batch_kernel(
     last = tl.minimum(group * GROUP + GROUP, tl.where(of_student, SPLITS_X, SPLITS_S))
     ticket = counters + tl.where(of_student, group, GROUPS_X + group)
     own_sum = workspace + tl.where(of_student, 0, GROUPS_X * x_size) + group * size
-    # Every thread's stores must precede the one thread's ticket.
-    tl.debug_barrier()
-    if tl.atomic_add(ticket, 1) == last - group * GROUP - 1:
-        tl.store(ticket, 0)
+    if takes_last(ticket, last - group * GROUP):
         add_pieces(own_sum, pieces, group * GROUP, last, size, size, 1024)

@@ -7,7 +7,7 @@ loss and M (see :mod:`.algebra`). The last program writes the terms.
 import triton
 import triton.language as tl
 
-from ..blocks import TEMPERATURE, number, ordered_sum, store_terms
+from ..blocks import TEMPERATURE, number, ordered_sum, store_terms, takes_last
 from .algebra import add_pieces, relation_of_grams
 from .gram_batch import valid_rows
 
@@ -77,9 +77,7 @@ def relations_kernel(
             matrices + sample * frames * frames, 1.0 / samples, 16, BLOCK_N,
         )  # fmt: skip
         tl.store(losses + relation, loss)
-    tl.debug_barrier()
-    if tl.atomic_add(counters, 1) == tl.num_programs(0) - 1:
-        tl.store(counters, 0)
+    if takes_last(counters, tl.num_programs(0)):
         frame = 0.0
         if FRAMES:
             frame = ordered_sum(losses + 1, samples, 16) / samples
