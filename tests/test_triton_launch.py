@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -306,6 +307,31 @@ def test_the_largest_sizes_are_taken_and_the_next_refused(taken, refused, pool, 
 def test_a_term_that_is_not_wanted_refuses_nothing():
     assert limits.refusal((2000, 3, 1, 1, 1), (1, 1), False, True) == ""
     assert limits.refusal((3, 2000, 1, 1, 1), (1, 1), True, False) == ""
+
+
+def test_the_readme_names_functions_where_they_are():
+    named = re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:,\s)?)+)", (KERNELS / "README.md").read_text())
+    places = [(file, name) for file, names in named for name in re.findall(r"\w+", names)]
+    assert len(places) > 30
+    for file, name in places:
+        assert re.search(rf"^(def {name}\(|{name} = )", (KERNELS / file).read_text(), re.M), (file, name)
+
+
+LAYERS = (
+    "launch", "tiling", "limits", "plans", "tickets", "blocks", "divergence", "pooled", "whole", "dmd", "backend",
+)  # fmt: skip
+
+
+def test_no_import_runs_up_from_a_lower_layer_to_a_higher_one():
+    for source in KERNELS.rglob("*.py"):
+        own = source.relative_to(KERNELS).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(source.read_text())):
+            if own == "__init__" or not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            above = node.level == (2 if source.parent != KERNELS else 1)
+            targets = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            for target in targets if above else []:
+                assert target == "load_error" or LAYERS.index(target) < LAYERS.index(own), (source, target)
 
 
 def _calls(name: str):
