@@ -73,6 +73,18 @@ def unless_alone(valid, n):
 
 
 @triton.jit
+def norm_of(square):
+    """The square root; NaN where the sum of squares left the range, for a unit vector would be a finite 0."""
+    return tl.where(square < float("inf"), tl.sqrt_rn(square), float("nan"))
+
+
+@triton.jit
+def at_least_floor(norm):
+    """max(norm, NORM_FLOOR); a NaN stays."""
+    return tl.maximum(norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def unit_diagonal(similarity, difference, diagonal, x_free, score_free):
     """S_ii = 1 and Δ_ii = 0 exactly, as they are for vectors whose norm is not clamped.
 

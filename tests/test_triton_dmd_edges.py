@@ -435,3 +435,36 @@ else:
         assert len({v.untyped_storage().data_ptr() for v in apart}) == len(apart)
         assert all(torch.equal(a.flatten(), b[: a.numel()]) for a, b in zip(apart, pieces, strict=True))
         assert torch.equal(*(gradient(backend, call, found, total=1.0) for found in (apart, pieces)))
+
+    @pytest.mark.parametrize("scale", [1e37, 1e13, 1e-15, 1e-23, 1e-26, 1e-33])
+    @pytest.mark.parametrize("penalty", ["l2", "huber"])
+    @pytest.mark.parametrize("scope", ["sample", "batch"])
+    def test_latents_far_from_one_give_the_right_loss_or_none(scale, penalty, scope):
+        """Right at every scale, or not finite; never a finite wrong number."""
+        huber = (
+            {"penalty": "huber", "norm_divides": "loss", "nan": "keep", "huber_c": 0.05} if penalty == "huber" else {}
+        )
+        rule = replace(NAMED["self_forcing"], guard="none", eps=0.0, norm_scope=scope, **huber)
+        student, arguments = scores((2, 3, 2, 4, 8))
+        student, arguments = student.clamp(-2, 2), {name: arguments[name].clamp(-2, 2) for name in ("real", "fake")}
+        # The gradient is as small as the latents are large.
+        scaled = {name: value.double() * scale for name, value in arguments.items()}
+        exact = truth(student.double() * scale, scaled, scale, convention=rule)
+        made = {name: value.float() for name, value in scaled.items()}
+        found = run(ops.dmd_loss, student * scale, made, scale, backend="triton", convention=rule)
+        for value, expected in zip(found, exact, strict=True):
+            assert not value.isfinite().all() or relative_error(value, expected) < 1e-5
+        assert found[0].isfinite() or not 1e-25 < scale < 1e13
+
+    def test_magnitude_weighs_the_direction_as_the_loss_does():
+        student, arguments = scores((2, 3, 2, 3, 4))
+        weight = torch.tensor([2.0, 4.0])
+        for name in ("fastgen", "self_forcing"):
+            rule = replace(NAMED[name], layout="bfchw")
+            found, expected = (
+                ops.dmd_loss(
+                    student, **arguments, convention=rule, sample_weight=weight, backend=backend, return_terms=True
+                ).magnitude
+                for backend in ("triton", "reference")
+            )
+            torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)

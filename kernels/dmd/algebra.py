@@ -9,6 +9,24 @@ import triton.language as tl
 MOMENTS = tl.constexpr(6)
 """|x - r|, penalty, |d|, selected, NaN and non-finite-student elements."""
 
+SCALE = tl.constexpr(2.0**20)
+"""Sums hold |x - r|/SCALE, |d|/SCALE and penalty(d)·SCALE² in float32: neither sums of latents near the largest number
+nor squares of differences down to 1e-25 leave its range. Differences beyond 1e13 make the loss inf."""
+
+LARGEST = tl.constexpr(3.4028234663852886e38)
+LEAST_SQUARE, LEAST_NORM = tl.constexpr(2.0**-129), tl.constexpr(2.0**-100)
+"""A mean square (times SCALE²) and a norm below these have lost digits."""
+
+NEGLIGIBLE_NORM = tl.constexpr(2.0**-34)
+"""Where the norm is larger, squares that lost digits add less than 2^-100 to the loss."""
+
+
+@triton.jit
+def pseudo_huber_root(d, huber_c):
+    """sqrt(d² + c²), |d| where d² leaves the range."""
+    square = d * d
+    return tl.where(square < float("inf"), tl.sqrt(square + huber_c * huber_c), tl.abs(d))
+
 
 @triton.jit
 def add_segments(
@@ -58,7 +76,7 @@ def finish_loss(
         b = start + tl.arange(0, BLOCK_B)[:, None]
         inside = (b < samples) & (s < segments)
         at = sums + b * MOMENTS * segments + s
-        distance += tl.load(at, mask=inside, other=0.0)
+        distance += tl.load(at, mask=inside, other=0.0) * SCALE
         count += tl.load(at + 3 * segments, mask=inside, other=0.0)
     all_distance = tl.sum(tl.sum(distance, 1), 0)
     all_count = tl.sum(tl.sum(count, 1), 0)
@@ -84,30 +102,36 @@ def finish_loss(
                 first = s * BLOCK
                 last = tl.minimum(first + BLOCK, frames)
             elements = tl.maximum(last - first, 1).to(tl.float64) * frame_size
-            norm = guarded(tl.load(at, mask=inside, other=0.0) / elements, eps, GUARD).to(tl.float32)
+            norm = guarded(tl.load(at, mask=inside, other=0.0) * SCALE / elements, eps, GUARD).to(tl.float32)
             if FIRST_ALONE:
                 norm = tl.where(s == 0, 1.0, norm)
             tl.store(norms + b * segments + s, norm, mask=inside)
             norm = norm.to(tl.float64)
         penalty = tl.load(at + segments, mask=inside, other=0.0)
-        magnitude = tl.load(at + 2 * segments, mask=inside, other=0.0)
+        magnitude = tl.load(at + 2 * segments, mask=inside, other=0.0) * SCALE
         selected = tl.load(at + 3 * segments, mask=inside, other=0.0)
         nans = tl.load(at + 4 * segments, mask=inside, other=0.0)
         wild = tl.sum(tl.load(at + 5 * segments, mask=inside, other=0.0), 1) > 0.0
-        value = penalty / norm
+        value = penalty / SCALE / SCALE / norm
+        lost = (penalty < LEAST_SQUARE * selected) & (norm < NEGLIGIBLE_NORM) & (magnitude > 0.0)
         if not LOSS_DIVIDED:
             value = value / norm
             magnitude = magnitude / norm
         if NAN == "to_num":
             value = tl.where(value == value, value, 0.0)
-            magnitude = tl.where(magnitude == magnitude, magnitude, 0.0)
+            magnitude = tl.minimum(tl.where(magnitude == magnitude, magnitude, 0.0), LARGEST)
         else:
             value = tl.where(nans > 0.0, float("nan"), value)
+            magnitude = tl.where(nans > 0.0, float("nan"), magnitude)
+        value = tl.where(lost | ((norm > 0.0) & (norm < LEAST_NORM)), float("nan"), value)
         loss = tl.sum(tl.where(inside & (selected > 0.0), value, 0.0), 1)
-        size += tl.sum(tl.where(inside & (selected > 0.0), magnitude, 0.0), 1)
+        size_here = tl.sum(tl.where(inside & (selected > 0.0), magnitude, 0.0), 1)
         weight = tl.full([BLOCK_B], 1.0, tl.float64)
         if sample_weight is not None:
             weight = tl.load(sample_weight + row * weight_stride, mask=row < samples, other=0.0).to(tl.float64)
+        if WEIGHT_SQUARED:
+            size_here = size_here * tl.abs(weight)
+        size += size_here
         factor = coefficient * weight
         if not HUBER:
             factor = 2.0 * factor

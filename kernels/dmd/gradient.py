@@ -10,16 +10,15 @@ import triton.language as tl
 
 from ..blocks import BATCH_WEIGHT, FAKE_SCALE, FRAME_WEIGHT, REAL_SCALE, RELATION_WEIGHT, number, upstream
 from ..pooled.broadcast import plane_gradient
+from .algebra import LARGEST, pseudo_huber_root
 from .scores import difference, segment_of, selection
-
-LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
 def direction(d, norm, huber_c, HUBER: tl.constexpr, REPAIR: tl.constexpr):
     """G(d, norm); with REPAIR NaN becomes 0 and ±inf the largest number."""
     if HUBER:
-        d = d / tl.sqrt(d * d + huber_c * huber_c)
+        d = d / pseudo_huber_root(d, huber_c)
     g = d / norm
     if REPAIR:
         g = tl.where(g == g, tl.minimum(tl.maximum(g, -LARGEST), LARGEST), 0.0)

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..blocks import FAKE_SCALE, REAL_SCALE, TEMPERATURE, number, ordered_sum, store_objective_terms, takes_last
 from ..pooled.algebra import relation_in_one_block
 from ..pooled.pool import finish_sample, store_regions
-from .algebra import MOMENTS, add_segments, finish_loss
+from .algebra import MOMENTS, SCALE, add_segments, finish_loss, pseudo_huber_root
 from .scores import difference, guided_real, load, selection
 
 COUNT_BITS = tl.constexpr(10)
@@ -29,13 +29,14 @@ def flags(x, d, selected):
 
 @triton.jit
 def moments(x, r, d, selected, inside, huber_c, HUBER: tl.constexpr):
-    """|x - r| of everything inside; penalty and |d| of the selected numbers; flags."""
-    distance = tl.where(inside, tl.abs(x - r), 0.0)
+    """Scaled |x - r| of everything inside; scaled penalty and |d| of the selected numbers; flags."""
+    distance = tl.where(inside, tl.abs(x - r) * (1.0 / SCALE), 0.0)
     counted = tl.where(selected & (d == d), d, 0.0)
-    penalty = counted * counted
+    scaled = counted * SCALE
+    penalty = scaled * scaled
     if HUBER:
-        penalty = penalty / (tl.sqrt(penalty + huber_c * huber_c) + huber_c)
-    return distance, penalty, tl.abs(counted), flags(x, d, selected)
+        penalty = scaled * (scaled / (pseudo_huber_root(counted, huber_c) + huber_c))
+    return distance, penalty, tl.abs(counted) * (1.0 / SCALE), flags(x, d, selected)
 
 
 @triton.jit(

@@ -19,7 +19,7 @@ from ..launch import current_stream
 from ..plans import PLANS, alignment, details, mask_key, number_arguments
 from ..pooled.plans import RowsPlan
 from ..tickets import counters
-from .plans import GradientPlan, MomentsPlan
+from .plans import TERMS, GradientPlan, MomentsPlan
 
 
 class Kept(NamedTuple):
@@ -52,11 +52,11 @@ def _first(call: Objective, gather: bool, separate: bool) -> tuple[Kept, Tensor 
     )  # fmt: skip
     rows = torch.empty(plan.rows_shape, dtype=single, device=device) if gather else None
     if separate:
-        shapes = 5, plan.norm_shape, plan.samples, plan.frame_grad_shape, plan.batch_grad_shape, plan.workspace.size
+        shapes = plan.norm_shape, plan.samples, plan.frame_grad_shape, plan.batch_grad_shape, plan.workspace.size, TERMS
         pieces = [torch.empty(shape, dtype=single, device=device) for shape in shapes]
     else:
         pieces = torch.empty(plan.room, dtype=single, device=device).unsafe_split_with_sizes(plan.pieces)
-    terms, norms, factors, frame_grad, batch_grad, workspace = pieces
+    norms, factors, frame_grad, batch_grad, workspace, terms = pieces
     stream = current_stream(student)
     plan.launch(
         stream, student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask, terms,

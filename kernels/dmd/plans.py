@@ -32,6 +32,9 @@ SUMS_TILE = 128
 NONE = (1, 1, 1, 1, 1)
 """Strides of an absent tensor: to Triton a 1 is a constant, which a launch need not pass."""
 
+TERMS = 5
+"""Total, dmd, batch, frame, mean|g|."""
+
 LATENTS = 6
 """The first fields of an objective: student, predictions and noisy latents."""
 
@@ -82,7 +85,7 @@ class MomentsPlan:
     """Workspace and launches of a forward pass; ``gather``: the batch relation waits for other processes' rows.
 
     ``pieces`` are the floats of the results and of the workspace within one allocation of ``room``, each 16-byte
-    aligned: terms, norms, factors, frame gradient, batch gradient, workspace.
+    aligned: norms, factors, frame gradient, batch gradient, workspace, terms.
     """
 
     def __init__(self, call: Objective, gather: bool) -> None:
@@ -119,8 +122,8 @@ class MomentsPlan:
         self.frame_grad_shape = (samples, frames, features) if has_frames else 0
         self.batch_grad_shape = (samples, features) if has_batch else 0
         self.rows_shape = samples, row
-        found = 5, self.norm_shape, samples, self.frame_grad_shape, self.batch_grad_shape, workspace.size
-        self.pieces = [padded(_size(shape).numel()) for shape in found]
+        found = self.norm_shape, samples, self.frame_grad_shape, self.batch_grad_shape, workspace.size
+        self.pieces = [*(padded(_size(shape).numel()) for shape in found), TERMS]
         self.room = sum(self.pieces)
         self.counters = samples + 2
         huber = rule.penalty == "huber"

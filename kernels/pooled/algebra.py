@@ -16,7 +16,7 @@ Offsets inside a table are int32; the launcher refuses larger tables.
 import triton
 import triton.language as tl
 
-from ..blocks import NORM_FLOOR, store_tile, unit_diagonal, unless_alone
+from ..blocks import NORM_FLOOR, at_least_floor, norm_of, store_tile, unit_diagonal, unless_alone
 from ..divergence import divergence_rows
 
 UNROLL = tl.constexpr(2)
@@ -56,8 +56,8 @@ def feature_norms(base, index, valid, stride_i, stride_k, features):
         rr += r * r
         ff += f * f
         dd += d * (f + r)
-    x_norm, r_norm, f_norm = tl.sqrt_rn(xx), tl.sqrt_rn(rr), tl.sqrt_rn(ff)
-    n_x, n_r, n_f = tl.maximum(x_norm, NORM_FLOOR), tl.maximum(r_norm, NORM_FLOOR), tl.maximum(f_norm, NORM_FLOOR)
+    x_norm, r_norm, f_norm = norm_of(xx), norm_of(rr), norm_of(ff)
+    n_x, n_r, n_f = at_least_floor(x_norm), at_least_floor(r_norm), at_least_floor(f_norm)
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
     change = tl.where(clamped, 1.0, dd / tl.maximum(r_norm + f_norm, NORM_FLOOR) / n_f)
     return 1.0 / n_x, 1.0 / n_r, change, 1.0 / n_f, x_norm >= NORM_FLOOR, clamped == 0

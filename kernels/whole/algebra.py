@@ -11,7 +11,7 @@ and the loss, G, and M with ∂L/∂x = M x as in ``codmd.reference``. The matri
 import triton
 import triton.language as tl
 
-from ..blocks import NORM_FLOOR, frame_validity, store_tile, unit_diagonal, unless_alone
+from ..blocks import NORM_FLOOR, at_least_floor, frame_validity, norm_of, store_tile, unit_diagonal, unless_alone
 from ..divergence import divergence_rows
 
 
@@ -39,14 +39,13 @@ def gram_norms(grams, i, count):
     diagonal = triangle(i, i, count)
     half = count * (count + 1) // 2
     t = tl.load(grams + 2 * half + diagonal, mask=inside, other=0.0)
-    x_norm = tl.sqrt_rn(tl.load(grams + diagonal, mask=inside, other=1.0))
-    r_norm = tl.sqrt_rn(tl.load(grams + half + diagonal, mask=inside, other=1.0))
-    f_norm = tl.sqrt_rn(tl.load(grams + 3 * half + i, mask=inside, other=1.0))
-    a = tl.maximum(r_norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    b = tl.maximum(f_norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    x_norm = norm_of(tl.load(grams + diagonal, mask=inside, other=1.0))
+    r_norm = norm_of(tl.load(grams + half + diagonal, mask=inside, other=1.0))
+    f_norm = norm_of(tl.load(grams + 3 * half + i, mask=inside, other=1.0))
+    a, b = at_least_floor(r_norm), at_least_floor(f_norm)
     k = t / tl.maximum(r_norm + f_norm, NORM_FLOOR)
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
-    return 1.0 / tl.maximum(x_norm, NORM_FLOOR), a, b, k, x_norm >= NORM_FLOOR, f_norm >= NORM_FLOOR, clamped == 0
+    return 1.0 / at_least_floor(x_norm), a, b, k, x_norm >= NORM_FLOOR, f_norm >= NORM_FLOOR, clamped == 0
 
 
 @triton.jit
