@@ -70,8 +70,8 @@ def measurements(rounds: int) -> dict[str, float]:
     options = "bfchw", (1, 1), True, True, Numbers()
     related = Relation(student, real, fake, None, *options)
     matched = Objective(
-        student, real, fake, uncond, None, None, None, None, None, None, "bfchw", conventions.self_forcing, False,
-        *options[1:],
+        student, real, fake, uncond, None, None, None, None, None, None, None, None, "bfchw",
+        conventions.self_forcing, False, *options[1:],
     )  # fmt: skip
     features, moments = backend.relation(related), backend.objective(matched, False)
     upstream = Upstream(one, None, None, None)

@@ -88,8 +88,8 @@ def objective(
     uncond, noisy = torch.empty_like(student), torch.empty_like(student) if flow else None
     sigma = torch.empty(shape[:2], device="meta") if flow else None
     return Objective(
-        student, real, fake, uncond, None, noisy, sigma, None, None, None, "bfchw", conventions.resolve(convention),
-        relation, pool, True, True, numbers(scheduled),
+        student, real, fake, uncond, None, noisy, sigma, None, None, None, None, None, "bfchw",
+        conventions.resolve(convention), relation, pool, True, True, numbers(scheduled),
     )  # fmt: skip
 
 

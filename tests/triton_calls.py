@@ -48,8 +48,8 @@ def objective_call(
     rule = conventions.resolve(convention) if isinstance(convention, str) else convention
     numbers = Numbers(real_scale=3.5, fake_scale=0.5) if numbers is None else numbers
     return Objective(
-        student, *(arguments.get(name) for name in names), mask, sample_weight, frame_mask, layout, rule, related,
-        grid(pool), batch, frame, numbers,
+        student, *(arguments.get(name) for name in names), mask, sample_weight, frame_mask, None, None, layout, rule,
+        related, grid(pool), batch, frame, numbers,
     )  # fmt: skip
 
 

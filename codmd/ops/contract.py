@@ -66,6 +66,12 @@ class Objective(NamedTuple):
     sample_weight: Tensor | None
     """``[B]`` in the compute dtype, contiguous."""
     frame_mask: Tensor | None
+    augment_real: Tensor | None
+    """With ``augment_uncond`` the loss is decoupled: g = nan((f - c₁)/N(x, c₁)) - nan(k(c₂ - u₂)/N(x, c₂)).
+
+    c₁ is ``real`` (``real_uncond`` is None), c₂ and u₂ these two, k ``real_scale``; the relation takes f and c₁.
+    """
+    augment_uncond: Tensor | None
     layout: str
     convention: Convention
     """A fusable one."""
@@ -100,6 +106,7 @@ class Found(NamedTuple):
 
     terms: ``[3]`` of a relation: total, batch, frame; ``[5]`` of an objective: total, dmd, batch, frame, mean|g|.
     norms: one value a segment: ``[B]``, ``[1]`` or ``[B, segments]`` as the convention's scope says; None without DMD.
+        A decoupled loss has two sets, ``[2, ...]``: N(x, c₁), then N(x, c₂).
     factors: ``[B]``: ∂L/∂x = upstream · factor · G(f - r, norm); None without DMD.
     frame_grad: ∂(frame term)/∂φ ``[B, F, K]``, or M/B ``[B, F, F]`` for every pixel.
     batch_grad: ∂(batch term)/∂ψ ``[B, K]`` of this process's samples, or as :meth:`Backend.whole_batch_grad` says.

@@ -70,10 +70,11 @@ def guided(prediction: Any, inputs: Inputs) -> Tensor:
 
 def _direction(inputs: Inputs) -> equations.Direction:
     teacher, critic = teacher_prediction(inputs), critic_prediction(inputs)
-    return equations.direction(
-        inputs.student, critic, teacher, inputs.guidance, inputs.convention, inputs.layout, inputs.sample_weight,
-        inputs.mask,
-    )  # fmt: skip
+    student, c, u = inputs.student, inputs.augment_real, inputs.augment_uncond
+    given = inputs.guidance, inputs.convention, inputs.layout, inputs.sample_weight, inputs.mask
+    if c is None or u is None:
+        return equations.direction(student, critic, teacher, *given)
+    return equations.decoupled_direction(student, critic, teacher, c, u, *given)
 
 
 def _loss(inputs: Inputs) -> Tensor:

@@ -62,7 +62,17 @@ def _upstream(
 OBJECTIVE = Operator(
     "objective",
     Objective,
-    kept=("real", "fake", "real_uncond", "fake_uncond", "sigma", "mask", "frame_mask"),
+    kept=(
+        "real",
+        "fake",
+        "real_uncond",
+        "fake_uncond",
+        "sigma",
+        "mask",
+        "frame_mask",
+        "augment_real",
+        "augment_uncond",
+    ),
     found=("terms", "norms", "factors", "frame_grad", "batch_grad"),
     local=lambda run, call, separate: run.objective(call, separate),
     gradient=lambda run, *arguments: run.gradient(*arguments),
@@ -76,7 +86,8 @@ def dmd_loss(
     student: Tensor, *, real: Tensor, fake: Tensor, real_uncond: Tensor | None = ..., fake_uncond: Tensor | None = ...,
     guidance: Number = ..., fake_guidance: Number | None = ..., convention: str | Convention = ...,
     mask: Tensor | None = ..., sample_weight: Tensor | None = ..., layout: str | None = ..., prediction: str = ...,
-    noisy: Tensor | None = ..., sigma: Tensor | None = ..., backend: str = ..., return_terms: Literal[False] = ...,
+    noisy: Tensor | None = ..., sigma: Tensor | None = ..., augment_real: Tensor | None = ...,
+    augment_uncond: Tensor | None = ..., backend: str = ..., return_terms: Literal[False] = ...,
     return_real: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -84,7 +95,8 @@ def dmd_loss(
     student: Tensor, *, real: Tensor, fake: Tensor, real_uncond: Tensor | None = ..., fake_uncond: Tensor | None = ...,
     guidance: Number = ..., fake_guidance: Number | None = ..., convention: str | Convention = ...,
     mask: Tensor | None = ..., sample_weight: Tensor | None = ..., layout: str | None = ..., prediction: str = ...,
-    noisy: Tensor | None = ..., sigma: Tensor | None = ..., backend: str = ..., return_terms: Literal[True],
+    noisy: Tensor | None = ..., sigma: Tensor | None = ..., augment_real: Tensor | None = ...,
+    augment_uncond: Tensor | None = ..., backend: str = ..., return_terms: Literal[True],
     return_real: bool = ...,
 ) -> DmdTerms: ...
 # fmt: on
@@ -104,6 +116,8 @@ def dmd_loss(
     prediction: str = "x0",
     noisy: Tensor | None = None,
     sigma: Tensor | None = None,
+    augment_real: Tensor | None = None,
+    augment_uncond: Tensor | None = None,
     backend: str = "auto",
     return_terms: bool = False,
     return_real: bool = False,
@@ -132,6 +146,9 @@ def dmd_loss(
         prediction: ``"x0"``, or ``"flow"``: the predictions are velocities v and x0 = noisy - sigma·v.
         noisy: x_t, like ``student``; for ``"flow"``.
         sigma: noise level, ``[B]`` or ``[B, F]``; for ``"flow"``.
+        augment_real, augment_uncond: for the decoupled loss, the teacher's conditional and unconditional x0 predictions
+            c₂ and u₂ at a second noise level: g = (f - c₁)/mean|x - c₁| - k(c₂ - u₂)/mean|x - c₂|, where ``real`` is
+            the unguided c₁ and k the guidance in the cond form (the paper's w is k + 1).
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
         return_terms: return :class:`DmdTerms`: mean|g| and the norms come from the same pass.
         return_real: the terms also hold the guided ``real``; a pass of its own writes it.
@@ -144,11 +161,12 @@ def dmd_loss(
         TypeError, ValueError: an argument is not as described; the message names it. ``RuntimeError`` on a second
             differentiation.
 
-    Source: DMD, arXiv 2311.18828, equations 7 and 8; the conventions' codebases are linked in ``docs/conventions.md``.
+    Source: DMD, arXiv 2311.18828, equations 7 and 8; decoupled: arXiv 2511.22677. The conventions' codebases are listed
+    in ``docs/conventions.md``.
     """
     inputs = objective_checks.check(
-        (student, real, fake, real_uncond, fake_uncond, noisy), guidance, fake_guidance, convention, mask,
-        sample_weight, layout, prediction, sigma, backend,
+        (student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond), guidance, fake_guidance,
+        convention, mask, sample_weight, layout, prediction, sigma, backend,
     )  # fmt: skip
     if not return_terms:
         if return_real:
@@ -156,7 +174,7 @@ def dmd_loss(
         return _dmd_loss(inputs, backend)
     if inputs.convention.fusable:
         _, loss, _, _, magnitude, norm = OBJECTIVE.terms(_plain(inputs), gather_of(None, "global"), backend)
-        magnitude = magnitude.detach()
+        magnitude, norm = magnitude.detach(), norm if augment_real is None else norm.unbind()[0]
     else:
         loss, magnitude, norm = emulation.loss_and_terms(inputs, backend, True)
     if not return_real:
@@ -188,7 +206,8 @@ def _call(
 ) -> Objective:
     return Objective(
         inputs.student, inputs.real, inputs.fake, inputs.real_uncond, inputs.fake_uncond, inputs.noisy, inputs.sigma,
-        inputs.mask, inputs.sample_weight, frame_mask, inputs.layout, inputs.convention, related, grid, batch, frame,
+        inputs.mask, inputs.sample_weight, frame_mask, inputs.augment_real, inputs.augment_uncond, inputs.layout,
+        inputs.convention, related, grid, batch, frame,
         numbers_of(inputs.student, *weights, inputs.real_scale, inputs.fake_scale),
     )  # fmt: skip
 
@@ -201,7 +220,8 @@ def codmd_loss(
     convention: str | Convention = ..., mask: Tensor | None = ..., sample_weight: Tensor | None = ...,
     temperature: Number = ..., batch_weight: Number = ..., frame_weight: Number = ..., layout: str | None = ...,
     pool: Pool = ..., frame_mask: Tensor | None = ..., group: dist.ProcessGroup | None = ..., batch_grad: str = ...,
-    prediction: str = ..., noisy: Tensor | None = ..., sigma: Tensor | None = ..., backend: str = ...,
+    prediction: str = ..., noisy: Tensor | None = ..., sigma: Tensor | None = ..., augment_real: Tensor | None = ...,
+    augment_uncond: Tensor | None = ..., backend: str = ...,
     return_terms: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -211,7 +231,8 @@ def codmd_loss(
     convention: str | Convention = ..., mask: Tensor | None = ..., sample_weight: Tensor | None = ...,
     temperature: Number = ..., batch_weight: Number = ..., frame_weight: Number = ..., layout: str | None = ...,
     pool: Pool = ..., frame_mask: Tensor | None = ..., group: dist.ProcessGroup | None = ..., batch_grad: str = ...,
-    prediction: str = ..., noisy: Tensor | None = ..., sigma: Tensor | None = ..., backend: str = ...,
+    prediction: str = ..., noisy: Tensor | None = ..., sigma: Tensor | None = ..., augment_real: Tensor | None = ...,
+    augment_uncond: Tensor | None = ..., backend: str = ...,
     return_terms: Literal[True],
 ) -> CodmdTerms: ...
 # fmt: on
@@ -239,6 +260,8 @@ def codmd_loss(
     prediction: str = "x0",
     noisy: Tensor | None = None,
     sigma: Tensor | None = None,
+    augment_real: Tensor | None = None,
+    augment_uncond: Tensor | None = None,
     backend: str = "auto",
     return_terms: bool = False,
 ) -> Tensor | CodmdTerms:
@@ -250,8 +273,8 @@ def codmd_loss(
 
     Args:
         student, real, fake, real_uncond, fake_uncond, guidance, fake_guidance, convention, mask, sample_weight,
-            layout, prediction, noisy, sigma, backend: as in :func:`codmd.ops.dmd_loss`. ``mask`` and ``sample_weight``
-            concern the DMD term alone.
+            layout, prediction, noisy, sigma, augment_real, augment_uncond, backend: as in
+            :func:`codmd.ops.dmd_loss`. ``mask`` and ``sample_weight`` concern the DMD term alone.
         relation_weight: λ, >= 0; the relation is that of student, guided real and guided fake. At 0 it is not computed.
         temperature, batch_weight, frame_weight, pool, frame_mask, group, batch_grad: as in
             :func:`codmd.ops.relation_loss`. ``frame_mask`` concerns the relation alone.
@@ -268,8 +291,8 @@ def codmd_loss(
     Source: CoDMD, arXiv 2606.21982, the total objective; DMD, arXiv 2311.18828.
     """
     inputs = objective_checks.check(
-        (student, real, fake, real_uncond, fake_uncond, noisy), guidance, fake_guidance, convention, mask,
-        sample_weight, layout, prediction, sigma, backend,
+        (student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond), guidance, fake_guidance,
+        convention, mask, sample_weight, layout, prediction, sigma, backend,
     )  # fmt: skip
     checks.check_frame_mask(frame_mask, inputs.student, inputs.layout)
     grid = checks.check_pool(pool, inputs.layout, inputs.student.shape)

@@ -10,10 +10,11 @@ from codmd import backends, conventions, reference
 from codmd.conventions import Convention
 from codmd.ops import checks
 from codmd.ops.checks import Number
+from codmd.reference.dmd import check_augmentation
 
 LAYOUTS = ("bfchw", "bcfhw", "bchw")
 PREDICTIONS = ("x0", "flow")
-LATENTS = ("student", "real", "fake", "real_uncond", "fake_uncond", "noisy")
+LATENTS = ("student", "real", "fake", "real_uncond", "fake_uncond", "noisy", "augment_real", "augment_uncond")
 
 
 class Inputs(NamedTuple):
@@ -32,6 +33,8 @@ class Inputs(NamedTuple):
     sigma: Tensor | None
     mask: Tensor | None
     sample_weight: Tensor | None
+    augment_real: Tensor | None
+    augment_uncond: Tensor | None
     layout: str
     convention: Convention
     real_scale: Number
@@ -60,11 +63,16 @@ def check(
     rule, layout, (real_scale, fake_scale, real_guidance, fake_guidance) = _options(
         convention, layout, guidance, fake_guidance, prediction, backend
     )
-    student, real, fake, real_uncond, fake_uncond, noisy = latents
+    student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond = latents
+    if augment_real is not None or augment_uncond is not None:
+        check_augmentation(augment_real, augment_uncond, real_uncond, prediction)
+        if rule.undecouplable:
+            raise ValueError(f"augment_real does not go with this convention: {rule.undecouplable}")
     images = layout == "bchw"
-    others = (real, fake, real_uncond, fake_uncond, noisy)
+    others = (real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond)
     if images or fake is None or real is None or not checks.plainly_match(student, others):
-        student, real, fake, real_uncond, fake_uncond, noisy = _latents(latents, layout)
+        given = _latents(latents, layout)
+        student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond = given
         layout = "bfchw" if images else layout
     if rule.guided_above is not None:
         real_uncond = _read_where_guided(real_uncond, real_scale)
@@ -76,8 +84,8 @@ def check(
     if sample_weight is not None:
         sample_weight = _sample_weight(sample_weight, student, rule)
     return Inputs(
-        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, layout, rule, real_scale,
-        fake_scale, real_guidance, fake_guidance,
+        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, augment_real, augment_uncond,
+        layout, rule, real_scale, fake_scale, real_guidance, fake_guidance,
     )  # fmt: skip
 
 

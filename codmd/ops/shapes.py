@@ -11,11 +11,12 @@ from codmd.ops.contract import Call, Gather, Objective
 
 
 def norm_shape(call: Objective) -> torch.Size:
-    """Shape of the norms: one value a segment."""
+    """Shape of the norms: one value a segment, of both levels where the loss is decoupled."""
     samples, rule = call.student.shape[0], call.convention
     frames = call.student.shape[1 if call.layout == "bfchw" else 2]
     shapes = {"sample": (samples,), "batch": (1,), "block": (samples, len(rule.segments(frames)) - 1)}
-    return torch.Size(shapes[rule.norm_scope])
+    levels = () if call.augment_real is None else (2,)
+    return torch.Size(levels + shapes[rule.norm_scope])
 
 
 class Shapes(NamedTuple):

@@ -7,6 +7,7 @@ d = (f - c) + k_f(f - f_u) - k(c - u), so that a critic that tracks the teacher 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -15,40 +16,46 @@ from torch import Tensor
 
 from codmd import reference
 from codmd.conventions import Convention
-from codmd.ops.contract import Found, Objective
+from codmd.ops.contract import Call, Found, Numbers, Objective
 from codmd.reference.dmd import guard
 
 
 class Latents(NamedTuple):
-    """Student, guided real and the difference d = f - r of the guided predictions."""
+    """Student, guided real and the difference d = f - r of the guided predictions; c₂ and -k(c₂ - u₂) if decoupled."""
 
     student: Tensor
     real: Tensor
     difference: Tensor
+    augment_real: Tensor | None
+    augmentation: Tensor | None
+
+
+def numbers_of(call: Call) -> Numbers:
+    """The numbers, 0-dim tensors where the device holds them."""
+    return call.numbers if isinstance(call.numbers, Numbers) else Numbers(*call.numbers.unbind())  # type: ignore[arg-type]
 
 
 def latents_of(call: Objective) -> Latents:
     """What the loss is computed from."""
-    return Latents(_wide(call, call.student), _guided_real(call), _difference(call))
+    second = None if call.augment_real is None else _wide(call, call.augment_real)
+    return Latents(_wide(call, call.student), _guided_real(call), _difference(call), second, _augmentation(call))
 
 
 def loss(latents: Latents, call: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, mean|g|, norms, factors) in the compute dtype; nothing selected gives 0."""
-    x, r, d = latents
+    x, r, d, second, augmentation = latents
     rule = call.convention
     norms = _norms((x - r).abs(), rule)
+    if second is not None:
+        norms = torch.stack([norms, _norms((x - second).abs(), rule)])
     selected = torch.ones_like(d, dtype=torch.bool) if call.mask is None else _view(call, call.mask)
     weight = torch.ones_like(d[:, 0, 0, 0, 0]) if call.sample_weight is None else call.sample_weight.to(d.dtype)
-    norm = _per_frame(norms, d, rule)
-    g = d if rule.norm_divides == "loss" else d / norm
-    if rule.nan == "to_num":
-        g = g.nan_to_num()
-    g = torch.where(selected, g, 0)
+    g = torch.where(selected, _direction(d, augmentation, norms, rule), 0)
     penalty = g.square()
     if rule.penalty == "huber":
         penalty = penalty / ((penalty + rule.huber_c**2).sqrt() + rule.huber_c)
     if rule.norm_divides == "loss":
-        penalty = torch.where(selected, penalty / norm, 0)
+        penalty = torch.where(selected, penalty / _per_frame(norms, d, rule), 0)
     per_sample, magnitude = penalty.sum((1, 2, 3, 4)), g.abs().sum((1, 2, 3, 4))
 
     factor = rule.coefficient * (2 if rule.penalty == "l2" else 1) * weight
@@ -78,15 +85,26 @@ def gradient(call: Objective, found: Found, upstream: Tensor) -> Tensor:
     assert found.norms is not None
     assert found.factors is not None
     d, rule = _difference(call), call.convention
-    norm = _per_frame(found.norms, d, rule)
     if rule.penalty == "huber":
         d = d / (d.square() + rule.huber_c**2).sqrt()
-    g = d / norm
-    if rule.nan == "to_num":
-        g = g.nan_to_num()
+    if rule.norm_divides == "loss":
+        g = d / _per_frame(found.norms, d, rule)
+    else:
+        g = _direction(d, _augmentation(call), found.norms, rule)
     factor = (upstream * found.factors)[:, None, None, None, None]
     gradient = torch.where(factor == 0, 0, factor * g)
     return gradient if call.mask is None else torch.where(_view(call, call.mask), gradient, 0)
+
+
+def _direction(d: Tensor, augmentation: Tensor | None, norms: Tensor, rule: Convention) -> Tensor:
+    """g = nan(d/N), plus nan(augmentation/N₂) of a decoupled loss; d itself where the norm divides the loss."""
+    if rule.norm_divides == "loss":
+        return d
+    halves = [(d, norms)] if augmentation is None else list(zip((d, augmentation), norms.unbind(), strict=True))
+    quotients = [half / _per_frame(norm, half, rule) for half, norm in halves]
+    if rule.nan == "to_num":
+        quotients = [quotient.nan_to_num() for quotient in quotients]
+    return functools.reduce(torch.add, quotients)
 
 
 def _view(call: Objective, latents: Tensor) -> Tensor:
@@ -99,20 +117,27 @@ def _wide(call: Objective, latents: Tensor) -> Tensor:
 
 def _difference(call: Objective) -> Tensor:
     """d = f - r of the guided x0 predictions."""
-    real_scale, fake_scale = call.numbers[4], call.numbers[5]
+    numbers = numbers_of(call)
     f, c = _wide(call, call.fake), _wide(call, call.real)
     d = f - c
     if call.fake_uncond is not None:
-        d = d + fake_scale * (f - _wide(call, call.fake_uncond))
+        d = d + numbers.fake_scale * (f - _wide(call, call.fake_uncond))
     if call.real_uncond is not None:
-        d = d - real_scale * (c - _wide(call, call.real_uncond))
+        d = d - numbers.real_scale * (c - _wide(call, call.real_uncond))
     return d if call.sigma is None else -call.sigma[:, :, None, None, None] * d
+
+
+def _augmentation(call: Objective) -> Tensor | None:
+    """-k(c₂ - u₂), the guidance half of a decoupled loss."""
+    if call.augment_real is None or call.augment_uncond is None:
+        return None
+    return numbers_of(call).real_scale * (_wide(call, call.augment_uncond) - _wide(call, call.augment_real))
 
 
 def _guided_real(call: Objective) -> Tensor:
     r = _wide(call, call.real)
     if call.real_uncond is not None:
-        r = r + call.numbers[4] * (r - _wide(call, call.real_uncond))
+        r = r + numbers_of(call).real_scale * (r - _wide(call, call.real_uncond))
     if call.sigma is None or call.noisy is None:
         return r
     return _wide(call, call.noisy) - call.sigma[:, :, None, None, None] * r

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from codmd import reference
 from codmd.ops.backends import moments
-from codmd.ops.contract import Call, Found, Grid, Numbers, Objective, Pending, Relation, Upstream
+from codmd.ops.backends.moments import numbers_of
+from codmd.ops.contract import Call, Found, Grid, Objective, Pending, Relation, Upstream
 from codmd.reference.relation import Pool
 
 load_error: str | None = None
@@ -116,11 +117,6 @@ def whole_batch_grad(samples: int, frames: int, features: int) -> tuple[int, ...
     return samples, features
 
 
-def numbers_of(call: Call) -> Numbers:
-    """The numbers, 0-dim tensors where the device holds them."""
-    return call.numbers if isinstance(call.numbers, Numbers) else Numbers(*call.numbers.unbind())  # type: ignore[arg-type]
-
-
 def _pool(grid: Grid | None) -> Pool:
     return "mean" if grid == (1, 1) else grid
 
@@ -133,7 +129,8 @@ def _features(call: Relation) -> Features:
 
 
 def _pooled(latents: moments.Latents, grid: Grid) -> Features:
-    x, r, d = (reference.frame_features(v, "bfchw", _pool(grid)) for v in latents)
+    pooled = latents.student, latents.real, latents.difference
+    x, r, d = (reference.frame_features(v, "bfchw", _pool(grid)) for v in pooled)
     return x, r, d
 
 
