@@ -51,8 +51,8 @@ def objective(call: Objective, separate: bool) -> Found:
     """The DMD loss, and the relation where ``related``, of one process."""
     latents = moments.latents_of(call)
     loss, magnitude, norms, factors = moments.loss(latents, call)
-    zero, none = loss.new_zeros(()), loss.new_empty(0)
-    batch, batch_grad, frame, frame_grad = zero, none, zero, none
+    batch = frame = loss.new_zeros(())
+    batch_grad, frame_grad = loss.new_empty(0), loss.new_empty(0)
     if call.related:
         features = _pooled(latents, call.pool)
         frame, frame_grad = _frame_term(call, features)
