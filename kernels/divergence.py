@@ -2,7 +2,8 @@
 
 p = softmax_row((S - Δ)/τ), q = softmax_row(S/τ). With δ = Δ/τ, x = Σ q δ - δ, log Z = log1p(Σ q (e^x - 1 - x))
 and y = x - log Z = log p - log q:  KL = Σ (p - q)·x - log Z  and  p - q = q·expm1(y).
-No term cancels when Δ is small. Equal to ``codmd.reference.divergence``.
+No term cancels when Δ is small. Equal to ``codmd.reference.divergence``. Divisions by τ and by the mass are IEEE: an
+error of two units in S/τ is an error of two units in every probability.
 """
 
 import triton
@@ -50,13 +51,13 @@ def divergence_rows(similarity, difference, row_valid, column_valid, temperature
         temperature: τ > 0.
     """
     pair = row_valid & column_valid
-    logits = tl.where(column_valid, similarity / temperature, -float("inf"))
+    logits = tl.where(column_valid, tl.div_rn(similarity, temperature), -float("inf"))
     logits = tl.where(row_valid, logits, 0.0)
     logits -= tl.max(logits, 1, keep_dims=True)
     weight = tl.exp(logits)
     mass = tl.sum(weight, 1, keep_dims=True)
-    q = weight / mass
-    delta = tl.where(pair, difference / temperature, 0.0)
+    q = tl.div_rn(weight, mass)
+    delta = tl.where(pair, tl.div_rn(difference, temperature), 0.0)
     x = tl.sum(q * delta, 1, keep_dims=True) - delta
     t = logits - tl.log(mass) + x
     t_max = tl.max(t, 1, keep_dims=True)

@@ -476,3 +476,20 @@ else:
         doubled = call._replace(numbers=Numbers(*(2 * n for n in call.numbers)))
         found, same = backend.relation(doubled), backend.relation(scheduled)
         assert torch.equal(found.terms, same.terms)
+
+    @pytest.mark.parametrize(("frames", "pool"), [(3, "mean"), (35, "mean"), (3, None)])
+    @pytest.mark.parametrize("which", [0, 1, 2])
+    def test_features_beyond_the_range_of_their_norms_give_no_finite_loss(frames, pool, which):
+        """Scaled to 1e20 the squares of features leave float32; a unit vector of such a norm would be a finite 0."""
+        inputs = [v.detach() for v in latents((2, frames, 2, 2, 3))]
+        inputs[which] = inputs[which] * 1e20
+        call = relation_call(inputs, pool)
+        found = backend.relation(call)
+        assert not found.terms[0].isfinite()
+        assert not gradient(backend, call, found, total=1.0).isfinite().all()
+
+    @pytest.mark.parametrize("pool", ["mean", None])
+    @pytest.mark.parametrize("scale", [1e16, 1e-9])
+    def test_features_far_from_one_give_the_relation_of_their_directions(scale, pool):
+        student, real, fake = (v.detach() * scale for v in latents((2, 3, 2, 2, 3)))
+        assert_as_accurate_as_pytorch(student, real, fake, pool=pool)

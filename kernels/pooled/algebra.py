@@ -60,7 +60,7 @@ def feature_norms(base, index, valid, stride_i, stride_k, features):
     n_x, n_r, n_f = at_least_floor(x_norm), at_least_floor(r_norm), at_least_floor(f_norm)
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
     change = tl.where(clamped, 1.0, dd / tl.maximum(r_norm + f_norm, NORM_FLOOR) / n_f)
-    return 1.0 / n_x, 1.0 / n_r, change, 1.0 / n_f, x_norm >= NORM_FLOOR, clamped == 0
+    return tl.div_rn(1.0, n_x), tl.div_rn(1.0, n_r), change, tl.div_rn(1.0, n_f), x_norm >= NORM_FLOOR, clamped == 0
 
 
 @triton.jit

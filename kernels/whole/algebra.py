@@ -45,7 +45,7 @@ def gram_norms(grams, i, count):
     a, b = at_least_floor(r_norm), at_least_floor(f_norm)
     k = t / tl.maximum(r_norm + f_norm, NORM_FLOOR)
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
-    return 1.0 / at_least_floor(x_norm), a, b, k, x_norm >= NORM_FLOOR, f_norm >= NORM_FLOOR, clamped == 0
+    return tl.div_rn(1.0, at_least_floor(x_norm)), a, b, k, x_norm >= NORM_FLOOR, f_norm >= NORM_FLOOR, clamped == 0
 
 
 @triton.jit
