@@ -8,6 +8,7 @@ afterwards the compiled kernel's launcher is called as Triton itself calls it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+
+from codmd import private
 
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 """Triton's CPU interpreter runs the kernels (``TRITON_INTERPRET=1`` before the first import of triton)."""
@@ -101,7 +104,8 @@ class Launcher:
 
     def __call__(self, stream: int, *arguments: Any) -> None:
         if self._run is None:
-            compiled = self._compiled = self.start((*arguments, *self._last))
+            with relaxed_capture():
+                compiled = self._compiled = self.start((*arguments, *self._last))
             self._run = compiled.run, compiled.function, compiled.packed_metadata
         elif _hooks.launch_enter_hook is not _ENTER or _hooks.launch_exit_hook is not _EXIT or _ENTERED or _EXITED:
             self._compiled[self.grid](*arguments, *self._last, stream=stream)
@@ -147,6 +151,40 @@ def recording(run: bool = False) -> Iterator[list[Launch]]:
         Launcher.__call__ = original  # type: ignore[method-assign]
 
 
+RELAXED = 2
+"""Of ``CUstreamCaptureMode`` and of ``hipStreamCaptureMode``."""
+
+
+def _exchange_capture_mode() -> Callable[[Any], int] | None:
+    """The driver's function that exchanges this thread's capture mode; None without a GPU or an old driver."""
+    if INTERPRETING or not torch.cuda.is_available():
+        return None
+    library, name = ("libamdhip64.so", "hip") if torch.version.hip else ("libcuda.so.1", "cu")
+    try:
+        return getattr(ctypes.CDLL(library), f"{name}ThreadExchangeStreamCaptureMode")
+    except (OSError, AttributeError):
+        return None
+
+
+@contextlib.contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Let this thread load a module while a stream is captured, as PyTorch lets its allocator call cudaMalloc.
+
+    A capture forbids its thread, and in the usual mode every other, what may wait for the device; loading a kernel
+    may. In relaxed mode the thread may do so, and the capture goes on.
+    """
+    exchange = _exchange_capture_mode()
+    if exchange is None:
+        yield
+        return
+    mode = ctypes.c_int(RELAXED)
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of ``device``."""
     if device.type != "cuda":
@@ -156,9 +194,9 @@ def multiprocessors(device: torch.device) -> int:
 
 def current_stream(tensor: Tensor) -> int:
     """Raw handle of torch's current stream on the device of ``tensor``; 0 where that is no GPU."""
-    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0
+    return private.current_stream(tensor.get_device()) if tensor.is_cuda else 0
 
 
 def elsewhere(tensor: Tensor) -> bool:
     """Whether ``tensor`` lies on a GPU that is not the current one."""
-    return tensor.is_cuda and tensor.get_device() != torch._C._cuda_getDevice()
+    return tensor.is_cuda and tensor.get_device() != private.current_device()

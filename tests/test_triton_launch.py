@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -277,6 +278,32 @@ def test_a_capture_without_warm_up_has_tickets(on_gpu):
     on_gpu.capturing = True
     found = tickets.counters(on_gpu, 5, 7)
     assert (len(found), found.dtype, bool(found.any())) == (7, torch.int32, False)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_first_call_loads_its_kernel_in_relaxed_capture_mode(monkeypatch, fails):
+    modes = [0]
+
+    def exchange(mode):
+        mode._obj.value, before = modes[-1], mode._obj.value
+        modes.append(before)
+        return 0
+
+    def start(self, arguments):
+        assert modes[-1] == launch.RELAXED
+        if fails:
+            raise RuntimeError("the compiler's own")
+        return SimpleNamespace(run=lambda *_: None, function=None, packed_metadata=None)
+
+    monkeypatch.setattr(launch, "_exchange_capture_mode", lambda: exchange)
+    monkeypatch.setattr(launch.Launcher, "start", start)
+    one = launch.Launcher(None, 1, (), warps=4)
+    with pytest.raises(RuntimeError, match="own") if fails else contextlib.nullcontext():
+        one(0)
+    assert modes == [0, launch.RELAXED, 0]
+    if not fails:
+        one(0)
+        assert len(modes) == 3
 
 
 def test_an_axis_of_one_element_does_not_narrow_the_vectors():
