@@ -1,10 +1,12 @@
-"""Files as the commands meet them: written whole or not at all, and named by as few parts as tell them apart."""
+"""Files as the commands meet them: read without surprises, written whole or not at all, and named shortly."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from codmd.atomic import replacing
 from codmd.cli import CommandError
@@ -28,6 +30,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise CommandError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of unknown origin.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON in UTF-8, or nested too deeply to be meant; names the file.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -53,8 +53,8 @@ def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[Tr
             path = resolve(path, Processes(0, 1, torch.device("cpu"), None, None))
         run = structured(RunConfig, read_meta(path)["config"])
         weights = read_student(path, ema)
-    except (CheckpointError, ConfigError, KeyError) as error:
-        raise ValueError(f"{path}: {error!r}" if isinstance(error, KeyError) else str(error)) from error
+    except (CheckpointError, ConfigError) as error:
+        raise ValueError(str(error)) from error
     if run.lora is None:
         yield TrainedStudent(run, weights)
         return

@@ -8,14 +8,11 @@ import shutil
 
 import pytest
 import torch
+from train_cases import ALONE, RECORD
 
 from codmd.distill.run import checkpoint as checkpoints
 from codmd.distill.run.checkpoint import CheckpointStore, load, read_student, resolve
 from codmd.distill.run.integrity import CheckpointError, read_meta
-from codmd.distill.run.parallel import Processes
-
-ALONE = Processes(0, 1, torch.device("cpu"), None, None)
-RECORD = {"mode": "distill"}
 
 
 def tensors(value=1.0):

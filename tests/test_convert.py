@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_weights import TINY, Payload, assert_equal, original_state, tiny_state
 from tiny_wan import LATENT
-from train_cases import QUIET, TOY, train
+from train_cases import QUIET, RECORD, TOY, train
 
 from codmd import models
 from codmd.cli import main
@@ -40,7 +40,7 @@ def write_run(folder, weights="random", lora=None, model=None, step=7):
         roles = adapted(weights, lora)
         tensors = {f"student.{name}": value for name, value in roles.student.state_dict().items()}
     store = CheckpointStore(folder / "checkpoints", ALONE, 3, print)
-    return store.save(step, tensors, {"config": config.as_mapping()})
+    return store.save(step, tensors, {**RECORD, "config": config.as_mapping()})
 
 
 def adapted(weights, lora):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from train_cases import ALONE
+from train_cases import ALONE, RECORD
 from workers import run_processes
 
 from codmd.distill.run.checkpoint import CheckpointStore, load, tensors_of
@@ -47,7 +47,7 @@ def save_by(rank, world, folder):
     processes, mesh = team(world)
     store = CheckpointStore(Path(folder), processes, 1, pytest.fail)
     own = {f"random.rank_{rank:05d}.cpu": torch.full((4,), rank, dtype=torch.uint8)}
-    store.save(1, {**laid_out(whole(), mesh), **own}, {"mode": "distill"})
+    store.save(1, {**laid_out(whole(), mesh), **own}, RECORD)
 
 
 def load_by(rank, world, path):
@@ -100,7 +100,7 @@ def test_a_shard_that_is_not_there_is_missed_though_the_others_are_whole(saved, 
 
 def test_a_value_that_is_no_tensor_is_refused_before_anything_is_written(tmp_path):
     store = CheckpointStore(tmp_path, ALONE, 1, pytest.fail)
-    store.save(1, whole(), {"mode": "distill"})
+    store.save(1, whole(), RECORD)
     with pytest.raises(TypeError, match=r"student.lr: got float; a checkpoint holds tensors alone"):
-        store.save(2, {**whole(), "student.lr": 0.1}, {"mode": "distill"})
+        store.save(2, {**whole(), "student.lr": 0.1}, RECORD)
     assert read_meta(store.newest())["step"] == 1

@@ -85,6 +85,7 @@ WRONG_OF_MODEL = {
     },
     "wan": {
         "weights": ("''", "not given; expected a diffusers folder, a weight file"),
+        "entry": ("3", "got 3; expected text"),
         "config": ("''", 'not given; random weights need "1.3b", "14b", "tiny"'),
         **dict.fromkeys(("frames", "height", "width"), ("0", "got 0; expected a positive number of latent cells")),
         "compute": ("float16", "got 'float16'; expected one of bfloat16, float32"),

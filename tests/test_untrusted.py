@@ -240,7 +240,7 @@ def test_code_in_a_configuration_is_refused_by_name(tmp_path, payload, capsys):
     assert str(path) in refused(capsys, "train", path)
 
 
-@pytest.mark.parametrize("name", ["checkpoints/step_00000002/meta.json"])
+@pytest.mark.parametrize("name", ["log.jsonl", "checkpoints/step_00000002/meta.json"])
 def test_a_pickle_in_the_place_of_a_runs_text_is_named_and_not_run(run, payload, capsys, name):
     (run / name).write_bytes(pickle.dumps(payload))
     train(*TOY, QUIET, f"out={run}", "updates=3")

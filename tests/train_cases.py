@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from codmd import cli
@@ -11,6 +13,15 @@ from codmd.distill.run.parallel import Processes
 TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=16", "model.blocks=1", "distill.batch_size=4",
        "distill.critic_updates=2", "log.every=1"]  # fmt: skip
 QUIET = "log.tensorboard=false"
+RECORD: dict[str, Any] = {
+    "mode": "distill",
+    "position": None,
+    "nonfinite": {},
+    "processes": 1,
+    "versions": {},
+    "config": {},
+}
+"""What `meta.json` keeps of a run beside its tensors."""
 ALONE = Processes(0, 1, torch.device("cpu"), None, None)
 
 

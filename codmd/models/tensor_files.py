@@ -6,7 +6,6 @@ tensor (and page cache that the system may take back).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,25 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codmd.atomic import replacing
+from codmd.files import read_json
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 NETWORKS = ("generator", "generator_ema", "student", "model", "state_dict", "module")
 """Where a checkpoint dictionary keeps the network that samples, in the order they are looked for."""
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of unknown origin.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not JSON in UTF-8, or nested too deeply to be meant; names the file.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -123,7 +110,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
 def _folder_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / INDEX}: not a safetensors index: {error!r}") from error
         for name in names:

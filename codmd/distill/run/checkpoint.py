@@ -33,7 +33,8 @@ class CheckpointStore:
     Args:
         folder: `checkpoints` of the run; on a file system that all processes share.
         processes: that save and load together; every method is called by all of them.
-        keep_last: how many stay; older ones are removed once a newer one is complete.
+        keep_last: how many stay; older ones are removed once a newer one is complete. While updates are not finite,
+            the newest one from before stays too.
         warn: called on the first process with what was found damaged.
     """
 
@@ -79,6 +80,10 @@ class CheckpointStore:
         found = self.folder.glob(f"{PREFIX}*") if self.folder.is_dir() else ()
         return sorted((path for path in found if path.name[len(PREFIX) :].isdigit()), reverse=True)
 
+    def sound(self) -> Path | None:
+        """The newest checkpoint that was saved while all updates were finite."""
+        return next(filter(is_sound, self.paths()), None)
+
     def verify(self, path: Path) -> None:
         """Raises `CheckpointError` on every process unless `path` is a complete and undamaged checkpoint."""
         if found := self._problems(path):
@@ -106,7 +111,10 @@ class CheckpointStore:
                 shutil.rmtree(damaged)
         os.rename(partial, path)
         _flush_folder(self.folder)
+        sound = None if any(map(is_sound, self.paths()[: self.keep_last])) else self.sound()
         for old in self.paths()[self.keep_last :]:
+            if old == sound:
+                continue
             gone = old.with_name(f".{old.name}{PARTIAL}")
             os.rename(old, gone)
             shutil.rmtree(gone)
@@ -130,6 +138,14 @@ class CheckpointStore:
                 + (f"the newest one there, {last[0].name}, is untouched" if last else "there is no earlier one")
             )
         return [result for result, _ in outcomes]
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a checkpoint was saved while all updates were finite; not so if it cannot be told."""
+    try:
+        return not any(in_a_row for _, in_a_row in read_meta(path)["nonfinite"].values())
+    except CheckpointError:
+        return False
 
 
 def load(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:

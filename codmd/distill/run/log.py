@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from codmd.atomic import replacing
 from .parallel import Processes
 
 JSON_LINES = "log.jsonl"
+SHOWN = 5
 
 
 class RunLog:
@@ -43,7 +44,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / JSON_LINES
-        _drop_after(path, start)
+        _drop_after(path, start, self.say)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -91,22 +92,36 @@ class RunLog:
             self.writer.close()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; what a killed process left of its last line is dropped."""
-    lines = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+def read_log(path: Path, warn: Callable[[str], None] = lambda message: None) -> list[dict[str, Any]]:
+    """The entries of a log, whatever stands between them.
+
+    Args:
+        warn: called with the numbers of the lines that are no entries; but for the last line, if a killed process
+            left it incomplete.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    entries = [_entry(line) for line in lines]
+    if bad := [str(number) for number, entry in enumerate(entries, 1) if entry is None]:
+        shown = ", ".join(bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
+        warn(f"{path}: {len(bad)} lines are no entries of a log and are left out: {shown}")
+    return [entry for entry in (*entries, _entry(rest)) if entry is not None]
 
 
-def _drop_after(path: Path, update: int) -> None:
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """An object with the number of an update, or None."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    update = value.get("update") if isinstance(value, dict) else None
+    return value if type(update) is int and update >= 0 else None
+
+
+def _drop_after(path: Path, update: int, warn: Callable[[str], None]) -> None:
     if path.exists():
-        kept = [line for line in read_log(path) if line["update"] <= update]
+        kept = [entry for entry in read_log(path, warn) if entry["update"] <= update]
         with replacing(path) as partial:
-            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), "utf-8")
+            partial.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), "utf-8")
 
 
 def _json(value: float) -> float | str:

@@ -12,8 +12,8 @@ from codmd import __version__
 from codmd.distill.config.run_config import RunConfig, differences
 from codmd.distill.config.typed import ConfigError
 
-from .checkpoint import CheckpointStore, load, resolve
-from .integrity import read_meta
+from .checkpoint import CheckpointStore, is_sound, load, resolve
+from .integrity import CheckpointError, read_meta
 from .job import Job, Trainer
 from .parallel import Processes
 
@@ -52,13 +52,22 @@ def resume(config: RunConfig, job: Job, store: CheckpointStore, team: Processes,
     elastic = restore_random_states(path, trainer, team, meta["processes"])
     trainer.update = meta["step"]
     for name, optimizer in trainer.optimizers.items():
+        if name not in meta["nonfinite"]:
+            raise CheckpointError(f"checkpoint {path}: nonfinite has no counts of the {name}")
         optimizer.skipped, optimizer.in_a_row = meta["nonfinite"][name]
     if job.positions is not None and meta["position"] is not None:
         job.positions.position = meta["position"]
     notes.append(f"continuing from {path}")
     notes += [f"changed since: {line}" for line in differences(meta["config"], config.as_mapping())]
+    if not is_sound(path) and (sound := team.share(store.sound())):
+        notes.append(f"saved among updates that were not finite; {before_streak(sound)}")
     notes += [f"saved by {meta['processes']} processes, continued by {team.size}"] if elastic else []
     return trainer.update
+
+
+def before_streak(sound: Path) -> str:
+    """How to go on from the last checkpoint before updates were not finite."""
+    return f"{sound} is from before them: resume={sound} out=ANOTHER_FOLDER"
 
 
 def find_checkpoint(config: RunConfig, store: CheckpointStore, team: Processes) -> Path | None:

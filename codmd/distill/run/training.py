@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from codmd.atomic import replacing
 from codmd.distill.config.run_config import RunConfig
+from codmd.distill.update.optimizer import NonFiniteRun
 
 from .checkpoint import CheckpointStore, read_student
 from .job import Job, assemble
@@ -14,7 +16,7 @@ from .lock import only_run
 from .log import RunLog
 from .parallel import Processes, processes
 from .preview import to_pixels, write_preview
-from .resume import resume, save, skipped_updates
+from .resume import before_streak, resume, save, skipped_updates
 from .stop import stop_requests
 
 
@@ -45,7 +47,10 @@ def _train(config: RunConfig, team: Processes) -> bool:
         notes: list[str] = []
         store = CheckpointStore(config.folder / "checkpoints", team, config.checkpoint.keep_last, notes.append)
         saved = resume(config, job, store, team, notes)
-        with RunLog(config.folder, team, trainer.update, job.updates, config.log.tensorboard) as log:
+        with (
+            naming_sound(store),
+            RunLog(config.folder, team, trainer.update, job.updates, config.log.tensorboard) as log,
+        ):
             for note in notes:
                 log.say(note)
             while trainer.update < job.updates and not any(team.gather(stop.is_set())):
@@ -69,6 +74,16 @@ def _train(config: RunConfig, team: Processes) -> bool:
         if config.mode == "teacher" and finished:
             export_teacher(config, job, store, team)
         return finished
+
+
+@contextmanager
+def naming_sound(store: CheckpointStore) -> Iterator[None]:
+    """A run that ends because updates are not finite names the checkpoint from before them."""
+    try:
+        yield
+    except NonFiniteRun as error:
+        sound = store.sound()
+        raise NonFiniteRun(f"{error}; {before_streak(sound)}" if sound else str(error)) from error
 
 
 def is_due(update: int, every: int, last: int) -> bool:

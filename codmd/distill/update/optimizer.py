@@ -97,8 +97,8 @@ class GuardedAdamW:
         if self.in_a_row >= self.max_nonfinite:
             raise NonFiniteRun(
                 f"{self.in_a_row} updates of the {self.name} in a row were not finite (loss {float(loss):.4g}, "
-                f"gradient norm {float(norm):.4g}); the last checkpoint is intact. Continue from it with a lower "
-                "learning rate, a smaller relation_weight or a larger temperature"
+                f"gradient norm {float(norm):.4g}). Continue from before them with a lower learning rate, a smaller "
+                "relation_weight or a larger temperature"
             )
         return Step(norm.detach(), not finite)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from codmd.models.tensor_files import read_json
+from codmd.files import read_json
 
 STRIDES = {16: (4, 8), 48: (4, 16)}
 """Latent channels of the published VAEs, Wan2.1's and that of Wan2.2-TI2V-5B, to frames and pixels per latent cell."""
