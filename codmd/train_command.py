@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 from codmd.cli import CommandError
 
 HELP = "distil a video model into a few steps, from a configuration file"
-STOPPED = 143
+STOPPED = 128 + signal.SIGTERM
+"""Status of a run that SIGTERM ended; 130 after Ctrl-C."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; returns 0 when all updates were made, 143 when SIGTERM ended the run after a checkpoint.
+    """Trains; returns 0 when all updates were made, else 128 and the signal that ended the run after a checkpoint.
 
     Raises:
         CommandError: the configuration cannot be used, or the run could not go on; the message says what to do.
@@ -50,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             print(dry_run(config))
             return 0
-        return 0 if run_training(config) else STOPPED
+        stopped = run_training(config)
+        return 128 + stopped if stopped else 0
     except (ConfigError, CheckpointError, NonFiniteRun) as error:
         raise CommandError(str(error)) from error
 

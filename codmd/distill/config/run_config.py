@@ -114,6 +114,8 @@ def read_config(source: str, overrides: Sequence[str] = (), complete: bool = Tru
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read: {error.strerror}") from error
     assert isinstance(values, dict)
+    if values.get("mode") == "teacher" and any(override.startswith("updates=") for override in overrides):
+        raise ConfigError("updates: counts the student's; those of a teacher are teacher.updates")
     return structured(RunConfig, {name: value for name, value in values.items() if name != "packaged"})
 
 

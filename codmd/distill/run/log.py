@@ -44,7 +44,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / JSON_LINES
-        _drop_after(path, start, self.say)
+        _drop_after(path, start, lambda message: say(message, processes))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -74,11 +74,6 @@ class RunLog:
         if self._file is not None:
             print(json.dumps({"update": update, **values}), file=self._file, flush=True)
 
-    def say(self, message: str) -> None:
-        """A line for the reader of the terminal, from the first process."""
-        if self.processes.first:
-            tqdm.write(message, file=sys.stderr)
-
     def __enter__(self) -> RunLog:
         return self
 
@@ -92,6 +87,12 @@ class RunLog:
             self.writer.close()
 
 
+def say(message: str, processes: Processes) -> None:
+    """A line for the reader of the terminal, from the first process, above a bar if there is one."""
+    if processes.first:
+        tqdm.write(message, file=sys.stderr)
+
+
 def read_log(path: Path, warn: Callable[[str], None] = lambda message: None) -> list[dict[str, Any]]:
     """The entries of a log, whatever stands between them.
 
@@ -100,6 +101,8 @@ def read_log(path: Path, warn: Callable[[str], None] = lambda message: None) -> 
             left it incomplete.
     """
     *lines, rest = path.read_bytes().split(b"\n")
+    if rest and not rest.startswith(b"{"):
+        lines, rest = [*lines, rest], b""
     entries = [_entry(line) for line in lines]
     if bad := [str(number) for number, entry in enumerate(entries, 1) if entry is None]:
         shown = ", ".join(bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")

@@ -1,4 +1,4 @@
-"""SIGTERM as a request to end a run, instead of the end of its process."""
+"""SIGTERM and Ctrl-C as requests to end a run after its update, instead of the end of its process."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Stop:
-    """Whether SIGTERM has come."""
+    """Which signal came first, 0 for none."""
 
     def __init__(self) -> None:
-        self.set = False
-
-    def is_set(self) -> bool:
-        return self.set
+        self.signal = 0
 
 
 @contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Inside the block SIGTERM asks for an end instead of ending the process."""
-    stop = Stop()
+    """Inside the block the first SIGTERM or Ctrl-C is noted; a second Ctrl-C is a KeyboardInterrupt at once."""
+    stop, seen = Stop(), set[int]()
 
-    def request(_signal: int, _frame: Any) -> None:
-        stop.set = True
+    def request(number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and number in seen:
+            raise KeyboardInterrupt
+        seen.add(number)
+        stop.signal = stop.signal or number
 
-    before = signal.signal(signal.SIGTERM, request)
+    before = {number: signal.signal(number, request) for number in SIGNALS}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from codmd.atomic import replacing
 from codmd.distill.config.run_config import RunConfig
@@ -13,18 +15,18 @@ from codmd.distill.update.optimizer import NonFiniteRun
 from .checkpoint import CheckpointStore, read_student
 from .job import Job, assemble
 from .lock import only_run
-from .log import RunLog
+from .log import RunLog, say
 from .parallel import Processes, processes
 from .preview import to_pixels, write_preview
 from .resume import before_streak, resume, save, skipped_updates
 from .stop import stop_requests
 
 
-def run(config: RunConfig) -> bool:
-    """Trains until the last update, or until SIGTERM asks for an end, which first saves a checkpoint.
+def run(config: RunConfig) -> int:
+    """Trains until the last update, or until SIGTERM or Ctrl-C asks for an end, which first saves a checkpoint.
 
     Returns:
-        Whether all updates were made.
+        The number of the signal that ended the run; 0 when all updates were made.
 
     Raises:
         ConfigError: the configuration cannot be used. CheckpointError: a checkpoint cannot be written or read.
@@ -39,41 +41,66 @@ def run(config: RunConfig) -> bool:
             gc.collect()
 
 
-def _train(config: RunConfig, team: Processes) -> bool:
+def _train(config: RunConfig, team: Processes) -> int:
     """:func:`run` among the processes of `team`, in a scope that ends before their group does."""
-    with only_run(config.folder, team), stop_requests() as stop:
+    with only_run(config.folder, team):
         job = assemble(config, team)
-        trainer = job.trainer
         notes: list[str] = []
         store = CheckpointStore(config.folder / "checkpoints", team, config.checkpoint.keep_last, notes.append)
         saved = resume(config, job, store, team, notes)
-        with (
-            naming_sound(store),
-            RunLog(config.folder, team, trainer.update, job.updates, config.log.tensorboard) as log,
-        ):
-            for note in notes:
-                log.say(note)
-            while trainer.update < job.updates and not any(team.gather(stop.is_set())):
-                due = is_due(trainer.update + 1, config.log.every, job.updates)
-                skipped = skipped_updates(trainer)
-                measured = trainer.cycle(measure_gradients=due)
-                log.bar.update()
-                if skipped_updates(trainer) != skipped:
-                    log.event(trainer.update, skipped=skipped_updates(trainer))
-                if due:
-                    log.scalars(
-                        trainer.update, {**measured.scalars(), "skipped": sum(skipped_updates(trainer).values())}
-                    )
-                if config.log.preview_every and is_due(trainer.update, config.log.preview_every, job.updates):
-                    preview(config, job, team, log)
-                if is_due(trainer.update, config.checkpoint.every, job.updates):
-                    saved = save(config, job, store, team)
-            if saved != trainer.update:
-                save(config, job, store, team)
-        finished = trainer.update >= job.updates
-        if config.mode == "teacher" and finished:
+        for note in notes:
+            say(note, team)
+        begun = job.trainer.update
+        stopped = _updates(config, job, store, team, saved)
+        if not stopped and config.mode == "teacher":
             export_teacher(config, job, store, team)
-        return finished
+        if team.first:
+            say(ended(config, job, store.paths()[0], begun, stopped), team)
+        return stopped
+
+
+def _updates(config: RunConfig, job: Job, store: CheckpointStore, team: Processes, saved: int | None) -> int:
+    """Makes the updates that are left, and saves; returns the signal that ended them."""
+    trainer, stopped = job.trainer, 0
+    with (
+        stop_requests() as stop,
+        naming_sound(store),
+        RunLog(config.folder, team, trainer.update, job.updates, config.log.tensorboard) as log,
+    ):
+        while trainer.update < job.updates and not (stopped := max(team.gather(stop.signal))):
+            due = is_due(trainer.update + 1, config.log.every, job.updates)
+            skipped = skipped_updates(trainer)
+            measured = trainer.cycle(measure_gradients=due)
+            log.bar.update()
+            if skipped_updates(trainer) != skipped:
+                log.event(trainer.update, skipped=skipped_updates(trainer))
+            if due:
+                log.scalars(trainer.update, {**measured.scalars(), "skipped": sum(skipped_updates(trainer).values())})
+            if config.log.preview_every and is_due(trainer.update, config.log.preview_every, job.updates):
+                preview(config, job, team, log)
+            if is_due(trainer.update, config.checkpoint.every, job.updates):
+                saved = save(config, job, store, team)
+        if saved != trainer.update:
+            save(config, job, store, team)
+    return stopped
+
+
+def ended(config: RunConfig, job: Job, checkpoint: Path, begun: int, stopped: int) -> str:
+    """What a run made, and what comes next.
+
+    Args:
+        checkpoint: its newest.
+        begun: updates made before this process began.
+        stopped: the signal that ended it, 0 for none.
+    """
+    made = f"{job.trainer.update} of {job.updates} updates, {checkpoint}"
+    if stopped:
+        return f"stopped by {signal.Signals(stopped).name}: {made}; the same command continues"
+    finished = "finished before, nothing to do" if begun >= job.updates else "finished"
+    if config.mode == "teacher":
+        model = config.folder / "model"
+        return f"{finished}: {made}, {model}; next: codmd train CONFIG model.weights={model}"
+    return f"{finished}: {made}; next: codmd sample {config.folder} --prompts PROMPTS --out VIDEOS"
 
 
 @contextmanager
