@@ -15,9 +15,11 @@ from codmd import models
 from codmd.distill.config.run_config import RunConfig
 from codmd.distill.config.typed import ConfigError, structured
 from codmd.distill.run.checkpoint import read_student, resolve
+from codmd.distill.run.identity import TEACHER
 from codmd.distill.run.integrity import META, CheckpointError, read_meta
 from codmd.distill.run.parallel import Processes
 from codmd.distill.run.roles import RANDOM
+from codmd.models.fingerprint import fingerprint
 from codmd.models.lora import LoraOptions
 
 
@@ -51,19 +53,29 @@ def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[Tr
     try:
         if not (path / META).is_file():
             path = resolve(path, Processes(0, 1, torch.device("cpu"), None, None))
-        run = structured(RunConfig, read_meta(path)["config"])
+        meta = read_meta(path)
+        run = structured(RunConfig, meta["config"])
         weights = read_student(path, ema)
     except (CheckpointError, ConfigError) as error:
         raise ValueError(str(error)) from error
     if run.lora is None:
         yield TrainedStudent(run, weights)
         return
-    base = run.model.options.weights
-    if base == RANDOM:
-        raise ValueError(f"{path}: its adapters stand on random {run.model.name} weights, which no file has")
-    network = models.unread(run.model.name, run.model.options)
-    with network.open_weights(base) as tensors:
+    base = run.frozen
+    if base.options.weights == RANDOM:
+        raise ValueError(f"{path}: its adapters stand on random {base.name} weights, which no file has")
+    with models.unread(base.name, base.options).open_weights(base.options.weights) as tensors:
+        _check_base(base.options.weights, fingerprint(tensors), path, meta.get("identity", {}))
         yield TrainedStudent(run, MergedWeights(tensors, weights, run.lora))
+
+
+def _check_base(base: str, found: str, path: Path, identity: Mapping[str, list[str]]) -> None:
+    _, expected = identity.get(TEACHER, (base, found))
+    if found != expected:
+        raise ValueError(
+            f"{base}: is not the base that the adapters of {path} were trained over: fingerprint {found}, then "
+            f"{expected}"
+        )
 
 
 class MergedWeights(Mapping[str, Tensor]):

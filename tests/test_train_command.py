@@ -180,7 +180,10 @@ def test_resume_takes_a_checkpoint_of_another_run(tmp_path, capsys):
     [
         (["resume=nowhere"], "nowhere is not a complete checkpoint"),
         (["model.width=8"], "the model here has"),
-        (["distill.ema_decay=0.9"], "has no tensor ema."),
+        (
+            ["distill.ema_decay=0.9"],
+            "has no running average, for it was saved without ema_decay; set",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, capsys, changes, message):

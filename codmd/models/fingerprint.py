@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SAMPLES = 256
-"""Numbers of every tensor that are looked at, spread evenly."""
+PLACES, RUN = 8, 32
+"""Of every tensor so many places are looked at, evenly spread, and so many numbers at each."""
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -20,9 +20,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
     total = 0
     for name in sorted(tensors):
-        value = tensors[name]
-        flat = value.detach().reshape(-1)
-        sampled = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu().contiguous()
+        value = tensors[name].detach()
+        flat = value.reshape(-1)
+        last = max(0, flat.numel() - RUN)
+        starts = sorted({last * place // (PLACES - 1) for place in range(PLACES)})
+        sampled = torch.cat([flat[start : start + RUN] for start in starts]).cpu()
         head = f"{name} {value.dtype} {tuple(value.shape)}".encode()
         total = zlib.crc32(head + sampled.view(torch.uint8).numpy().tobytes(), total)
     return f"{total:08x}"

@@ -35,6 +35,14 @@ class ModelOptions:
             return self
         raise ValueError(f"frames, height, width: {type(self).__name__} describes no video that can be decoded")
 
+    def content(self, prompts: bool, guided: bool, pixels: bool) -> dict[str, tuple[str, str]]:
+        """The files beside weights that the options name: name to (path, fingerprint).
+
+        Args:
+            prompts, guided, pixels: of those that encode prompts, make the unconditional branch, decode.
+        """
+        return {}
+
     def record(self, guided: bool) -> dict[str, Any]:
         """What a sample depends on beside weights, prompt and sampler; `guided` with the unconditional branch."""
         return {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from codmd.atomic import replacing
 from codmd.files import read_json
+
+from .fingerprint import fingerprint
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -81,14 +83,46 @@ def open_tensors(path: str | os.PathLike[str], network: str = "") -> Iterator[Te
         raise FileNotFoundError(f"{path}: no such file or folder")
     with ExitStack() as stack:
         if path.is_dir():
-            yield _open_safetensors(_folder_files(path), stack)
+            yield stack.enter_context(open_safetensors(_folder_files(path)))
         elif path.suffix == ".safetensors":
-            yield _open_safetensors([path], stack)
+            yield stack.enter_context(open_safetensors([path]))
         elif path.suffix in TORCH_SUFFIXES:
             yield _in_memory(_network(_load_pickle(path), path, network))
         else:
             expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
             raise ValueError(f"{path}: unknown kind of file; expected {expected}, or a diffusers folder")
+
+
+@contextmanager
+def open_safetensors(paths: Sequence[Path]) -> Iterator[TensorFile]:
+    """Shards of one network.
+
+    Raises:
+        ValueError: naming the file that cannot be read, or has a weight that an earlier one has, too.
+    """
+    shapes, read = {}, {}
+    with ExitStack() as stack:
+        for path in paths:
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from error
+            for name in file.keys():  # noqa: SIM118
+                if name in shapes:
+                    raise ValueError(f"{path}: weight {name!r} stands in an earlier shard, too")
+                shapes[name] = torch.Size(file.get_slice(name).get_shape())
+                read[name] = lambda file=file, name=name: file.get_tensor(name)
+        yield TensorFile(shapes, read)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Of all safetensors in a folder.
+
+    Raises:
+        ValueError: naming the file that cannot be read.
+    """
+    with open_safetensors(sorted(folder.glob("*.safetensors"))) as tensors:
+        return fingerprint(tensors)
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -120,21 +154,6 @@ def _folder_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     raise FileNotFoundError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
-
-
-def _open_safetensors(paths: list[Path], stack: ExitStack) -> TensorFile:
-    shapes, read = {}, {}
-    for path in paths:
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from error
-        for name in file.keys():  # noqa: SIM118
-            if name in shapes:
-                raise ValueError(f"{path}: weight {name!r} stands in an earlier shard, too")
-            shapes[name] = torch.Size(file.get_slice(name).get_shape())
-            read[name] = lambda file=file, name=name: file.get_tensor(name)
-    return TensorFile(shapes, read)
 
 
 def _load_pickle(path: Path) -> Any:

@@ -132,12 +132,16 @@ def _run(args: argparse.Namespace) -> int:
     sampler = _sampler(args, source)
     folder = SampleFolder(args.out, args.latents)
     size = dict(zip(("frames", "channels", "height", "width"), source.model.latent_shape, strict=True))
+    content = source.options.content(prompts=embeddings is None, guided=args.teacher, pixels=not args.latents)
     settings = {
         "weights": fingerprint(source.model.state_dict()),
         "sampler": type(sampler).__name__,
         **vars(sampler),
         "latent_size": size,
         **source.options.record(guided=args.teacher),
+        **{name: digest for name, (_, digest) in content.items()},
+        "prompts": {job.name: job.prompt for job in jobs},
+        "embeddings": _fingerprints(embeddings, jobs),
     }
     folder.check(settings)
     made, kept = _fill(folder, settings, share.of(jobs), source, sampler, embeddings, quiet=share.rank > 0)
@@ -231,6 +235,12 @@ def _fill(
             cond = conditions[job].to(source.model.device) if seeds else None
             folder.sample(job, seeds, source.model, sampler, cond, bar.update)
     return made, sum(len(job.seeds) for job in jobs) - made
+
+
+def _fingerprints(embeddings: Any, jobs: Sequence[PromptJob]) -> dict[str, str]:
+    """File name to fingerprint of the embedding that its prompt has; empty for prompts as text."""
+    known = dict(reversed(embeddings.fingerprints())) if embeddings else {}
+    return {job.name: known[job.prompt] for job in jobs if job.prompt in known}
 
 
 def _conditions(

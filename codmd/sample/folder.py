@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from codmd.atomic import replacing
+from codmd.files import read_json
 from codmd.models.base import Condition, VideoDenoiser
 
 from .names import PromptJob
@@ -49,16 +50,9 @@ class SampleFolder:
         Raises:
             ValueError: it was not; the message names the settings that differ.
         """
-        path = self.root / SETTINGS
-        if path.is_file():
-            try:
-                before = json.loads(path.read_text("utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path}: not readable; give another folder: {error}") from error
-            empty = not self.kind.is_dir() or not any(self.kind.iterdir())
-            changed = [] if empty else [k for k in settings if before.get(k) != json.loads(json.dumps(settings[k]))]
-            if changed:
-                was = ", ".join(f"{k} {before.get(k)!r}, now {settings[k]!r}" for k in changed)
+        if (self.root / SETTINGS).is_file():
+            if changed := _changes(self._noted(), settings):
+                was = ", ".join(f"{name} {old!r}, now {new!r}" for name, (old, new) in changed.items())
                 raise ValueError(f"{self.root}: was sampled with other settings ({was}); give another folder")
         elif self.root.exists() and not self.root.is_dir():
             raise ValueError(f"{self.root}: is a file; give a folder")
@@ -66,14 +60,26 @@ class SampleFolder:
             raise ValueError(f"{self.root}: holds other files and no {SETTINGS}; give a new or empty folder")
 
     def create(self, settings: Mapping[str, Any]) -> None:
-        """Makes the folder and notes the settings in it.
+        """Makes the folder and notes the settings in it; tables grow by the entries of this call.
 
         Raises:
             OSError: it cannot be written.
         """
         self.kind.mkdir(parents=True, exist_ok=True)
+        noted = self._noted()
+        merged = {name: {**_named(noted.get(name)), **_named(value)} or value for name, value in settings.items()}
         with replacing(self.root / SETTINGS) as partial:
-            partial.write_text(json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n", "utf-8")
+            partial.write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def _noted(self) -> dict[str, Any]:
+        """The settings of what is in the folder; none when nothing is."""
+        path = self.root / SETTINGS
+        if not path.is_file() or not self.kind.is_dir() or not any(self.kind.iterdir()):
+            return {}
+        noted = read_json(path)
+        if not isinstance(noted, dict):
+            raise ValueError(f"{path}: holds {type(noted).__name__}, no settings; give another folder")
+        return noted
 
     def missing(self, job: PromptJob, frames: int | None, latent_shape: tuple[int, ...]) -> list[int]:
         """The seeds of a job whose files are not there or not complete; `frames` of a video, None for latents."""
@@ -106,6 +112,23 @@ class SampleFolder:
             write_latents(self.file(job, seed), latents[0], job.prompt, seed)
         else:
             write_video(self.file(job, seed), model.decode(latents)[0])
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name to (before, now) of the settings that both have, and differ; of tables, the entries that both have."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for name, new in json.loads(json.dumps(now)).items():
+        old = before.get(name, new)
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = _changes(old, new)
+            changed |= {f"{name}.{entry}": pair for entry, pair in inner.items()}
+        elif old != new:
+            changed[name] = (old, new)
+    return changed
+
+
+def _named(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class RunConfig:
         self.model.changed(self.teacher_model, "teacher_model")
 
     @property
+    def frozen(self) -> ModelSettings:
+        """The network that is not trained: the teacher, with `lora` the base of the adapters."""
+        return self.model.changed(self.teacher_model, "teacher_model")
+
+    @property
     def folder(self) -> Path:
         """Where this run writes: `out`, or its folder `teacher`."""
         return Path(self.out) / "teacher" if self.mode == "teacher" else Path(self.out)

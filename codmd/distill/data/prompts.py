@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from codmd.distill.config.typed import ConfigError
 from codmd.models.base import Condition, VideoDenoiser
 from codmd.models.embeddings import EMBEDDING, PROMPTS
+from codmd.models.fingerprint import fingerprint
 
 
 class Prompts:
@@ -23,6 +25,10 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def fingerprint(self) -> str:
+        """Of the prompts and their order."""
+        return f"{zlib.crc32(json.dumps(self.prompts).encode()):08x}"
 
     def condition(self, numbers: Sequence[int]) -> Condition:
         """The model's encoding of those prompts."""
@@ -59,6 +65,15 @@ class Embeddings:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def fingerprint(self) -> str:
+        """Of the prompts, their order and their embeddings."""
+        return f"{zlib.crc32(json.dumps(self.fingerprints()).encode()):08x}"
+
+    def fingerprints(self) -> list[tuple[str, str]]:
+        """(prompt, fingerprint of its embedding) in order."""
+        rows = (row for shard in self._shards for row in shard.get_tensor(EMBEDDING))
+        return [(prompt, fingerprint({"": row})) for prompt, row in zip(self.prompts, rows, strict=True)]
 
     def condition(self, numbers: Sequence[int]) -> Condition:
         """The embeddings of those rows, [len(numbers), L, text_dim]."""

@@ -156,6 +156,11 @@ def load(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -> Non
     """
     present = tensors_of(path)
     for name, tensor in tensors.items():
+        if name not in present and name.startswith("ema."):
+            raise CheckpointError(
+                f"checkpoint {path} has no running average, for it was saved without ema_decay; set ema_decay to null "
+                "to continue it, or give another out to start anew"
+            )
         if name not in present:
             raise CheckpointError(f"checkpoint {path} has no tensor {name}: it is of another model or recipe")
         if present[name].shape != tensor.shape:

@@ -33,6 +33,7 @@ class Meta:
         tensors: name to [dtype, whole shape]; empty in checkpoints that have an index of their own.
         mode, processes, versions, config: of the run.
         position: of the data, in samples of all processes; None without data.
+        identity: of what the run was trained against: name to [path, fingerprint].
         nonfinite: network to [updates skipped, of these the last ones in a row].
     """
 
@@ -45,6 +46,7 @@ class Meta:
     versions: dict[str, Any]
     config: dict[str, Any]
     tensors: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("step", 0), ("processes", 1), ("position", 0)):
@@ -59,6 +61,9 @@ class Meta:
         for name, entry in self.nonfinite.items():
             if not _counts(entry, 2):
                 raise ValueError(f"nonfinite.{name}: got {entry!r}; expected two counts")
+        for name, entry in self.identity.items():
+            if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+                raise ValueError(f"identity.{name}: got {entry!r}; expected [path, fingerprint]")
         for name, entry in self.tensors.items():
             if not (isinstance(entry, list) and len(entry) == 2 and _is_dtype(entry[0]) and _counts(entry[1])):
                 raise ValueError(f"tensors: got {name!r}: {entry!r}; expected [dtype, shape]")

@@ -25,6 +25,7 @@ from codmd.distill.update.teacher import FlowMatching
 from codmd.distill.update.trainer import Distiller
 from codmd.models.base import Condition, VideoDenoiser, move_cond
 
+from .identity import Identity, identity_of
 from .parallel import Processes
 from .roles import RANDOM, build_network, build_roles
 
@@ -63,6 +64,7 @@ class Job:
         positions: where the data stands; None without data.
         draw_preview: latents of the fixed preview samples, from the model as it is.
         decode: latents to pixels, of the data or of the model.
+        identity: of what the run is trained against, by content.
     """
 
     trainer: Trainer
@@ -71,6 +73,7 @@ class Job:
     positions: Positions | None
     draw_preview: Callable[[], Tensor]
     decode: Callable[[Tensor], Tensor]
+    identity: Identity
 
 
 def assemble(config: RunConfig, processes: Processes) -> Job:
@@ -114,7 +117,9 @@ def _distill_job(config: RunConfig, processes: Processes) -> Job:
         return sample_few_step(roles.student, noise, recipe.sigmas, generator, cond)
 
     preview = _preview(config, roles.student, source, processes, sample)
-    return Job(trainer, roles.student, config.updates, positions, preview, _decoder(source, roles.student))
+    decode = _decoder(source, roles.student)
+    identity = processes.agree(lambda: identity_of(config, source))
+    return Job(trainer, roles.student, config.updates, positions, preview, decode, identity)
 
 
 def _teacher_job(config: RunConfig, processes: Processes) -> Job:
@@ -132,7 +137,8 @@ def _teacher_job(config: RunConfig, processes: Processes) -> Job:
         return sample_euler(model, noise, sampling_sigmas(TEACHER_PREVIEW_STEPS, settings.shift), cond)
 
     preview = _preview(config, model, source, processes, sample)
-    return Job(trainer, model, settings.updates, positions, preview, source.decode)
+    identity = processes.agree(lambda: identity_of(config, source))
+    return Job(trainer, model, settings.updates, positions, preview, source.decode, identity)
 
 
 def _encode_once(source: Source, teacher: VideoDenoiser, recipe: DistillConfig) -> None:

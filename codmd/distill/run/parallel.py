@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,6 +55,23 @@ class Processes:
         if self.group is not None:
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def agree(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives the first process, on every process.
+
+        Raises:
+            ValueError: on every process, when it failed there.
+        """
+        made, failure = None, ""
+        if self.first:
+            try:
+                made = make()
+            except (OSError, ValueError) as error:
+                failure = str(error)
+        made, failure = self.share((made, failure))
+        if failure:
+            raise ValueError(failure)
+        return made
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's `value`, on every process, in the order of ranks."""

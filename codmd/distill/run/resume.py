@@ -13,6 +13,7 @@ from codmd.distill.config.run_config import RunConfig, differences
 from codmd.distill.config.typed import ConfigError
 
 from .checkpoint import CheckpointStore, is_sound, load, resolve
+from .identity import check_identity
 from .integrity import CheckpointError, read_meta
 from .job import Job, Trainer
 from .parallel import Processes
@@ -35,6 +36,7 @@ def save(config: RunConfig, job: Job, store: CheckpointStore, team: Processes) -
         "processes": team.size,
         "versions": {"codmd": __version__, "torch": str(torch.__version__), **{p: _version(p) for p in PACKAGES}},
         "config": config.as_mapping(),
+        "identity": job.identity,
     }
     store.save(trainer.update, {**trainer.tensors(), **random_states(trainer, team)}, record)
     return trainer.update
@@ -48,6 +50,7 @@ def resume(config: RunConfig, job: Job, store: CheckpointStore, team: Processes,
     trainer, meta = job.trainer, read_meta(path)
     if meta["mode"] != config.mode:
         raise ConfigError(f"resume: {path} is of mode {meta['mode']}, this run of mode {config.mode}")
+    check_identity(meta.get("identity", {}), job.identity, path, config.lora is not None)
     load(path, trainer.tensors(), team)
     elastic = restore_random_states(path, trainer, team, meta["processes"])
     trainer.update = meta["step"]

@@ -34,7 +34,7 @@ def build_roles(config: RunConfig, processes: Processes) -> Roles:
     Raises:
         FileNotFoundError, ValueError: the weights or an option cannot be used.
     """
-    frozen = config.model.changed(config.teacher_model, "teacher_model")
+    frozen = config.frozen
     if config.lora is not None:
         base = unfilled(frozen, config.seed)
         roles = LoraRoles(base, config.lora, config.seed)

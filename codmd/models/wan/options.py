@@ -7,11 +7,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from codmd.models.embeddings import read_embedding
+from codmd.models.fingerprint import fingerprint
 from codmd.models.options import ModelOptions
+from codmd.models.tensor_files import folder_fingerprint
 
 from .config import read_config
 from .text import NEGATIVE_PROMPT
-from .vae import strides
+from .vae import strides, vae_folder
 from .weights import fitting_config
 
 RANDOM = "random"
@@ -103,6 +106,18 @@ class WanOptions(ModelOptions):
                     raise ValueError(f"{name}: got {pixels}; expected a multiple of {patch * space}")
                 sizes[name] = pixels // space
         return replace(self, **sizes)
+
+    def content(self, prompts: bool, guided: bool, pixels: bool) -> dict[str, tuple[str, str]]:
+        """The embedding of the unconditional branch, the text encoder, the VAE."""
+        found = {}
+        if guided and self.null_embedding not in ("", ZEROS):
+            embedding = read_embedding(self.null_embedding)
+            found["null_embedding"] = (self.null_embedding, fingerprint({"": embedding}))
+        if self.text_encoder and (prompts or (guided and not self.null_embedding)):
+            found["text_encoder"] = (self.text_encoder, folder_fingerprint(Path(self.text_encoder) / "text_encoder"))
+        if self.vae and pixels:
+            found["vae"] = (self.vae, folder_fingerprint(vae_folder(self.vae)))
+        return found
 
     def record(self, guided: bool) -> dict[str, Any]:
         """The dtype of the products, and the negative prompt of a guided sample."""
