@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +87,9 @@ def encode(encoder: PromptEncoder, prompts: Sequence[str], negative: str, out: P
     files = {f"{number:05d}.safetensors": group for number, group in enumerate(groups)}
     for stale in {path.name for path in partial.glob("*.safetensors")} - files.keys():
         (partial / stale).unlink()
+    for number, prompt in enumerate(prompts, 1):
+        if (length := encoder.length(prompt)) > encoder.tokens:
+            print(f"prompt {number}: {length} tokens, of which the first {encoder.tokens} are read", file=sys.stderr)
     expected = (encoder.tokens, encoder.width, encoder.dtype)
     with tqdm(total=len(prompts), unit="prompt", desc="encoding") as bar:
         _one(encoder, partial / str(NEGATIVE_FILE), [negative], expected, 1, lambda _: None)
@@ -117,7 +122,9 @@ def _one(
     parts = []
     for start in range(0, len(prompts), batch):
         group = prompts[start : start + batch]
-        parts.append(encoder(group).cpu())
+        with warnings.catch_warnings():  # said above, with their numbers
+            warnings.filterwarnings("ignore", message="a prompt has")
+            parts.append(encoder(group).cpu())
         progress(len(group))
     save_tensors(path, {EMBEDDING: torch.cat(parts)}, {PROMPTS: json.dumps(list(prompts), ensure_ascii=False)})
 

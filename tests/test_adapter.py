@@ -34,6 +34,9 @@ class Encoder:
 
     tokens, width, dtype = 2, 3, torch.float32
 
+    def length(self, prompt: str) -> int:
+        return self.tokens
+
     def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
         rows = torch.tensor([[float(len(word)) for word in prompt.split()[:3]] for prompt in prompts])
         return rows[:, None].expand(-1, self.tokens, -1).contiguous()

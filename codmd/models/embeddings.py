@@ -7,6 +7,7 @@ and the negative prompt's embedding in a folder of its own inside.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -31,9 +32,23 @@ class PromptEncoder(Protocol):
     width: int
     dtype: torch.dtype
 
+    def length(self, prompt: str) -> int:
+        """Tokens of a prompt, however many."""
+        ...
+
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings [B, tokens, width]."""
         ...
+
+
+def warn_of_cuts(encoder: PromptEncoder, prompts: Sequence[str]) -> None:
+    """Warns of prompts that are longer than the encoder reads, by their beginning and their number of tokens."""
+    for prompt in prompts:
+        if (length := encoder.length(prompt)) > encoder.tokens:
+            warnings.warn(
+                f"a prompt has {length} tokens, of which the first {encoder.tokens} are read: {prompt[:60]!r}",
+                stacklevel=3,
+            )
 
 
 def read_embedding(path: str | os.PathLike[str]) -> Tensor:

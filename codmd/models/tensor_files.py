@@ -24,9 +24,10 @@ from codmd.files import read_json
 from .fingerprint import fingerprint
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 SINGLE = "diffusion_pytorch_model.safetensors"
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-NETWORKS = ("generator", "generator_ema", "student", "model", "state_dict", "module")
+NETWORKS = ("generator", "generator_ema", "student", "model", "state_dict", "module", "ema")
 """Where a checkpoint dictionary keeps the network that samples, in the order they are looked for."""
 
 
@@ -69,7 +70,7 @@ class Renamed(Mapping[str, Tensor]):
 
 @contextmanager
 def open_tensors(path: str | os.PathLike[str], network: str = "") -> Iterator[TensorFile]:
-    """Opens a .safetensors or PyTorch file, or a diffusers folder.
+    """Opens a .safetensors file, an index of several, a PyTorch file, or a diffusers folder.
 
     Args:
         network: which entry of a checkpoint dictionary holds the network; "" takes the first of `NETWORKS`.
@@ -84,12 +85,14 @@ def open_tensors(path: str | os.PathLike[str], network: str = "") -> Iterator[Te
     with ExitStack() as stack:
         if path.is_dir():
             yield stack.enter_context(open_safetensors(_folder_files(path)))
+        elif path.name.endswith(INDEX_SUFFIX):
+            yield stack.enter_context(open_safetensors(_indexed_files(path)))
         elif path.suffix == ".safetensors":
             yield stack.enter_context(open_safetensors([path]))
         elif path.suffix in TORCH_SUFFIXES:
             yield _in_memory(_network(_load_pickle(path), path, network))
         else:
-            expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
+            expected = ", ".join((".safetensors", INDEX_SUFFIX, *TORCH_SUFFIXES))
             raise ValueError(f"{path}: unknown kind of file; expected {expected}, or a diffusers folder")
 
 
@@ -143,17 +146,25 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
 
 def _folder_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX}: not a safetensors index: {error!r}") from error
-        for name in names:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name}: missing, though {INDEX} lists it")
-        return [folder / name for name in names]
+        return _indexed_files(folder / INDEX)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     raise FileNotFoundError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The shards that a safetensors index lists, in its folder."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: not a safetensors index: {error!r}") from error
+    if outside:
+        raise ValueError(f"{index}: lists {outside[0]!r}; expected files beside it")
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent / name}: missing, though {index.name} lists it")
+    return [index.parent / name for name in names]
 
 
 def _load_pickle(path: Path) -> Any:
@@ -184,7 +195,7 @@ def _network(content: Any, path: Path, network: str) -> dict[str, Tensor]:
             found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
             raise ValueError(f"{path}: has no network {network!r}; it holds {found}")
         content = content[network]
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+    while isinstance(content, Mapping):  # whatever stands beside the network: counters, other networks
         inner = next((name for name in NETWORKS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+EXPERTS = ("transformer", "transformer_2")
 SHIPPED = ("1.3b", "14b", "tiny")
 """Wan2.1-T2V in its two sizes, and a tiny one for tests and examples."""
 
@@ -45,9 +46,19 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def transformer_folder(path: Path) -> Path:
-    """The folder with the transformer's config.json: `path` itself, or its `transformer` subfolder."""
+    """The folder with the transformer's config.json: `path` itself, or its `transformer` subfolder.
+
+    Raises:
+        ValueError: the pipeline has two of them, each for a part of the noise levels.
+    """
     nested = path / "transformer"
-    return nested if (nested / "config.json").is_file() else path
+    found = nested if (nested / "config.json").is_file() else path
+    if found.name in EXPERTS and all((found.parent / name).is_dir() for name in EXPERTS):
+        raise ValueError(
+            f"{found.parent}: holds two experts, {EXPERTS[0]} for high noise and {EXPERTS[1]} for low, as "
+            "Wan2.2-A14B does; one network for all levels is expected, as Wan2.1 or Wan2.2-TI2V-5B has"
+        )
+    return found
 
 
 def build_transformer(config: dict[str, Any], device: str | None = None) -> Any:

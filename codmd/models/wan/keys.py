@@ -13,6 +13,7 @@ PREFIXES = (
     "model.diffusion_model.",
     "diffusion_model.",
     "model.",
+    "net.",
     "transformer.",
 )
 """What training wrappers and other tools put into names: the first three anywhere, the others in front."""
@@ -73,3 +74,32 @@ def _from_original(name: str) -> str:
         if count:
             return name
     return name
+
+
+LORAS = (
+    ("kohya's names", r"^lora_(unet|te\d*|transformer)_|\.lora_(down|up)\.weight$"),
+    ("PEFT's names", r"^base_model\.model\..*\.lora_[AB]\."),
+    ("diffusers' names", r"\.lora(_[AB]\.|\.down\.|\.up\.)"),
+    ("LyCORIS", r"\.(lokr_w[12]|hada_w[12]_[ab])"),
+)
+"""Whose low-rank adapters have such names."""
+
+SCALES = re.compile(r"(^|\.)(scale_weight|weight_scale(_inv)?|scale_input|input_scale|scaled_fp8)$")
+"""Names of the factors that belong to scaled 8-bit weights."""
+
+
+def refuse_parts(names: Iterable[str]) -> None:
+    """Refuses what is no whole network, or would lose its scales.
+
+    Raises:
+        ValueError: saying what it is.
+    """
+    names = list(names)
+    for kind, pattern in LORAS:
+        if any(re.search(pattern, name) for name in names):
+            raise ValueError(
+                f"is a LoRA ({kind}), not a network; merge it into its base first: in diffusers load_lora_weights, "
+                "fuse_lora, unload_lora_weights, save_pretrained"
+            )
+    if scale := next(filter(SCALES.search, names), None):
+        raise ValueError(f"holds scaled 8-bit weights (as {scale!r} shows); expected bfloat16, float16 or float32")

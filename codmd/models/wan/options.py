@@ -10,7 +10,7 @@ from typing import Any, Literal
 from codmd.models.embeddings import read_embedding
 from codmd.models.fingerprint import fingerprint
 from codmd.models.options import ModelOptions
-from codmd.models.tensor_files import folder_fingerprint
+from codmd.models.tensor_files import INDEX_SUFFIX, folder_fingerprint
 
 from .config import read_config
 from .text import NEGATIVE_PROMPT
@@ -79,8 +79,10 @@ class WanOptions(ModelOptions):
         """Arguments of `WanTransformer3DModel`, from `config` or found out from `weights`."""
         if self.config:
             return read_config(self.config)
-        if Path(self.weights).is_dir():
-            return read_config(self.weights)
+        path = Path(self.weights)
+        beside = path.parent if path.name.endswith(INDEX_SUFFIX) else path
+        if path.is_dir() or (beside / "config.json").is_file():
+            return read_config(beside)
         return fitting_config(self.weights, self.entry)
 
     def for_inference(self) -> WanOptions:

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from codmd.models.embeddings import warn_of_cuts
+
 TOKENS = 512
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -79,13 +81,20 @@ class WanPromptEncoder:
             raise ValueError(f"text_encoder: {folder} lacks {len(missing)} weights ({', '.join(missing[:3])})")
         return cls(tokenizer, encoder.to(device))
 
+    def length(self, prompt: str) -> int:
+        """Tokens of a prompt, its end included."""
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        return len(self.tokenizer(prompt_clean(prompt), add_special_tokens=True).input_ids)
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B, tokens, text_dim] in the encoder's dtype; longer prompts are cut."""
+        """Embeddings [B, tokens, text_dim] in the encoder's dtype; longer prompts are cut, with a warning."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
         if not prompts:
             raise ValueError("prompts: got none")
+        warn_of_cuts(self, prompts)
         device = next(self.encoder.parameters()).device
         tokens = self.tokenizer(
             [prompt_clean(prompt) for prompt in prompts],

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from codmd.models.tensor_files import TensorFile, open_tensors
 
 from .config import SHIPPED, parameter_shapes, read_config, transformer_folder
-from .keys import diffusers_names
+from .keys import diffusers_names, refuse_parts
 
 SHOWN = 3
 
@@ -38,13 +39,24 @@ def open_wan(
     if path.is_dir():
         path = transformer_folder(path)
     with open_tensors(path, network) as file:
-        try:
-            names = diffusers_names(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        names = _names(path, file)
         shapes = {name: file.shapes[found] for name, found in names.items()}
         check_fit(path, shapes, config if config is not None else _fitting(path, shapes))
-        yield TensorFile(shapes, {name: (lambda found=found: file[found]) for name, found in names.items()})
+        yield TensorFile(shapes, {name: (lambda found=found: _wide(file[found])) for name, found in names.items()})
+
+
+def _names(path: Path, file: TensorFile) -> dict[str, str]:
+    """Diffusers name to the name in the file."""
+    try:
+        refuse_parts(file)
+        return diffusers_names(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _wide(value: Tensor) -> Tensor:
+    """8-bit floats as bfloat16, which holds each of them exactly; anything else as it is."""
+    return value.bfloat16() if value.is_floating_point() and value.element_size() == 1 else value
 
 
 def fitting_config(path: str | os.PathLike[str], network: str = "") -> dict[str, Any]:
@@ -54,7 +66,7 @@ def fitting_config(path: str | os.PathLike[str], network: str = "") -> dict[str,
         FileNotFoundError, ValueError: as `open_wan`; or no shipped configuration fits.
     """
     with open_tensors(path, network) as file:
-        names = diffusers_names(file)
+        names = _names(Path(path), file)
         return _fitting(Path(path), {name: file.shapes[found] for name, found in names.items()})
 
 
