@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from codmd.cli import CommandError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from codmd.models import VideoDenoiser
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="a run or one of its checkpoints; with --codmd a weight file")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument("--ema", action="store_true", help="the running average of the student instead of the student")
+    parser.add_argument("--adapter", action="store_true", help="the low-rank adapter alone, not merged into its base")
     parser.add_argument(
         "--codmd",
         action="store_true",
@@ -47,25 +49,44 @@ def run(args: argparse.Namespace) -> int:
     for option in ("network", "config", "model"):
         if getattr(args, option) and not args.codmd:
             raise CommandError(f"--{option}: only with --codmd; a checkpoint knows its own")
+    if args.codmd and args.adapter:
+        raise CommandError("--adapter: only for a training checkpoint; a weight file holds a whole network")
     if args.codmd and args.ema:
         raise CommandError("--ema: only for a training checkpoint; with --codmd give --network generator_ema")
     try:
         import torch
-        from tqdm import tqdm
 
         dtype = None if args.dtype == KEEP else getattr(torch, args.dtype)
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
             raise CommandError(f"{args.out}: exists already; give a new or empty folder")
-        with open_source(args) as (model, tensors):
-            count = sum(weight.numel() for weight in model.parameters())
-            with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="writing") as bar:
-                model.save_state(args.out, tensors, dtype, progress=bar.update)
+        count, loaded_by = write_adapter(args, dtype) if args.adapter else write_network(args, dtype)
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
-    print(f"{args.out}: {count / 1e9:.3f} billion parameters; load it with {model.loaded_by}")
+    print(f"{args.out}: {count:,} parameters; load it with {loaded_by}")
     return 0
+
+
+def write_network(args: argparse.Namespace, dtype: torch.dtype | None) -> tuple[int, str]:
+    """Writes a whole network; the number of its parameters, and how it is loaded."""
+    from tqdm import tqdm
+
+    with open_source(args) as (model, tensors):
+        with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="writing") as bar:
+            model.save_state(args.out, tensors, dtype, progress=bar.update)
+        return sum(weight.numel() for weight in model.parameters()), model.loaded_by
+
+
+def write_adapter(args: argparse.Namespace, dtype: torch.dtype | None) -> tuple[int, str]:
+    """Writes the student's adapter; the number of its parameters, and how it is loaded."""
+    from codmd import models
+    from codmd.trained import read_adapter
+
+    student = read_adapter(args.source, args.ema)
+    model = models.unread(student.run.frozen.name, student.run.frozen.options)
+    model.save_adapter(args.out, student.weights, dtype)
+    return sum(factor.numel() for factor in student.weights.values()), model.adapter_loaded_by
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from codmd.distill.run.parallel import Processes
 from codmd.distill.run.roles import RANDOM
 from codmd.models.fingerprint import fingerprint
 from codmd.models.lora import LoraOptions
+
+ADAPTER_PREFIX = "adapter."
+"""Of the names in the `state_dict` of a role over a shared base."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class TrainedStudent:
 
 @contextmanager
 def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[TrainedStudent]:
-    """The student of a run's newest complete checkpoint, or of a given one.
+    """The student of a run's newest complete checkpoint, or of a given one; an adapter is merged into its base.
 
     Args:
         ema: its running average instead.
@@ -47,17 +51,7 @@ def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[Tr
         FileNotFoundError: there is no such folder.
         ValueError: it holds no complete checkpoint, or is damaged, or the base of its adapters cannot be read.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such run or checkpoint")
-    try:
-        if not (path / META).is_file():
-            path = resolve(path, Processes(0, 1, torch.device("cpu"), None, None))
-        meta = read_meta(path)
-        run = structured(RunConfig, meta["config"])
-        weights = read_student(path, ema)
-    except (CheckpointError, ConfigError) as error:
-        raise ValueError(str(error)) from error
+    path, meta, run, weights = _read(Path(path), ema)
     if run.lora is None:
         yield TrainedStudent(run, weights)
         return
@@ -67,6 +61,35 @@ def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[Tr
     with models.unread(base.name, base.options).open_weights(base.options.weights) as tensors:
         _check_base(base.options.weights, fingerprint(tensors), path, meta.get("identity", {}))
         yield TrainedStudent(run, MergedWeights(tensors, weights, run.lora))
+
+
+def read_adapter(path: str | os.PathLike[str], ema: bool = False) -> TrainedStudent:
+    """The student's adapter alone, its factors by the names of the base's layers, scaled as if alpha were the rank.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_student`; or the run trained whole networks.
+    """
+    path, _, run, weights = _read(Path(path), ema)
+    if run.lora is None:
+        raise ValueError(f"{path}: was trained without lora; it has no adapter, only a whole network")
+    scale = run.lora.alpha / run.lora.rank
+    factors = {name.removeprefix(ADAPTER_PREFIX): value for name, value in weights.items()}
+    return TrainedStudent(
+        run, {name: scale * value if ".lora_B." in name else value for name, value in factors.items()}
+    )
+
+
+def _read(path: Path, ema: bool) -> tuple[Path, dict[str, Any], RunConfig, dict[str, Tensor]]:
+    """The checkpoint that `path` means, its mark, its run's configuration and the student's tensors."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such run or checkpoint")
+    try:
+        if not (path / META).is_file():
+            path = resolve(path, Processes(0, 1, torch.device("cpu"), None, None))
+        meta = read_meta(path)
+        return path, meta, structured(RunConfig, meta["config"]), read_student(path, ema)
+    except (CheckpointError, ConfigError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_base(base: str, found: str, path: Path, identity: Mapping[str, list[str]]) -> None:
@@ -92,7 +115,7 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._base[name]
-        layer = f"adapter.{name.removesuffix('.weight')}"
+        layer = f"{ADAPTER_PREFIX}{name.removesuffix('.weight')}"
         if name.endswith(".weight") and f"{layer}.lora_B.weight" in self._adapter:
             update = self._adapter[f"{layer}.lora_B.weight"] @ self._adapter[f"{layer}.lora_A.weight"]
             weight = (weight.float() + self._scale * update).to(weight.dtype)

@@ -95,6 +95,56 @@ def test_the_adapters_of_a_checkpoint_are_merged_into_their_base(tmp_path):
         torch.testing.assert_close(found[name.removeprefix("transformer.")], value, rtol=1e-6, atol=1e-7)
 
 
+def lora_run(tmp_path):
+    tiny_wan.write_transformer(tmp_path)
+    lora = LoraOptions(rank=4, alpha=10)
+    write_run(tmp_path / "run", tmp_path, lora)
+    return lora
+
+
+def test_the_adapter_alone_gives_diffusers_pipeline_the_outputs_of_the_merged_network(tmp_path, capsys):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+
+    lora_run(tmp_path)
+    for options, out in (([], "merged"), (["--adapter"], "adapter")):
+        assert main(["convert", str(tmp_path / "run"), str(tmp_path / out), *options]) == 0
+    assert "load it with WanPipeline.load_lora_weights" in capsys.readouterr().out
+
+    merged, base = (WanTransformer3DModel.from_pretrained(tmp_path / name) for name in ("merged", "transformer"))
+    generator = torch.Generator().manual_seed(0)
+    inputs = (torch.randn(1, 16, 3, 4, 6, generator=generator), torch.tensor([700.0]))
+    text = torch.randn(1, 5, tiny_wan.TEXT_DIM, generator=generator)
+
+    def output(transformer):
+        with torch.no_grad():
+            return transformer(*inputs, text, return_dict=False)[0]
+
+    plain = output(base)
+    pipeline = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(), transformer=base
+    )
+    pipeline.load_lora_weights(tmp_path / "adapter")
+    assert not torch.allclose(output(merged), plain, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(output(base), output(merged), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_is_written_in_another_dtype_and_only_where_there_is_one(tmp_path, capsys):
+    lora_run(tmp_path)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--adapter", "--dtype", "bfloat16"]) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    assert {value.dtype for value in load_file(path).values()} == {torch.bfloat16}
+
+    write_run(tmp_path / "whole")
+    message = refused(capsys, tmp_path, tmp_path / "whole", tmp_path / "other", "--adapter")
+    assert "was trained without lora; it has no adapter" in message
+    assert "--adapter: only for a training checkpoint" in refused(
+        capsys, tmp_path, "--codmd", path, tmp_path / "other", "--adapter"
+    )
+    train(*TOY, QUIET, f"out={tmp_path / 'toy'}", "updates=1", "lora.rank=2")
+    message = refused(capsys, tmp_path, tmp_path / "toy", tmp_path / "other", "--adapter")
+    assert "ToyDenoiser has no form for adapters alone" in message
+
+
 def test_the_released_file_becomes_a_folder_that_diffusers_loads(tmp_path):
     torch.save({"generator": original_state("model."), "critic": {}}, tmp_path / "released.pt")
     assert main(["convert", "--codmd", str(tmp_path / "released.pt"), str(tmp_path / "out")]) == 0

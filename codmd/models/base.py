@@ -94,6 +94,9 @@ class VideoDenoiser(nn.Module, ABC):
     loaded_by = ""
     """How what `save` wrote is loaded elsewhere, for messages."""
 
+    adapter_loaded_by = ""
+    """How what `save_adapter` wrote is loaded elsewhere, for messages."""
+
     student_steps = ""
     """The step lists of its published students, for messages."""
 
@@ -210,6 +213,18 @@ class VideoDenoiser(nn.Module, ABC):
         Raises:
             FileNotFoundError, ValueError: an option or the weights cannot be used.
         """
+
+    def save_adapter(
+        self, path: str | os.PathLike[str], factors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> None:
+        """Writes a low-rank adapter alone, in the form that the model's own users load over its base.
+
+        Args:
+            factors: A and B of every update B A, `<name of the layer>.lora_A.weight` and so on, names as in
+                `state_dict`.
+            dtype: of the factors written; None keeps each one's.
+        """
+        raise ValueError(f"{type(self).__name__} has no form for adapters alone; convert it merged into its base")
 
     @abstractmethod
     def open_weights(self, path: str | os.PathLike[str]) -> AbstractContextManager[Mapping[str, Tensor]]:

@@ -25,7 +25,7 @@ from codmd.models.tensor_files import Renamed
 
 from .attention import set_attention, supports_backward
 from .config import build_transformer
-from .export import write_diffusers_folder
+from .export import write_adapter_folder, write_diffusers_folder
 from .options import RANDOM, ZEROS, WanOptions
 from .precision import compute_in_float32, float32_modules, store_in_bfloat16
 from .text import NEGATIVE_PROMPT, TOKENS, WanPromptEncoder
@@ -44,6 +44,7 @@ class WanDenoiser(VideoDenoiser):
     """
 
     loaded_by = "WanTransformer3DModel.from_pretrained"
+    adapter_loaded_by = "WanPipeline.load_lora_weights"
     student_steps = "a student of Wan2.1 1.3B has 1,0.9,0.757,0.522 and one of 14B 1,0.937,0.833,0.624"
     negative_prompt = NEGATIVE_PROMPT
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -213,6 +214,12 @@ class WanDenoiser(VideoDenoiser):
         """Writes a diffusers folder (config.json, safetensors) that `WanTransformer3DModel.from_pretrained` loads."""
         bare = Renamed(state, {name.removeprefix(PREFIX): name for name in state})
         write_diffusers_folder(path, self.network_config, bare, dtype, progress)
+
+    def save_adapter(
+        self, path: str | os.PathLike[str], factors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> None:
+        """Writes a folder that `WanPipeline.load_lora_weights` takes; the names are diffusers' already."""
+        write_adapter_folder(path, factors, dtype)
 
     @contextmanager
     def open_weights(self, path: str | os.PathLike[str]) -> Iterator[Mapping[str, Tensor]]:
