@@ -12,3 +12,11 @@ def _deterministic_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every",
+        action="store_true",
+        help="tests/contract in full: under every ambient state, and every case under the interpreter",
+    )

@@ -11,8 +11,7 @@ from importlib import import_module
 from unittest.mock import patch
 
 import torch
-from cases import loss_and_gradient, truth
-from test_relation_ops import same_dtype_errors
+from cases import loss_and_gradient, same_dtype_errors, truth
 from torch import Tensor
 
 from codmd import reference
@@ -79,19 +78,27 @@ def response(student: Tensor, real: Tensor, fake: Tensor, draws: int = 16, **kwa
     return terms, gradient
 
 
-def assert_as_accurate_as_pytorch(function, student: Tensor, real: Tensor, fake: Tensor, **kwargs) -> None:
-    """Each term and the gradient of ``function``, against float64: an error of at most twice that of PyTorch in the
-    same dtype plus 1e-6, or else of at most twice what one rounding of each intermediate can do."""
+def assert_close_to_truth(
+    found: tuple[Tensor, Tensor], student: Tensor, real: Tensor, fake: Tensor, factor: float = 2, **kwargs
+) -> None:
+    """(terms, gradient) against float64: errors of at most twice those of PyTorch in the same dtype plus 1e-6, or else
+    of at most twice what one rounding of each intermediate can do. The gradient's may be ``factor`` times PyTorch's."""
     inputs, upstream = (student, real, fake), kwargs.pop("upstream", (1.0, 0.0, 0.0))
     exact_terms, exact_gradient = truth(*inputs, upstream, **kwargs)
     sizes = [*exact_terms.abs().tolist(), float(exact_gradient.norm())]
 
-    terms, gradient = loss_and_gradient(function, *inputs, upstream=upstream, **kwargs)
-    found = [*(terms.double() - exact_terms).abs().tolist(), float((gradient.double() - exact_gradient).norm())]
+    terms, gradient = found
+    errors = [*(terms.double() - exact_terms).abs().tolist(), float((gradient.double() - exact_gradient).norm())]
     usual = same_dtype_errors(*inputs, exact_terms, exact_gradient, upstream, **kwargs)
-    limits = [(2 * other + 1e-6) * (size or 1.0) + TINY for other, size in zip(usual, sizes, strict=True)]
-    if any(not error <= limit for error, limit in zip(found, limits, strict=True)):
+    rows = zip((2, 2, 2, factor), usual, sizes, strict=True)
+    limits = [(many * other + 1e-6) * (size or 1.0) + TINY for many, other, size in rows]
+    if any(not error <= limit for error, limit in zip(errors, limits, strict=True)):
         terms, gradient = response(*inputs, upstream=upstream, **kwargs)
         limits = [max(limit, 2 * one) for limit, one in zip(limits, [*terms.tolist(), gradient], strict=True)]
-    for name, error, limit in zip(("total", "batch", "frame", "gradient"), found, limits, strict=True):
+    for name, error, limit in zip(("total", "batch", "frame", "gradient"), errors, limits, strict=True):
         assert error <= limit, f"{name}: {error:.1e} > {limit:.1e} for {tuple(student.shape)} {student.dtype} {kwargs}"
+
+
+def assert_as_accurate_as_pytorch(function, student: Tensor, real: Tensor, fake: Tensor, **kwargs) -> None:
+    """:func:`assert_close_to_truth` of what ``function`` finds."""
+    assert_close_to_truth(loss_and_gradient(function, student, real, fake, **kwargs), student, real, fake, **kwargs)

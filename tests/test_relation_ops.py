@@ -4,7 +4,17 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, POOLS, frame_mask, latents, loss_and_gradient, relative_error, same_dtype, truth
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    POOLS,
+    frame_mask,
+    latents,
+    loss_and_gradient,
+    relative_error,
+    same_dtype_errors,
+    truth,
+)
 from operators import check_every_operator
 
 from codmd import backends, ops
@@ -24,25 +34,6 @@ SHAPES = [(1, 1, 1, 1, 1), (1, 5, 3, 4, 4), (3, 1, 3, 7, 13), (2, 21, 16, 6, 10)
 
 def terms_of(student, real, fake, **kwargs):
     return ops.relation_loss(student, real, fake, return_terms=True, **kwargs)
-
-
-def same_dtype_errors(student, real, fake, exact, exact_gradient, upstream, **kwargs):
-    """The PyTorch path's largest errors over orders of the pixels that leave the loss unchanged.
-
-    One order may round luckily: a single number is no yardstick for the value of a scalar.
-    """
-    pool = kwargs.get("pool", "mean")
-    orders = [lambda v: v]
-    if pool in ("mean", None):
-        orders += [lambda v: v.flip(-1), lambda v: v.mT, lambda v: v.flip(-2).mT]
-    errors = []
-    for order in orders:
-        terms, gradient = same_dtype(*(order(v.detach()) for v in (student, real, fake)), upstream, **kwargs)
-        errors.append(
-            [relative_error(a, b) for a, b in zip(terms, exact, strict=True)]
-            + [relative_error(gradient, order(exact_gradient))]
-        )
-    return [max(column) for column in zip(*errors, strict=True)]
 
 
 def assert_as_accurate_as_pytorch(student, real, fake, backend, upstream=(1.0, 0.5, -0.25), **kwargs):

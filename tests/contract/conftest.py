@@ -1,0 +1,55 @@
+"""The backends that a claim is tested on, and the ambient states under which their operators run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from zlib import crc32
+
+import cuda_simulation
+import pytest
+from ambient import STATES
+from interpreted import INTERPRETED, needs_interpreter
+from losses import Calls
+
+from codmd import backends
+
+BACKENDS = ("triton",) if INTERPRETED else ("reference", "cpp", "cuda")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "call" in metafunc.fixturenames:
+        states = STATES if metafunc.config.getoption("--every") else ["plain"]
+        cases = [Calls(backend, state) for backend in BACKENDS for state in states]
+        names = [case.backend if case.state == "plain" else f"{case.backend}, {case.state}" for case in cases]
+        metafunc.parametrize("call", cases, ids=names, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under the interpreter, which takes a second for what C++ does in a millisecond, one case of a claim and loss."""
+    if not INTERPRETED or config.getoption("--every"):
+        return
+    claims: dict[tuple, list[pytest.Item]] = {}
+    for item in items:
+        if "call" in getattr(item, "fixturenames", ()):
+            claims.setdefault((item.function, item.callspec.params.get("loss")), []).append(item)
+    kept = {cases[crc32(cases[0].name.encode()) % len(cases)] for cases in claims.values()}
+    left_out = [item for cases in claims.values() for item in cases if item not in kept]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture
+def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    """Terms and gradients on one backend; that of CUDA with its threads simulated on the host."""
+    backend = request.param.backend
+    if backend == "cuda":
+        if not cuda_simulation.COMPILER:
+            pytest.skip("no C++ compiler")
+        for _ in cuda_simulation.serve(monkeypatch):
+            yield request.param
+        return
+    if backend == "triton":
+        needs_interpreter()
+    elif backends.load(backend)[0] is None:
+        pytest.skip(f"{backend}: {backends.load(backend)[1]}")
+    yield request.param

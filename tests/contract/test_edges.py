@@ -1,0 +1,190 @@
+"""Numbers at the edges: non-finite values, zero vectors, zero norms, and the ends of float32's range."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import POOLS
+from dmd_cases import run, same_dtype
+from dmd_formulas import FORMULAS
+from losses import (
+    CODMD,
+    DMD,
+    RELATION,
+    SHAPE,
+    Calls,
+    assert_same,
+    distributional,
+    evaluate,
+    every_loss,
+    related,
+    widened,
+)
+from torch import Tensor
+
+from codmd import conventions, ops
+from codmd.conventions import NAMED
+
+BAD = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("which", ["student", "real", "fake"])
+def test_a_non_finite_latent_reaches_every_term_of_the_relation(which, value, pool, call):
+    student, arguments = RELATION.inputs(SHAPE)
+    {"student": student, **arguments}[which][1, 2, 1, 2, 3] = value
+    for options in ({}, {"frame_weight": 0.0}, {"batch_weight": 0.0}):
+        terms, _ = call(RELATION, student, arguments, pool=pool, **options)
+        assert not terms[0].isfinite()
+        assert not terms[1:].isfinite()[[options.get("batch_weight") != 0, options.get("frame_weight") != 0]].any()
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("which", ["student", "real", "fake", "real_uncond", "fake_uncond"])
+def test_a_non_finite_latent_reaches_the_total_of_codmd(which, value, call):
+    student, arguments = CODMD.inputs(SHAPE)
+    {"student": student, **arguments}[which][1, 2, 1, 2, 3] = value
+    terms, _ = call(CODMD, student, arguments)
+    assert not terms[[0, 2, 3]].isfinite().any()
+
+
+@related
+def test_a_term_without_upstream_gradient_does_not_spread_its_nan(loss, call):
+    student, arguments = loss.inputs(SHAPE)
+    arguments["fake"][0, 2, 1, 0, 0] = torch.nan
+    if loss is CODMD:
+        _, gradient = call(loss, student, arguments, (0.0, 1.0, 0.0, 0.0))
+        assert gradient.isfinite().all()
+    frame = (*[0.0] * (len(loss.upstream) - 1), 1.0)
+    _, gradient = call(loss, student, arguments, frame)
+    assert gradient[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("which", ["student", "real", "fake"])
+def test_zero_vectors_follow_the_reference(which, pool, call):
+    """u = φ / max(‖φ‖, 1e-12) is 0 for them, and their gradient the longer."""
+    student, arguments = RELATION.inputs(SHAPE)
+    {"student": student, **arguments}[which][0, 1] = 0
+    {"student": student, **arguments}[which][1] = 0
+    exact = evaluate(RELATION.reference, student.double(), RELATION.upstream, pool=pool, **arguments)
+    assert_same(call(RELATION, student, arguments, pool=pool), exact, 5e-6, 5e-6)
+
+
+@every_loss
+def test_latents_that_are_zero_throughout_have_a_finite_loss(loss, call):
+    student, arguments = loss.inputs(SHAPE)
+    for where in (student, arguments["real"], arguments["fake"]):
+        where.zero_()
+        terms, gradient = call(loss, student, arguments)
+        assert terms.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1e20, 1e25, 1e37])
+def test_a_value_is_right_or_not_finite_at_the_ends_of_the_range(scale, loss, call):
+    student, arguments = loss.inputs(SHAPE)
+    student, arguments = student * scale, {n: v * scale if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    for options in [{"pool": pool} for pool in ("mean", None)] if loss is RELATION else [{}]:
+        exact = evaluate(loss.reference, student.double(), loss.total, **widened(arguments), **options).terms
+        terms = call(loss, student, arguments, loss.total, **options).terms
+        right = (terms - exact).abs() <= 1e-3 * exact.abs() + 1e-30
+        assert (right | ~terms.isfinite()).all(), (terms, exact)
+
+
+NUMBERS = [(loss, name) for loss in (RELATION, CODMD) for name in ("temperature", "batch_weight", "frame_weight")]
+NUMBERS += [(loss, name) for loss in (DMD, CODMD) for name in ("guidance", "fake_guidance")]
+NUMBERS += [(CODMD, "relation_weight")]
+
+
+@pytest.mark.parametrize(("loss", "name"), NUMBERS, ids=lambda value: getattr(value, "name", value))
+def test_an_integer_too_large_for_a_float_is_refused_by_name(loss, name, call):
+    student, arguments = loss.inputs(SHAPE)
+    with pytest.raises(ValueError, match=f"{name} must be finite"):
+        call(loss, student, {**arguments, name: 10**400})
+
+
+@pytest.mark.parametrize("name", ["self_forcing", "longlive", "fastvideo"])
+def test_a_zero_norm_gives_what_nan_to_num_makes_of_infinity(name, call):
+    student, arguments = DMD.inputs(SHAPE, torch.bfloat16)
+    plain = {"fake": arguments["fake"], "real": student.clone()}
+    plain["fake"][:, :, 0] = student[:, :, 0]
+    terms, gradient = call(DMD, student, plain, DMD.total, convention=name)
+    f, c = plain["fake"].float(), plain["real"].float()
+    _, expected = run(FORMULAS[name], student.float(), {"f": f, "c": c, "u": c}, s=3.5)
+    assert terms == torch.inf
+    torch.testing.assert_close(gradient.float(), expected, rtol=1e-2, atol=0)
+    assert not gradient[:, :, 0].any()
+    assert gradient[plain["fake"] != student].abs().min() > 1e34
+
+
+def test_a_zero_norm_without_repair_is_not_hidden(call):
+    student, arguments = DMD.inputs(SHAPE)
+    arguments |= {"real": student, "real_uncond": student}
+    terms, gradient = call(DMD, student, arguments, convention=replace(conventions.self_forcing, nan="keep"))
+    assert not terms.isfinite().any()
+    assert not gradient.isfinite().any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["fake", "real", "real_uncond"])
+@pytest.mark.parametrize("name", ["self_forcing", "rcm", "fastgen"])
+def test_a_bad_prediction_in_one_sample_does_what_the_policy_says(name, where, bad, call):
+    student, arguments = DMD.inputs((2, *SHAPE[1:]), layout=NAMED[name].layout)
+    arguments[where][0, 0, 1, 2, 3] = bad
+    terms, gradient = call(DMD, student, arguments, DMD.total, convention=name)
+    expected, expected_gradient = same_dtype(student, arguments, convention=name)
+    torch.testing.assert_close(terms[0], expected.float(), rtol=1e-5, atol=0, equal_nan=True)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-8, equal_nan=True)
+    assert gradient[1].isfinite().all()
+    if name == "rcm" and where != "fake" and bad is torch.nan:
+        assert not gradient[0].any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["self_forcing", "fastvideo", "fastgen"])
+def test_a_bad_student_reaches_the_loss(name, bad, call):
+    student, arguments = DMD.inputs(SHAPE, layout=NAMED[name].layout)
+    student[0, 0, 1, 2, 3] = bad
+    terms, gradient = call(DMD, student, arguments, convention=name)
+    assert terms.isnan().all()
+    assert gradient[0, 0, 1, 2, 3].isnan()
+    if name != "fastvideo":
+        assert gradient[1:].isfinite().all()
+
+
+def test_a_bad_sample_is_dropped_under_zero_sample(call):
+    student, arguments = DMD.inputs(SHAPE, layout="bcfhw")
+    student[0, 0, 1, 2, 3] = torch.nan
+    found = call(DMD, student, arguments, convention="rcm")
+    rest = {n: v[1:] if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    expected = call(DMD, student[1:], rest, convention="rcm")
+    assert_same((found.terms, found.gradient[1:]), expected, 1e-6, 1e-6)
+    assert not found.gradient[0].any()
+
+
+@distributional
+def test_float16_that_overflows_in_its_own_dtype_does_not_in_float32(loss, call):
+    student, arguments = loss.inputs(SHAPE, torch.float16)
+    large = {
+        n: (v * 3e4).clamp(-6e4, 6e4) for n, v in {"student": student, **arguments}.items() if isinstance(v, Tensor)
+    }
+    assert not (large["real"] - large["student"]).isfinite().all()
+    call.assert_accurate(loss, large.pop("student"), {**arguments, **large})
+
+
+@pytest.mark.parametrize("name", ["fastgen", "modelopt", "diffsynth"])
+@pytest.mark.parametrize("arithmetic", ["float32", "float64", "emulate"])
+def test_the_magnitude_is_of_what_the_convention_weights(arithmetic, name, call: Calls):
+    """Of g = 1 and weights 2 and 4, mean|g| is 3 where g is weighted and 1 where its square is."""
+    ones = torch.ones(2, 1, 3, 2, 2)
+    arguments = {"student": ones * 2, "real": ones, "fake": ones * 2, "sample_weight": torch.tensor([2.0, 4.0])}
+    convention = replace(NAMED[name], arithmetic=arithmetic, layout="bfchw")
+    backend = call.backend if convention.fusable else "auto"
+    with call.ambient():
+        terms = ops.dmd_loss(**arguments, convention=convention, backend=backend, return_terms=True)
+    torch.testing.assert_close(float(terms.magnitude), 1.0 if name == "diffsynth" else 3.0, rtol=1e-5, atol=0)
