@@ -1,0 +1,158 @@
+"""Tensors that are not plain memory: right values, or a TypeError that names the argument and says what to call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.distributed as dist
+from dmd_cases import mask_of
+from fresh import in_fresh_process
+from interpreted import INTERPRETED
+from losses import CODMD, LOSSES, RELATION, Calls, Found, Loss, assert_same, every_loss
+from torch import Tensor
+
+from codmd import backends, ops
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="what is refused never reaches a kernel")
+
+SHAPE = (2, 4, 3, 5, 6)
+
+
+class Kind(NamedTuple):
+    """A way to hold the values of a plain tensor, and what the refusal must say."""
+
+    make: Callable[[Tensor], Tensor]
+    advice: str
+    plain: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+def distributed(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return distribute_tensor(tensor, init_device_mesh("cpu", (1,)), [Shard(0)])
+
+
+def faked(tensor: Tensor) -> Tensor:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode().from_tensor(tensor)
+
+
+def quantised(tensor: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+ANY_CALL = r"\w+\("
+KINDS = {
+    "lazily negated": Kind(lambda v: torch.complex(v, -v).conj().imag, r"resolve_neg\(\)"),
+    "zero of forward AD": Kind(lambda v: torch._efficientzerotensor(v.shape), ANY_CALL, torch.zeros_like),
+    "dual": Kind(lambda v: forward_ad.make_dual(v, torch.ones_like(v)), ANY_CALL),
+    "distributed": Kind(distributed, r"full_tensor\(\)"),
+    "sparse": Kind(lambda v: v.to_sparse(), r"to_dense\(\)"),
+    "mkldnn": Kind(lambda v: v.to_mkldnn(), r"to_dense\(\)"),
+    "nested": Kind(lambda v: torch.nested.nested_tensor(list(v)), ANY_CALL),
+    "jagged": Kind(lambda v: torch.nested.nested_tensor(list(v), layout=torch.jagged), ANY_CALL),
+    "quantised": Kind(quantised, r"dequantize\(\)"),
+    "functional": Kind(torch._to_functional_tensor, ANY_CALL),
+    "fake": Kind(faked, ANY_CALL),
+}
+MASKS = ("sparse", "distributed")
+"""Kinds that booleans have too."""
+
+
+def every_tensor(loss: Loss) -> tuple[Tensor, dict[str, Any]]:
+    """The student and every other argument that is a tensor."""
+    if loss is RELATION:
+        student, arguments = loss.inputs(SHAPE)
+    else:
+        student, arguments = loss.inputs(SHAPE, flow=True)
+        arguments |= {"prediction": "flow", "sample_weight": torch.tensor([0.5, 2.0])}
+        arguments["mask"] = mask_of("elements", student)
+    if loss in (RELATION, CODMD):
+        arguments["frame_mask"] = torch.arange(8).view(2, 4) % 4 > 0
+    return student, arguments
+
+
+def right_or_refused(number: int, backend: str, kind_name: str) -> None:
+    torch.set_num_threads(1)
+    loss, call, kind = LOSSES[number], Calls(backend), KINDS[kind_name]
+    student, arguments = every_tensor(loss)
+    tensors = {n: v for n, v in {"student": student, **arguments}.items() if isinstance(v, Tensor)}
+    for name in [n for n, v in tensors.items() if v.is_floating_point() or kind_name in MASKS]:
+        others = {n: v for n, v in arguments.items() if n != name}
+        with forward_ad.dual_level():
+            try:
+                found = call_with(call, loss, student, others, name, kind.make(tensors[name]))
+            except TypeError as error:
+                assert re.search(rf"\b{name}\b", str(error)), error
+                assert re.search(kind.advice, str(error)), error
+                continue
+        assert_same(found, call_with(call, loss, student, others, name, kind.plain(tensors[name])), 1e-6, 1e-6)
+
+
+def call_with(call: Calls, loss: Loss, student: Tensor, others: dict[str, Any], name: str, value: Tensor) -> Found:
+    return call(loss, value, others) if name == "student" else call(loss, student, {**others, name: value})
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("kind", KINDS)
+@every_loss
+def test_a_tensor_that_is_no_plain_memory_is_right_or_refused(loss, kind, backend):
+    if backends.load(backend)[0] is None:
+        pytest.skip(f"{backend}: {backends.load(backend)[1]}")
+    in_fresh_process(right_or_refused, LOSSES.index(loss), backend, kind)
+
+
+@pytest.mark.parametrize(
+    "make", [torch.nn.Parameter, lambda v: v.as_subclass(type("Sub", (Tensor,), {}))], ids=["p", "s"]
+)
+@every_loss
+def test_parameters_and_subclasses_of_plain_memory_are_tensors(loss, make, call: Calls):
+    student, arguments = loss.inputs(SHAPE)
+    expected = call(loss, student, arguments)
+    with torch.no_grad():
+        others = {n: make(v).requires_grad_(False) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    found = call(loss, student, others)
+    assert torch.equal(torch.Tensor(found.terms), expected.terms)
+    assert_same(call(loss, make(student), arguments), expected)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "vmap": lambda f, x: torch.vmap(f)(x[None]),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("terms", [False, True], ids=["total", "terms"])
+@every_loss
+def test_transforms_of_functions_are_refused_in_our_own_words(loss, terms, transform, call: Calls):
+    student, arguments = loss.inputs(SHAPE)
+
+    def value(x: Tensor) -> Tensor:
+        return (loss.operator if terms else loss.alone)(x, backend=call.backend, **arguments)[-1]
+
+    with pytest.raises((TypeError, RuntimeError), match=rf"{loss.name}.*torch\.func") as error:
+        transform(value, student)
+    assert "setup_context" not in str(error.value)
+
+
+def test_a_function_made_functional_is_right_or_refused(call: Calls):
+    student, arguments = RELATION.inputs(SHAPE)
+    expected = ops.relation_loss(student, **arguments, backend=call.backend)
+    try:
+        found = torch.func.functionalize(lambda x: ops.relation_loss(x, **arguments, backend=call.backend))(student)
+    except (TypeError, RuntimeError) as error:
+        assert "torch.func" in str(error)
+    else:
+        torch.testing.assert_close(found, expected)
