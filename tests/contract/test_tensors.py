@@ -16,7 +16,7 @@ from interpreted import INTERPRETED
 from losses import CODMD, LOSSES, RELATION, Calls, Found, Loss, assert_same, every_loss
 from torch import Tensor
 
-from codmd import backends, ops
+from codmd import backends
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="what is refused never reaches a kernel")
 
@@ -87,14 +87,16 @@ def right_or_refused(number: int, backend: str, kind_name: str) -> None:
     tensors = {n: v for n, v in {"student": student, **arguments}.items() if isinstance(v, Tensor)}
     for name in [n for n, v in tensors.items() if v.is_floating_point() or kind_name in MASKS]:
         others = {n: v for n, v in arguments.items() if n != name}
+        refusal = ""
         with forward_ad.dual_level():
             try:
                 found = call_with(call, loss, student, others, name, kind.make(tensors[name]))
             except TypeError as error:
-                assert re.search(rf"\b{name}\b", str(error)), error
-                assert re.search(kind.advice, str(error)), error
-                continue
-        assert_same(found, call_with(call, loss, student, others, name, kind.plain(tensors[name])), 1e-6, 1e-6)
+                refusal = str(error)
+        if refusal:
+            assert re.search(rf"\b{name}\b.*{kind.advice}", refusal), refusal
+        else:
+            assert_same(found, call_with(call, loss, student, others, name, kind.plain(tensors[name])), 1e-6, 1e-6)
 
 
 def call_with(call: Calls, loss: Loss, student: Tensor, others: dict[str, Any], name: str, value: Tensor) -> Found:
@@ -110,18 +112,11 @@ def test_a_tensor_that_is_no_plain_memory_is_right_or_refused(loss, kind, backen
     in_fresh_process(right_or_refused, LOSSES.index(loss), backend, kind)
 
 
-@pytest.mark.parametrize(
-    "make", [torch.nn.Parameter, lambda v: v.as_subclass(type("Sub", (Tensor,), {}))], ids=["p", "s"]
-)
 @every_loss
-def test_parameters_and_subclasses_of_plain_memory_are_tensors(loss, make, call: Calls):
+def test_parameters_are_tensors(loss, call: Calls):
     student, arguments = loss.inputs(SHAPE)
-    expected = call(loss, student, arguments)
-    with torch.no_grad():
-        others = {n: make(v).requires_grad_(False) if isinstance(v, Tensor) else v for n, v in arguments.items()}
-    found = call(loss, student, others)
-    assert torch.equal(torch.Tensor(found.terms), expected.terms)
-    assert_same(call(loss, make(student), arguments), expected)
+    fixed = {n: torch.nn.Parameter(v, False) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    assert_same(call(loss, torch.nn.Parameter(student), fixed), call(loss, student, arguments))
 
 
 TRANSFORMS = {
@@ -129,6 +124,7 @@ TRANSFORMS = {
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
     "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
     "vmap": lambda f, x: torch.vmap(f)(x[None]),
 }
 
@@ -136,23 +132,12 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("terms", [False, True], ids=["total", "terms"])
 @every_loss
-def test_transforms_of_functions_are_refused_in_our_own_words(loss, terms, transform, call: Calls):
+def test_transforms_of_functions_are_refused_in_our_own_words(loss, terms, transform):
     student, arguments = loss.inputs(SHAPE)
 
     def value(x: Tensor) -> Tensor:
-        return (loss.operator if terms else loss.alone)(x, backend=call.backend, **arguments)[-1]
+        return (loss.operator if terms else loss.alone)(x, **arguments)[-1]
 
     with pytest.raises((TypeError, RuntimeError), match=rf"{loss.name}.*torch\.func") as error:
         transform(value, student)
     assert "setup_context" not in str(error.value)
-
-
-def test_a_function_made_functional_is_right_or_refused(call: Calls):
-    student, arguments = RELATION.inputs(SHAPE)
-    expected = ops.relation_loss(student, **arguments, backend=call.backend)
-    try:
-        found = torch.func.functionalize(lambda x: ops.relation_loss(x, **arguments, backend=call.backend))(student)
-    except (TypeError, RuntimeError) as error:
-        assert "torch.func" in str(error)
-    else:
-        torch.testing.assert_close(found, expected)
