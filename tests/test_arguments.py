@@ -84,17 +84,3 @@ def test_compat_refuses_what_relation_loss_refuses():
         compat.compute_copula_aware_loss(STUDENT, REAL, FAKE, temperature=0)
     with pytest.raises(ValueError, match="batch_grad='x' is not known"):
         compat.compute_copula_aware_loss(STUDENT, REAL, FAKE, batch_grad="x")
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda student: ops.relation_loss(student, REAL, FAKE),
-        lambda student: ops.dmd_loss(student, real=REAL, fake=FAKE),
-        lambda student: ops.codmd_loss(student, real=REAL, fake=FAKE),
-        lambda student: ops.codmd_loss(student, real=REAL, fake=FAKE, return_terms=True).frame,
-    ],
-)
-def test_transforms_of_torch_func_are_refused(loss):
-    with pytest.raises(TypeError, match=r"do not support torch\.func transforms"):
-        torch.func.grad(loss)(STUDENT)

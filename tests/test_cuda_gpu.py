@@ -8,9 +8,9 @@ import os
 # first of them.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import codmd_cases
+import dmd_cases
 import pytest
-import test_codmd_loss
-import test_dmd
 import torch
 from cases import DTYPES, frame_mask, latents, loss_and_gradient, relative_error
 from dmd_cases import scores
@@ -54,7 +54,7 @@ def test_dmd_matches_float64(dtype, name):
     student, arguments = scores_on("cuda", (2, 7, 16, 30, 52), dtype)
     upstream = torch.tensor(1.7, device="cuda")
     options = {"convention": name, "layout": "bfchw", "guidance": 4.5, "fake_guidance": 1.5}
-    test_dmd.assert_as_good_as_torch(student, arguments, "cuda", upstream, **options)
+    dmd_cases.assert_as_good_as_torch(student, arguments, "cuda", upstream, **options)
 
 
 @pytest.mark.parametrize("pool", ["mean", (2, 3)])
@@ -62,8 +62,8 @@ def test_dmd_matches_float64(dtype, name):
 def test_both_terms_match_float64(dtype, pool):
     student, arguments = scores_on("cuda", (3, 6, 4, 15, 29), dtype, flow=True)
     options = {"prediction": "flow", "pool": pool, "frame_mask": frame_mask(3, 6).cuda(), **arguments}
-    for upstream in test_codmd_loss.UPSTREAMS:
-        test_codmd_loss.assert_as_good_as_torch(student, "cuda", upstream, **options)
+    for upstream in codmd_cases.UPSTREAMS:
+        codmd_cases.assert_as_good_as_torch(student, "cuda", upstream, **options)
 
 
 @pytest.mark.skipif(not backends.load("triton")[0], reason="no Triton")

@@ -1,4 +1,4 @@
-"""``dmd_loss``: every backend against the float64 reference, with every convention, mask, weight and layout."""
+"""``dmd_loss``: its gradient in closed form, the arithmetic that runs step by step, and what it reports."""
 
 from __future__ import annotations
 
@@ -6,118 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, relative_error
-from dmd_cases import BACKENDS, LAYOUTS, assert_as_good_as_torch, mask_of, run, scores, truth
+from dmd_cases import BACKENDS, mask_of, run, scores
 
-from codmd import conventions, ops, reference
+from codmd import ops, reference
 from codmd.conventions import NAMED
-
-FUSABLE = [name for name, convention in NAMED.items() if convention.fusable]
-MASKS = ("none", "elements", "frames", "one", "all", "nothing")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FUSABLE)
-def test_every_convention_is_as_good_as_torch(name, dtype, backend):
-    student, arguments = scores(dtype=dtype, layout=NAMED[name].layout)
-    assert_as_good_as_torch(student, arguments, backend, convention=name, guidance=4.5, fake_guidance=1.5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("name", ["self_forcing", "longlive", "fastvideo", "rcm", "tdm"])
-def test_masks(name, kind, layout, backend):
-    student, arguments = scores(dtype=torch.bfloat16, layout=layout)
-    options = {"convention": name, "layout": layout, "mask": mask_of(kind, student)}
-    assert_as_good_as_torch(student, arguments, backend, upstream=3.0, **options)
-    value, gradient = run(ops.dmd_loss, student, arguments, backend=backend, **options)
-    if kind == "nothing":
-        assert value == 0
-        assert torch.equal(gradient, torch.zeros_like(gradient))
-    if kind == "one":
-        assert int((gradient != 0).sum()) == 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["self_forcing", "longlive", "fastgen"])
-def test_raw_network_outputs(name, dtype, layout, backend):
-    student, arguments = scores(dtype=dtype, layout=layout, flow=True)
-    options = {"convention": name, "layout": layout, "prediction": "flow", "guidance": 4.5}
-    assert_as_good_as_torch(student, arguments, backend, **options)
-    per_sample = {**arguments, "sigma": arguments["sigma"].reshape(len(student), -1)[:, 0]}
-    assert_as_good_as_torch(student, per_sample, backend, **options)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"penalty": "huber", "norm_divides": "loss", "nan": "keep", "huber_c": 0.05},
-        {"norm_scope": "block", "norm_block": 2, "independent_first_frame": True, "guard": "add", "eps": 0.1},
-        {"norm_scope": "block", "norm_block": 100},
-        {"norm_scope": "batch", "guard": "clamp", "eps": 10.0},
-        {"reduction": "sum", "coefficient": 0.25},
-        {"nan": "zero_sample", "guard": "add", "eps": 1e-6, "norm_scope": "block", "norm_block": 3},
-    ],
-    ids=str,
-)
-def test_customised_conventions(change, backend):
-    convention = replace(conventions.self_forcing, **change)
-    student, arguments = scores(dtype=torch.bfloat16)
-    weight = torch.tensor([0.3, 2.5])
-    mask = mask_of("elements", student)
-    assert_as_good_as_torch(student, arguments, backend, convention=convention)
-    assert_as_good_as_torch(student, arguments, backend, convention=convention, sample_weight=weight, mask=mask)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["self_forcing", "fastgen", "fastvideo"])
-def test_weights_of_samples(name, backend):
-    student, arguments = scores(layout=NAMED[name].layout)
-    options = {"convention": name, "sample_weight": torch.tensor([0.0, 2.0], dtype=torch.float64)}
-    assert_as_good_as_torch(student, arguments, backend, **options)
-    _, gradient = run(ops.dmd_loss, student, arguments, backend=backend, **options)
-    assert torch.equal(gradient[0], torch.zeros_like(gradient[0]))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (3, 2, 5, 1, 41), (1, 4, 16, 3, 104), (2, 3, 1, 17, 1)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_odd_shapes(shape, dtype, backend):
-    student, arguments = scores(shape, dtype)
-    assert_as_good_as_torch(student, arguments, backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_strides(dtype, backend):
-    student, arguments = scores((2, 4, 6, 5, 14), dtype, flow=True)
-    options = {"prediction": "flow", "mask": mask_of("elements", student)[..., ::2]}
-    student = student[..., ::2]
-    arguments = {
-        name: value if name == "sigma" else value[..., ::2].transpose(1, 4).contiguous().transpose(1, 4)
-        for name, value in arguments.items()
-    }
-    arguments["real_uncond"] = arguments["real_uncond"][:, :1].expand_as(student)
-    assert_as_good_as_torch(student, arguments, backend, **options)
-    channels_last = student.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    _, gradient = run(ops.dmd_loss, channels_last, arguments, backend=backend, **options)
-    assert gradient.stride() == channels_last.stride()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("perturbation", [1e-2, 1e-4])
-def test_a_critic_that_tracks_the_teacher_keeps_its_digits(perturbation, backend):
-    student, arguments = scores(perturbation=perturbation)
-    arguments.pop("fake_uncond"), arguments.pop("real_uncond")
-    value, gradient = run(ops.dmd_loss, student, arguments, backend=backend)
-    true_value, true_gradient = truth(student, arguments)
-    assert relative_error(value, true_value) < 1e-6
-    assert relative_error(gradient, true_gradient) < 1e-6
 
 
 def test_the_gradient_is_g_over_the_number_of_selected_elements():

@@ -7,32 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dmd_cases import BACKENDS, mask_of, run, scores
-from operators import check_every_operator
+from dmd_cases import mask_of, run, scores
 
 from codmd import conventions, ops
 from codmd.conventions import NAMED
 from codmd.ops import emulation
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_loss_need_not_be_the_last_layer(backend):
-    student, arguments = scores()
-    _, once = run(ops.dmd_loss, student, arguments, backend=backend)
-    _, scaled = run(ops.dmd_loss, student, arguments, upstream=-8.0, backend=backend)
-    assert torch.equal(scaled, -8.0 * once)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_results_repeat_bit_for_bit(backend):
-    student, arguments = scores((2, 9, 4, 20, 31), torch.bfloat16, flow=True)
-    first = run(ops.dmd_loss, student, arguments, prediction="flow", backend=backend)
-    second = run(ops.dmd_loss, student, arguments, prediction="flow", backend=backend)
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-
-
-@pytest.mark.parametrize("arithmetic", ["float32", "emulate"])
+@pytest.mark.parametrize("arithmetic", ["float64", "emulate"])
 def test_a_second_differentiation_raises(arithmetic):
     student, arguments = scores()
     leaf = student.requires_grad_()
@@ -42,7 +24,7 @@ def test_a_second_differentiation_raises(arithmetic):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("arithmetic", ["float32", "emulate"])
+@pytest.mark.parametrize("arithmetic", ["float64", "emulate"])
 def test_autocast_changes_nothing(arithmetic):
     student, arguments = scores()
     convention = replace(conventions.self_forcing, arithmetic=arithmetic)
@@ -53,16 +35,7 @@ def test_autocast_changes_nothing(arithmetic):
     assert torch.equal(outside[1], inside[1])
 
 
-@pytest.mark.parametrize("name", ["self_forcing", "longlive", "rcm"])
-def test_opcheck(name):
-    student, arguments = scores(layout=NAMED[name].layout, flow=True)
-    student.requires_grad_()
-    options = {"convention": name, "prediction": "flow", "fake_guidance": 2.0, "sample_weight": torch.rand(2)}
-    checked = check_every_operator(lambda: ops.dmd_loss(student, **arguments, **options))
-    assert checked == ["codmd::objective", "codmd::objective_backward"]
-
-
-@pytest.mark.parametrize("arithmetic", ["float32", "emulate"])
+@pytest.mark.parametrize("arithmetic", ["float64", "emulate"])
 @pytest.mark.parametrize("name", ["self_forcing", "longlive"])
 def test_it_compiles_without_a_graph_break(name, arithmetic):
     convention = replace(NAMED[name], arithmetic=arithmetic)
@@ -76,16 +49,6 @@ def test_it_compiles_without_a_graph_break(name, arithmetic):
     compiled = run(torch.compile(loss, fullgraph=True, backend="aot_eager"), student, {})
     torch.testing.assert_close(compiled[0], eager[0])
     torch.testing.assert_close(compiled[1], eager[1])
-
-
-def test_terms_compile_too():
-    student, arguments = scores()
-    compiled = torch.compile(ops.dmd_loss, fullgraph=True, backend="aot_eager")
-    options = {"return_terms": True, "return_real": True}
-    terms = compiled(student.requires_grad_(), **arguments, **options)
-    expected = ops.dmd_loss(student, **arguments, **options)
-    for found, wanted in zip(terms, expected, strict=True):
-        torch.testing.assert_close(found, wanted)
 
 
 WRONG = [

@@ -16,8 +16,8 @@ if not INTERPRETED:
         run_interpreted(__file__)
 
 else:
-    from test_codmd_loss import by_reference, terms_and_gradient
-    from test_codmd_loss import truth as codmd_truth
+    from codmd_cases import by_reference, terms_and_gradient
+    from codmd_cases import truth as codmd_truth
 
     from codmd import ops
     from codmd.conventions import NAMED, replace

@@ -24,9 +24,9 @@ if not INTERPRETED:
 else:
     from codmd.kernels import backend, launch, plans, tickets, tiling
     from codmd.kernels.limits import MOST_POOLED
-    from test_codmd_loss import by_reference, fused, terms_and_gradient
-    from test_codmd_loss import truth as codmd_truth
-    from test_dmd import mask_of
+    from codmd_cases import by_reference, fused, terms_and_gradient
+    from codmd_cases import truth as codmd_truth
+    from dmd_cases import mask_of
     from triton_calls import gradient, objective_call
 
     from codmd import conventions, ops

