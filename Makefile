@@ -6,6 +6,9 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Without an NVIDIA driver the CUDA extension could not run: the environment is made without it.
 export CODMD_SKIP_CUDA ?= $(if $(shell command -v nvidia-smi),0,1)
+# Two sessions of tests: Triton's interpreter replaces the compiler for a whole process. ARGS picks tests of the first.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2)
+INTERPRETED := tests/contract $(shell grep -l "^if INTERPRETED" tests/test_triton_*.py)
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test lint bench clean
@@ -14,7 +17,12 @@ demo: $(BIN)/.installed
 	$(BIN)/codmd demo $(ARGS)
 
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+ifdef ARGS
+	$(TEST) --dist loadfile $(ARGS)
+else
+	failed=0; $(TEST) --dist loadfile || failed=1; \
+	TRITON_INTERPRET=1 $(TEST) --dist worksteal $(INTERPRETED) || failed=1; exit $$failed
+endif
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

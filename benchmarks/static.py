@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -197,20 +198,27 @@ def reports(cases: Iterable[str], targets: Iterable[str]) -> Iterator[tuple[str,
             yield case, report.result()
 
 
-def main() -> None:
+def main() -> int:
+    """Print the table; status 1 when something exceeds what :mod:`benchmarks.static_budgets` allows."""
+    from benchmarks.static_budgets import excesses
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
     options = parser.parse_args()
     print("| case | kernel | target | registers | spilled | local | shared B | 16-byte loads | stores | tickets |")
     print("|---|---|---|---|---|---|---|---|---|---|")
+    exceeded = []
     for case, r in reports(options.cases, options.targets):
+        exceeded += [f"{case}: {r.kernel} on {r.target}: {excess}" for excess in excesses(case, r)]
         print(
             f"| {case} | `{r.kernel}` | {r.target} | {r.registers} | {r.spilled} | {r.local} | {r.shared} "
             f"| {r.wide_loads} | {r.wide_stores} | {r.guarded}/{r.tickets} |",
             flush=True,
         )
+    print("\n".join(exceeded), file=sys.stderr)
+    return 1 if exceeded else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

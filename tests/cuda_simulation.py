@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -16,6 +17,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from filelock import FileLock
 
 from codmd import backends
 from codmd.ops import _cuda
@@ -39,28 +41,31 @@ def build(folder: Path, sources: Sequence[Path], target: Path, flags: Sequence[s
     subprocess.run([COMPILER, *link, *objects, "-o", str(target)], check=True)
 
 
-def build_module(folder: Path) -> ModuleType:
-    """The binding with simulated kernels, under the name ``codmd_cuda_simulated``."""
+@functools.cache
+def module() -> ModuleType:
+    """The binding with simulated kernels, under the name ``codmd_cuda_simulated``; built once for the same sources."""
     import pybind11
 
     name = "codmd_cuda_simulated"
-    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags = ["-O1", "-fPIC", "-fvisibility=hidden", "-DCODMD_SIMULATED", f"-DCODMD_CUDA_MODULE={name}", *includes]
-    build(folder, [*KERNELS, CSRC / "bind_cuda.cpp"], target, flags, ["-shared"])
+    sources = [path.read_bytes() for path in sorted(CSRC.rglob("*.*")) if path.suffix in (".cpp", ".cu", ".h")]
+    key = hashlib.sha256(b"\0".join([repr((COMPILER, flags)).encode(), *sources])).hexdigest()[:16]
+    folder = CSRC.parent / "build" / f"simulated-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with FileLock(folder / "lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                built = Path(scratch) / target.name
+                build(Path(scratch), [*KERNELS, CSRC / "bind_cuda.cpp"], built, flags, ["-shared"])
+                built.rename(target)
     spec = importlib.util.spec_from_file_location(name, target)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@functools.cache
-def module() -> ModuleType:
-    """:func:`build_module`, once a process."""
-    with tempfile.TemporaryDirectory() as folder:
-        return build_module(Path(folder))
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:

@@ -1,6 +1,6 @@
 """Edges of the Triton DMD and CoDMD passes: long loops, splits, strides, large offsets, zero norms, broken values.
 
-Run by Triton's CPU interpreter in a process of its own, as ``test_triton_dmd.py``.
+Run by Triton's CPU interpreter in a session of its own, as ``test_triton_dmd.py``.
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ import pytest
 import torch
 from cases import far_apart, relative_error
 from dmd_cases import run, same_dtype, scores, truth
-from interpreted import INTERPRETED, run_interpreted
+from interpreted import INTERPRETED
 
 pytest.importorskip("triton")
 
-if not INTERPRETED:
-
-    def test_the_edges_hold_under_the_interpreter():
-        run_interpreted(__file__)
-
-else:
+if INTERPRETED:
     from codmd.kernels import backend, launch, plans, tickets, tiling
     from codmd.kernels.limits import MOST_POOLED
     from codmd_cases import by_reference, fused, terms_and_gradient

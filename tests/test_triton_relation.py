@@ -1,7 +1,7 @@
 """The Triton kernels of the relation loss against the float64 reference, run by Triton's CPU interpreter.
 
-The interpreter must be chosen before triton is imported, so this file runs itself again in a process of its own. It
-executes programs one after another: numerics, masks and addresses are tested here, races can not be.
+The interpreter must be chosen before triton is imported: a session of its own, see interpreted.py. It executes programs
+one after another: numerics, masks and addresses are tested here, races can not be.
 """
 
 from __future__ import annotations
@@ -23,20 +23,16 @@ from cases import (
     same_dtype,
     truth,
 )
-from interpreted import INTERPRETED, run_interpreted
+from interpreted import INTERPRETED
 
 pytest.importorskip("triton")
 
-if not INTERPRETED:
-
-    def test_the_kernels_match_float64_under_the_interpreter():
-        run_interpreted(__file__)
-
-else:
+if INTERPRETED:
     from codmd.kernels import backend, launch, plans, tickets, tiling
     from codmd.kernels.whole import plans as whole_plans
     from codmd.kernels.whole import together
     from triton_calls import gradient, relation_call
+
 
     from codmd.ops import relation_loss
     from codmd.ops.backends import reference

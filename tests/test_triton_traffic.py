@@ -8,16 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import latents
-from interpreted import INTERPRETED, run_interpreted
+from interpreted import INTERPRETED
 
 pytest.importorskip("triton")
 
-if not INTERPRETED:
-
-    def test_derived_traffic_is_what_the_interpreter_counts():
-        run_interpreted(__file__)
-
-else:
+if INTERPRETED:
     import triton.runtime.interpreter as interpreter
     from codmd.kernels import backend, launch, plans, tiling
     from triton_calls import gradient, objective_call, relation_call

@@ -1,0 +1,51 @@
+"""What every compiled kernel must keep to: registers, no spills, shared memory, barriers, 16-byte accesses."""
+
+from __future__ import annotations
+
+from codmd.kernels.launch import TRITON
+
+from benchmarks.static import SHARED_BUDGET, Report
+
+REGISTERS = {
+    "pool_kernel": 168,
+    "broadcast_kernel": 40,
+    "relation_rows_kernel": 255,
+    "gram_kernel": 255,
+    "apply_kernel": 128,
+    "gram_batch_kernel": 256,
+    "relations_kernel": 255,
+    "apply_batch_kernel": 224,
+    "moments_kernel": 176,
+    "gradient_kernel": 48,
+}
+if TRITON < (3, 8):
+    REGISTERS |= {"apply_kernel": 224, "gradient_kernel": 52}
+
+SPILLED = {("every pixel, 120 frames", "gram_kernel", "sm_100"): 88} if TRITON == (3, 6) else {}
+"""Bytes, where a release of Triton spills nevertheless."""
+
+SCALAR = ("odd sizes",)
+"""Cases whose pooled latents no 16-byte access fits."""
+
+WIDE_LOADS = {"pool_kernel": 3, "moments_kernel": 4, "gradient_kernel": 3}
+WIDE_STORES = {"broadcast_kernel": 1, "gradient_kernel": 1}
+
+
+def excesses(case: str, report: Report) -> list[str]:
+    """What ``report`` exceeds or lacks; empty when it keeps to everything."""
+    limits = {
+        "registers": (report.registers, REGISTERS[report.kernel]),
+        "spilled bytes": (report.spilled, SPILLED.get((case, report.kernel, report.target), 0)),
+        "bytes of local memory": (report.local, 0),
+        "bytes of shared memory": (report.shared, SHARED_BUDGET),
+        "tickets without a barrier": (report.tickets - report.guarded, 0),
+    }
+    found = [f"{value} {name}, at most {limit} allowed" for name, (value, limit) in limits.items() if value > limit]
+    if case not in SCALAR:
+        for name, value, least in (
+            ("16-byte loads", report.wide_loads, WIDE_LOADS.get(report.kernel, 0)),
+            ("16-byte stores", report.wide_stores, WIDE_STORES.get(report.kernel, 0)),
+        ):
+            if value < least:
+                found.append(f"{value} {name}, at least {least} expected")
+    return found
