@@ -237,11 +237,14 @@ def test_without_the_relation_term_the_objective_is_dmd():
 def test_the_objective_is_dmd_plus_lambda_times_the_relation_loss(batch_weight, frame_weight):
     config = DistillConfig(relation_weight=0.3, temperature=0.2, batch_weight=batch_weight, frame_weight=frame_weight)
     x, fake, real = scores()
-    (actual,) = torch.autograd.grad(distillation_loss(x, Scores(fake, real), config).total, x)
+    loss = distillation_loss(x, Scores(fake, real), config)
+    (actual,) = torch.autograd.grad(loss.total, x)
     x64, fake64, real64 = x.detach().double().requires_grad_(), fake.double(), real.double()
     relation = reference.relation_loss(x64, real64, fake64, 0.2, batch_weight, frame_weight)[0]
     (expected,) = torch.autograd.grad(reference.dmd_loss(x64, real=real64, fake=fake64) + 0.3 * relation, x64)
     assert float((actual - expected).norm() / expected.norm()) < 1e-5
+    torch.testing.assert_close(loss.relation.double(), relation, rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss.total, loss.dmd + 0.3 * loss.relation)
 
 
 def test_gradient_ratio_is_lambda_times_the_norms_and_leaves_the_graph_usable():
