@@ -94,6 +94,11 @@ def each(*losses: Loss) -> pytest.MarkDecorator:
 
 every_loss, related, distributional = each(*LOSSES), each(RELATION, CODMD), each(DMD, CODMD)
 
+NUMBERS = [(loss, name) for loss in (RELATION, CODMD) for name in ("temperature", "batch_weight", "frame_weight")]
+NUMBERS += [(loss, name) for loss in (DMD, CODMD) for name in ("guidance", "fake_guidance")]
+NUMBERS += [(CODMD, "relation_weight")]
+every_number = pytest.mark.parametrize(("loss", "name"), NUMBERS, ids=lambda value: getattr(value, "name", value))
+
 
 class Found(NamedTuple):
     """Terms ``[T]`` and the gradient of their weighted sum."""
@@ -103,7 +108,7 @@ class Found(NamedTuple):
 
 
 def evaluate(function, student: Tensor, upstream: tuple[float, ...], **options) -> Found:
-    leaf = student.detach().requires_grad_()
+    leaf = student.detach().requires_grad_(student.is_floating_point())
     terms = function(leaf, **options)
     loss = sum(weight * term for weight, term in zip(upstream, terms, strict=True) if weight)
     gradient = torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else torch.zeros_like(leaf)

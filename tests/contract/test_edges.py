@@ -19,6 +19,7 @@ from losses import (
     distributional,
     evaluate,
     every_loss,
+    every_number,
     related,
     widened,
 )
@@ -96,12 +97,7 @@ def test_a_value_is_right_or_not_finite_at_the_ends_of_the_range(scale, loss, ca
         assert (right | ~terms.isfinite()).all(), (terms, exact)
 
 
-NUMBERS = [(loss, name) for loss in (RELATION, CODMD) for name in ("temperature", "batch_weight", "frame_weight")]
-NUMBERS += [(loss, name) for loss in (DMD, CODMD) for name in ("guidance", "fake_guidance")]
-NUMBERS += [(CODMD, "relation_weight")]
-
-
-@pytest.mark.parametrize(("loss", "name"), NUMBERS, ids=lambda value: getattr(value, "name", value))
+@every_number
 def test_an_integer_too_large_for_a_float_is_refused_by_name(loss, name, call):
     student, arguments = loss.inputs(SHAPE)
     with pytest.raises(ValueError, match=f"{name} must be finite"):

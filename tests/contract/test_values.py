@@ -18,6 +18,7 @@ from losses import (
     distributional,
     evaluate,
     every_loss,
+    every_number,
     related,
     widened,
 )
@@ -206,6 +207,15 @@ def test_images_are_videos_of_one_frame(call):
         terms, gradient = call(loss, student, arguments, layout="bchw")
         expected = call(loss, student.unsqueeze(1), videos)
         assert_same((terms, gradient.unsqueeze(1)), expected, 1e-6, 1e-6)
+
+
+@every_number
+def test_a_number_may_be_a_tensor_without_axes(loss, name, call):
+    student, arguments = loss.inputs(SHAPE)
+    expected = call(loss, student, {**arguments, name: 0.75})
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        found = call(loss, student, {**arguments, name: torch.tensor(0.75, dtype=dtype)})
+        assert_same(found, expected, 1e-6, 1e-6)
 
 
 def test_float64_runs_on_the_reference_whatever_is_compiled():
