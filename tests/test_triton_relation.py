@@ -33,7 +33,6 @@ if INTERPRETED:
     from codmd.kernels.whole import together
     from triton_calls import gradient, relation_call
 
-
     from codmd.ops import relation_loss
     from codmd.ops.backends import reference
     from codmd.ops.contract import Numbers

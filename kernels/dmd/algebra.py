@@ -1,6 +1,6 @@
 """From moments to norms, the loss and one factor a sample: what the last block of the DMD pass computes.
 
-Equal to the small algebra of ``codmd.ops._reference_dmd``, in float64: ∂L/∂x = upstream · factor · G(d, norm).
+Equal to the small algebra of ``codmd.ops.backends.moments``, in float64: ∂L/∂x = upstream · factor · G(d, norm).
 """
 
 import triton
