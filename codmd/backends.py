@@ -24,7 +24,7 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 def _triton() -> Backend:
     from codmd.kernels import backend
 
-    return getattr(backend, "adapter", backend)
+    return backend
 
 
 def _cuda() -> Backend:
