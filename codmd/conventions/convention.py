@@ -6,7 +6,7 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, get_args, overload
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,30 @@ Layout = Literal["bfchw", "bcfhw", "bchw"]
 Divided = Literal["direction", "loss"]
 Compared = Literal["student", "fake"]
 Counted = Literal["all", "selected"]
+
+
+class Rule(NamedTuple):
+    """A fusable convention's loss in plain numbers, as the C++ and CUDA extensions read it (``csrc/dmd.h``).
+
+    Choices are places in ``SCOPES``, ``GUARDS`` and ``POLICIES``; ``huber_c`` is 0 for ``"l2"``.
+    """
+
+    scope: int
+    norm_block: int
+    first_alone: bool
+    guard: int
+    eps: float
+    nan: int
+    huber_c: float
+    coefficient: float
+    sum: bool
+    norm_divides_loss: bool
+    weight_on_direction: bool
+
+
+SCOPES = ("sample", "batch", "block")
+GUARDS = ("none", "clamp", "add")
+POLICIES = ("to_num", "zero_sample", "keep", "zero")
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,7 @@ class Convention:
         rounding: what ``arithmetic="emulate"`` follows.
         unfusable: why one pass over the latents cannot serve the convention; empty where it can.
         encoded: all of the above but that as a string, for operator schemas; :func:`decode` reads it.
+        rule: the loss as the extensions read it.
     """
 
     guidance_form: GuidanceForm = "cond"
@@ -79,6 +104,7 @@ class Convention:
     rounding: Rounding = field(default_factory=Rounding)
     unfusable: str = field(init=False, repr=False, compare=False)
     encoded: str = field(init=False, repr=False, compare=False)
+    rule: Rule = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         choices = {
@@ -113,6 +139,7 @@ class Convention:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "rounding"}
         object.__setattr__(self, "unfusable", _unfusable(self))
         object.__setattr__(self, "encoded", json.dumps({**values, "rounding": asdict(self.rounding)}))
+        object.__setattr__(self, "rule", _rule(self))
 
     def guidance_scale(self, scale: float, form: str = "uncond") -> float:
         """What ``scale`` of ``form`` is called in this convention: cond-form s is uncond-form s + 1.
@@ -170,6 +197,22 @@ class Convention:
             return [0, frames]
         first = [0] if self.independent_first_frame else []
         return [*first, *range(len(first), frames, self.norm_block), frames]
+
+
+def _rule(convention: Convention) -> Rule:
+    return Rule(
+        scope=SCOPES.index(convention.norm_scope),
+        norm_block=convention.norm_block,
+        first_alone=convention.independent_first_frame,
+        guard=GUARDS.index(convention.guard),
+        eps=convention.eps,
+        nan=POLICIES.index(convention.nan),
+        huber_c=convention.huber_c if convention.penalty == "huber" else 0.0,
+        coefficient=convention.coefficient,
+        sum=convention.reduction == "sum",
+        norm_divides_loss=convention.norm_divides == "loss",
+        weight_on_direction=convention.weight_on == "direction",
+    )
 
 
 def _unfusable(rule: Convention) -> str:
