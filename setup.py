@@ -26,17 +26,17 @@ _spec.loader.exec_module(nvcc)
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 SOURCES = [
     "csrc/bind.cpp",
-    "csrc/bind_dmd.cpp",
     "csrc/cpu/dispatch.cpp",
-    "csrc/cpu/dmd_backward.cpp",
-    "csrc/cpu/dmd_forward.cpp",
     "csrc/cpu/dmd_loops_baseline.cpp",
-    "csrc/cpu/every_pixel.cpp",
+    "csrc/cpu/features.cpp",
+    "csrc/cpu/gradient.cpp",
     "csrc/cpu/grams.cpp",
+    "csrc/cpu/objective.cpp",
     "csrc/cpu/passes_baseline.cpp",
     "csrc/cpu/pooled.cpp",
-    "csrc/cpu/relation_cpu.cpp",
+    "csrc/cpu/relation.cpp",
     "csrc/cpu/relations.cpp",
+    "csrc/cpu/whole.cpp",
 ]
 X86_SOURCES = [f"csrc/cpu/{loops}_{isa}.cpp" for loops in ("dmd_loops", "passes") for isa in ("avx2", "avx512")]
 

@@ -31,7 +31,7 @@ from benchmarks import accuracy
 from benchmarks.baselines import eager_relation_loss
 from benchmarks.shapes import SHAPES
 from codmd import ops, reference
-from codmd.ops import _cpp_dmd
+from codmd.ops.backends import cpp
 from codmd.ops.gradient_memory import release_gradient_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -215,12 +215,12 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16", "float32"])
     parser.add_argument("--out", type=Path, help="write codmd_cpu.json here")
     arguments = parser.parse_args()
-    if _cpp_dmd.load_error:
-        parser.exit(1, f"{_cpp_dmd.load_error}\n")
+    if cpp.load_error:
+        parser.exit(1, f"{cpp.load_error}\n")
     torch.set_num_threads(arguments.threads)
 
     cases = [measure(name, dtype, arguments.rounds) for name in arguments.shapes for dtype in arguments.dtypes]
-    isa = _cpp_dmd._C.active_isa()
+    isa = cpp._C.active_isa()
     machine = f"{accuracy.processor()}, {arguments.threads} threads, {isa}, torch {torch.__version__}"
     print(f"{machine}\n{table(cases)}")
     if arguments.out:

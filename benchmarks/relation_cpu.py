@@ -30,7 +30,8 @@ from benchmarks import accuracy, speed_bars
 from benchmarks.baselines import eager_relation_loss, lean_relation_loss
 from benchmarks.shapes import SHAPES
 from benchmarks.speed_bars import Speed
-from codmd.ops import _cpp, relation_loss
+from codmd.ops import relation_loss
+from codmd.ops.backends import cpp
 from codmd.ops.gradient_memory import release_gradient_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -177,8 +178,8 @@ def main() -> None:
     parser.add_argument("--pool", nargs="+", choices=["mean", "none"], default=["mean"])
     parser.add_argument("--out", type=Path, help="write relation_cpu.json and relation_cpu.png here")
     arguments = parser.parse_args()
-    if _cpp.load_error:
-        parser.exit(1, f"{_cpp.load_error}\n")
+    if cpp.load_error:
+        parser.exit(1, f"{cpp.load_error}\n")
     torch.set_num_threads(arguments.threads)
 
     cases = [
@@ -187,7 +188,7 @@ def main() -> None:
         for dtype in arguments.dtypes
         for pool in arguments.pool
     ]
-    machine = f"{accuracy.processor()}, {arguments.threads} threads, {_cpp._C.active_isa()}, torch {torch.__version__}"
+    machine = f"{accuracy.processor()}, {arguments.threads} threads, {cpp._C.active_isa()}, torch {torch.__version__}"
     print(f"{machine}\n{table(cases)}")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)

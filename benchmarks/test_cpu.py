@@ -12,10 +12,10 @@ import pytest
 
 from benchmarks import accuracy, codmd_cpu, relation_cpu
 from benchmarks.shapes import SHAPES
-from codmd.ops import _cpp
+from codmd.ops.backends import cpp
 
 DTYPES = ("bfloat16", "float32")
-pytestmark = pytest.mark.skipif(bool(_cpp.load_error), reason=str(_cpp.load_error))
+pytestmark = pytest.mark.skipif(bool(cpp.load_error), reason=str(cpp.load_error))
 
 
 @functools.cache

@@ -30,13 +30,13 @@ def _triton() -> Backend:
 def _cuda() -> Backend:
     from codmd.ops.backends import cuda
 
-    return getattr(cuda, "adapter", cuda)
+    return cuda
 
 
 def _cpp() -> Backend:
     from codmd.ops.backends import cpp
 
-    return getattr(cpp, "adapter", cpp) or cpp
+    return cpp
 
 
 def _reference() -> Backend:

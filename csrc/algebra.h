@@ -3,19 +3,18 @@
 // The small algebra of one relation: n rows of K features become n x n cosine similarities, a divergence per
 // row, and the matrix M with d(loss)/d(x_i) = sum_j M_ij x_j (CoDMD, arXiv 2606.21982).
 //
-// Rows x (student), r (real) and d = fake - real enter only through inner products, so short features (pooled)
-// and long ones (every pixel, streamed Grams) share every line below. Header only: the CPU code instantiates it
-// with double, device code may instantiate it with float.
+// Rows are x (student), r (real) and d = fake - real. Everything follows from the change of a unit vector,
+//   e_i = f_i/|f_i| - r_i/|r_i| = (d_i - r_i (|f_i| - |r_i|)/|r_i|)/|f_i|,
+//   Delta_ij = S_ij(f) - S_ij(r) = e_i . f_j/|f_j| + r_i/|r_i| . e_j,
+// whose summands are of the order of d: no digit is lost when fake nears real. Short features (pooled) have e at hand,
+// long ones (every pixel, streamed Grams) the inner products of r and d. The sign is that of the gradient, q - p.
+// The CPU instantiates with double, the GPU with float.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#define CODMD_HD __host__ __device__
-#else
-#define CODMD_HD
-#endif
+#include "types.h"
 
 namespace codmd {
 
@@ -27,6 +26,7 @@ struct Inner {
   T rd;  // r_i . d_j
   T dr;  // d_i . r_j
   T dd;  // d_i . d_j
+  T ff;  // f_i . f_j, read where a norm is clamped
 };
 
 template <class T>
@@ -39,18 +39,19 @@ struct Norms {
   bool scores_clamped;  // |r| or |f| does
 };
 
-// A NaN norm fails the comparison and stays NaN.
+// NaN where the norm is not a number of T: a quotient by infinity would be a finite wrong number.
 template <class T>
 CODMD_HD inline T at_least_floor(T norm) {
+  if (!(norm - norm == T(0))) return T(NAN);
   return norm < T(1e-12) ? T(1e-12) : norm;
 }
 
-// `own` is row i with itself; `fake_squared` = |f_i|^2 is summed from f itself, which keeps its digits when
-// real and difference nearly cancel.
+// `own` is row i with itself; |f_i|^2 is summed from f itself, which keeps its digits when real and difference nearly
+// cancel.
 template <class T>
-CODMD_HD inline Norms<T> norms(const Inner<T>& own, T fake_squared) {
+CODMD_HD inline Norms<T> norms(const Inner<T>& own) {
   using std::sqrt;
-  const T x = sqrt(own.xx), a = sqrt(own.rr), b = sqrt(fake_squared);
+  const T x = sqrt(own.xx), a = sqrt(own.rr), b = sqrt(own.ff);
   Norms<T> result;
   result.student = at_least_floor(x);
   result.real = at_least_floor(a);
@@ -67,21 +68,24 @@ CODMD_HD inline T cosine(const Inner<T>& pair, const Norms<T>& i, const Norms<T>
   return pair.xx / (i.student * j.student);
 }
 
-// Delta_ij = S_ij(f) - S_ij(r) = e_i . f_j/|f_j| + r_i/|r_i| . e_j with e_i = (d_i - r_i (|f_i| - |r_i|)/|r_i|)/|f_i|,
-// the change of the unit vector. Every summand is of the order of d: no digit is lost when fake nears real. Where a
-// norm is clamped, e_i = f_i/|f_i| - r_i/|r_i| itself: |f_i| - |r_i| would swamp it. The summands of f_i . f_j are
-// paired so that they cancel exactly when f_i or f_j is zero.
+// Delta_ij of rows known by their inner products. Where a norm is clamped it is the plain difference of two
+// similarities: |f_i| - |r_i| would swamp it.
 template <class T>
 CODMD_HD inline T score_difference(const Inner<T>& pair, const Norms<T>& i, const Norms<T>& j) {
+  if (i.scores_clamped || j.scores_clamped) return pair.ff / i.fake / j.fake - pair.rr / i.real / j.real;
   const T rf = pair.rr + pair.rd;
-  const T left = i.scores_clamped ? ((pair.rr + pair.dr) + (pair.rd + pair.dd)) / i.fake - rf / i.real
-                                  : ((pair.dr + pair.dd) - (i.change / i.real) * rf) / i.fake;
-  const T right = j.scores_clamped ? rf / j.fake - pair.rr / j.real
-                                   : (pair.rd - (j.change / j.real) * pair.rr) / j.fake;
+  const T left = ((pair.dr + pair.dd) - (i.change / i.real) * rf) / i.fake;
+  const T right = (pair.rd - (j.change / j.real) * pair.rr) / j.fake;
   return left / j.fake + right / i.real;
 }
 
-// One component of e_i, for rows at hand.
+// Delta_ij of rows whose r and d are r/|r| and e.
+template <class T>
+CODMD_HD inline T unit_score_difference(const Inner<T>& units) {
+  return units.dr + units.dd + units.rd;
+}
+
+// One component of e_i.
 template <class T>
 CODMD_HD inline T unit_change(T r, T d, const Norms<T>& norm) {
   if (norm.scores_clamped) return (r + d) / norm.fake - r / norm.real;
@@ -104,8 +108,8 @@ CODMD_HD inline T expm1_minus_identity(T x) {
   return T(0.5) * x * x * sum;
 }
 
-// q (e^x - 1 - x), and q (e^y - 1): the excess of the partition and p - q. Beyond `overflow` the exponential swamps q
-// and the direct form is exact.
+// q (e^x - 1 - x), a term of the partition's excess over 1, and q (1 - e^y) = q - p. Beyond `overflow` the exponential
+// swamps q and the direct form is exact.
 template <class T>
 CODMD_HD inline T excess_term(T q, T log_q, T x, T overflow = T(20)) {
   using std::exp;
@@ -113,13 +117,13 @@ CODMD_HD inline T excess_term(T q, T log_q, T x, T overflow = T(20)) {
 }
 
 template <class T>
-CODMD_HD inline T probability_change(T q, T log_q, T y, T overflow = T(20)) {
+CODMD_HD inline T probability_excess(T q, T log_q, T y, T overflow = T(20)) {
   using std::exp;
-  return y < overflow ? q * (y + expm1_minus_identity(y)) : exp(log_q + y) - q;
+  return y < overflow ? -q * (y + expm1_minus_identity(y)) : q - exp(log_q + y);
 }
 
 // KL(p || q) of one row, q = softmax(S/tau), p = softmax((S - Delta)/tau), with the shift centred under q so that
-// the first order cancels analytically. On entry `shift` holds Delta, on return p - q. `q` and `log_q` are scratch.
+// the first order cancels analytically. On entry `shift` holds Delta, on return q - p. `q` and `log_q` are scratch.
 template <class T>
 CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* q, T* log_q, int n, T temperature) {
   using std::exp;
@@ -163,19 +167,19 @@ CODMD_HD inline T centred_kl_row(const T* similarity, T* shift, T* q, T* log_q, 
   T divergence = T(0);
   for (int j = 0; j < n; ++j) {
     const T x = shift[j], y = x - log_z;
-    const T p_minus_q = probability_change(q[j], log_q[j], y, overflow);
-    shift[j] = p_minus_q;
-    divergence += direct ? (q[j] + p_minus_q) * y : p_minus_q * x;
+    const T q_minus_p = probability_excess(q[j], log_q[j], y, overflow);
+    shift[j] = q_minus_p;
+    divergence += direct ? (q[j] - q_minus_p) * y : -q_minus_p * x;
   }
   return direct ? divergence : divergence - log_z;
 }
 
-// Row i of M, from the similarities S [n, n] and the excess E = p - q [n, n]: with H = -(E + E^T)/(tau n),
+// Row i of M, from the similarities S [n, n] and the excess E = q - p [n, n]: with H = (E + E^T)/(tau n),
 // M_ij = H_ij/(|x_i||x_j|) - [i = j] (sum_k H_ik S_ik)/|x_i|^2; the second part is absent where |x_i| is clamped.
 template <class T>
 CODMD_HD inline void gradient_row(int i, const T* similarity, const T* excess, const Norms<T>* norm, int n,
                                   T temperature, T* row) {
-  const T scale = T(-1) / (temperature * T(n));
+  const T scale = T(1) / (temperature * T(n));
   T radial = T(0);
   for (int j = 0; j < n; ++j) {
     const T h = scale * (excess[int64_t(i) * n + j] + excess[int64_t(j) * n + i]);
@@ -183,6 +187,12 @@ CODMD_HD inline void gradient_row(int i, const T* similarity, const T* excess, c
     row[j] = h / (norm[i].student * norm[j].student);
   }
   if (!norm[i].clamped) row[i] -= radial / (norm[i].student * norm[i].student);
+}
+
+// Whether 1/(|x_i||x_j|), and with it M, keeps its digits in float32; beyond, M is NaN there.
+template <class T>
+CODMD_HD inline bool float_holds_matrix(T left, T right) {
+  return left * right < T(1e30);
 }
 
 }  // namespace codmd

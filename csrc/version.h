@@ -3,7 +3,7 @@
 
 namespace codmd {
 
-// Raised whenever a bound function changes its arguments or their meaning; codmd/ops/_cpp.py names the same number.
-constexpr int kAbiVersion = 1;
+// Raised whenever a bound function changes its arguments or their meaning; codmd/ops/backends/cpp.py names the same number.
+constexpr int kAbiVersion = 2;
 
 }  // namespace codmd

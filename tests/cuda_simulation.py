@@ -20,7 +20,6 @@ import torch
 from filelock import FileLock
 
 from codmd import backends
-from codmd.ops import _cuda
 from codmd.ops.backends import cuda
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -71,12 +70,10 @@ def module() -> ModuleType:
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The body of a fixture: every operator on float32, bfloat16 and float16 runs on the simulated extension."""
     reference, wide, extension = backends.select, torch.float64, module()
-    monkeypatch.setattr(_cuda, "_C", extension)
-    monkeypatch.setattr(_cuda, "_tickets", {})
-    monkeypatch.setattr(
-        backends, "select", lambda name, t: reference("reference", t) if t.dtype is wide else cuda.adapter
-    )
+    monkeypatch.setattr(cuda, "_C", extension)
+    monkeypatch.setattr(cuda, "_tickets", {})
+    monkeypatch.setattr(backends, "select", lambda name, t: reference("reference", t) if t.dtype is wide else cuda)
     extension.shuffle(0)
     yield extension
-    for tickets in _cuda._tickets.values():
+    for tickets in cuda._tickets.values():
         assert not tickets.any(), "tickets are zero after every call"

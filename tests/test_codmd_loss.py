@@ -107,10 +107,10 @@ def test_two_processes_give_the_gradient_of_the_global_batch():
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_is_as_good_as_torch(dtype, isa):
-    from codmd.ops import _cpp
+    from codmd.ops.backends import cpp
 
-    before = _cpp._C.active_isa()
-    if not _cpp._C.select_isa(isa):
+    before = cpp._C.active_isa()
+    if not cpp._C.select_isa(isa):
         pytest.skip(f"this processor or build has no {isa}")
     try:
         for flow in (False, True):
@@ -124,7 +124,7 @@ def test_every_instruction_set_is_as_good_as_torch(dtype, isa):
             mask = torch.rand(student.shape) > 0.5
             assert_as_good_as_torch(student, "cpp", UPSTREAMS[1], mask=mask, **options)
     finally:
-        _cpp._C.select_isa(before)
+        cpp._C.select_isa(before)
 
 
 @pytest.mark.skipif(not has_fused("cpp"), reason="the C++ extension is not built")

@@ -11,13 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from backend_calls import relation_call
 from cases import DTYPES, LAYOUTS, frame_mask, latents, loss_and_gradient, relative_error, same_dtype, truth
 
 import codmd
-from codmd.ops import _cpp, relation_loss
-from codmd.ops.backends import old as _reference
+from codmd.ops import relation_loss
+from codmd.ops.backends import cpp as extension
+from codmd.ops.backends import reference
+from codmd.ops.contract import Found, Numbers, Pending, Relation, Upstream
 
-pytestmark = pytest.mark.skipif(_cpp.load_error is not None, reason=str(_cpp.load_error))
+pytestmark = pytest.mark.skipif(extension.load_error is not None, reason=str(extension.load_error))
 
 UPSTREAM = (0.7, 0.3, -0.2)
 # One sample and one frame; odd planes; rows shorter than a vector, just longer, and many; one pixel.
@@ -33,11 +36,11 @@ def threads():
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request):
-    best = _cpp._C.active_isa()
-    if not _cpp._C.select_isa(request.param):
+    best = extension._C.active_isa()
+    if not extension._C.select_isa(request.param):
         pytest.skip(f"this processor does not run {request.param}")
     yield request.param
-    assert _cpp._C.select_isa(best)
+    assert extension._C.select_isa(best)
 
 
 def cpp(*args, **kwargs):
@@ -177,7 +180,8 @@ def test_pooled_features_survive_a_mean_that_nearly_cancels(isa, dtype):
     student, real, noise = torch.randn(3, 1, 3, 4, 60, 104, generator=torch.Generator().manual_seed(0)).double()
     student, real, noise = (v - v.mean((-1, -2), keepdim=True) + 1e-3 for v in (student, real, noise))
     student, real, fake = (v.to(dtype) for v in (student, real, real + 0.01 * noise))
-    _, _, rows = _cpp.relation_frames(student, real, fake, None, "bfchw", "mean", 0.1, 1.0)
+    call = Relation(student, real, fake, None, "bfchw", (1, 1), True, True, Numbers())
+    rows = extension.features(call).rows
     difference = (fake.float() - real.float()).double()
     exact = torch.cat([v.double().mean((1, -1, -2)) for v in (student, real, difference)], dim=1)
     assert ((rows[:, :-1] - exact) / exact).abs().max() < 1.5e-7
@@ -197,10 +201,10 @@ def test_gradients_round_to_half_precision_as_torch_does(isa, dtype):
     ):
         found = []
         for out in (torch.empty(shape), torch.empty(shape, dtype=dtype)):
-            student = torch.zeros_like(out)
-            _cpp.relation_backward(
-                out, torch.ones(()), None, None, student, None, frame_grad, batch_grad, "bfchw", pool, 1.0, 1.0
-            )
+            call = Relation(torch.zeros_like(out), out, out, None, "bfchw", pool, True, True, Numbers())
+            write = extension.gradient if pool else extension.whole_gradient
+            found_grads = Found(torch.empty(3), None, None, frame_grad, batch_grad)
+            write(out, Upstream(torch.ones(()), None, None, None), call, found_grads)
             found.append(out)
         rounded, written = found[0].to(dtype), found[1]
         differs = rounded.view(torch.int16) != written.view(torch.int16)
@@ -241,37 +245,37 @@ def test_gathered_rows_give_the_batch_term_and_its_rows_of_the_gradient(features
     count = torch.tensor([[3.0], [0.0], [1.0], [2.0], [3.0], [3.0]])
     rows = torch.cat([x, r, 0.1 * d, count], dim=1)
     rows[1, :-1] = float("nan")
-    frame = torch.tensor([0.25])
-    arguments = (0.1, 0.5, 2.0, 3.0)
-    expected = _reference.relation_batch(torch.where(count > 0, rows, 0).double(), frame.double(), 1, 4, *arguments)
-    terms, gradient = _cpp.relation_batch(rows, frame, 1, 4, *arguments)
-    assert relative_error(terms, expected[0]) < 1e-6
-    assert relative_error(gradient, expected[1]) < 3e-6
-    assert not gradient[0].any()
+    latents = torch.zeros(4, 2, features, 1, 1)
+    call = Relation(latents, latents, latents, None, "bfchw", (1, 1), True, True, Numbers(0.1, 0.5, 2.0))
+    kept = Found(torch.tensor([0.5, 0.0, 0.25]), None, None, torch.empty(0), torch.empty(0))
+    wide = torch.where(count > 0, rows, 0).double()
+    expected = reference.gathered(call, Pending(wide[:4], (torch.tensor(0.25), torch.empty(0))), wide, 1, 3.0)
+    found = extension.gathered(call, Pending(rows[:4], kept), rows, 1, 3.0)
+    assert relative_error(found.terms, expected.terms) < 1e-6
+    assert relative_error(found.batch_grad, expected.batch_grad) < 3e-6
+    assert not found.batch_grad[0].any()
 
 
-@pytest.mark.parametrize("pool", ["mean", (2, 3), None])
+@pytest.mark.parametrize("pool", [(1, 1), (2, 3), None])
 def test_the_two_stages_of_a_gather_equal_the_whole(pool):
-    student, real, fake = (v.detach() for v in latents((4, 5, 3, 6, 7)))
-    mask = frame_mask(4, 5)
-    arguments = (student, real, fake, mask, "bfchw", pool, 0.1)
-    terms, frame_grad, batch_grad = _cpp.relation_forward(*arguments, 0.5, 2.0)
-    frame, staged_frame_grad, rows = _cpp.relation_frames(*arguments, 2.0)
-    staged_terms, staged_batch_grad = _cpp.relation_batch(rows, frame, 0, 4, 0.1, 0.5, 2.0, 1.0)
-    assert torch.equal(rows[:, -1], mask.sum(1).float())
-    assert torch.equal(frame_grad, staged_frame_grad)
-    assert relative_error(staged_terms, terms) < 1e-6
-    assert relative_error(staged_batch_grad, batch_grad) < 3e-6
+    call = relation_call(pool, (4, 5, 3, 6, 7))
+    whole, pending = extension.relation(call), extension.features(call)
+    staged = extension.gathered(call, pending, pending.rows, 0, 1.0)
+    assert torch.equal(pending.rows[:, -1], call.frame_mask.sum(1).float())
+    assert torch.equal(whole.frame_grad, staged.frame_grad)
+    assert relative_error(staged.terms, whole.terms) < 1e-6
+    assert relative_error(staged.batch_grad, whole.batch_grad) < 3e-6
 
 
 def test_a_term_without_upstream_gradient_does_not_spread_its_nan():
     shape = (2, 3, 4, 5, 6)
-    for pool, size in (("mean", 4), (None, 120)):
+    for pool, size in (((1, 1), 4), (None, 120)):
         out = torch.empty(shape)
         poisoned = torch.full((2, 3, 4 if pool else 3), float("nan"))
-        _cpp.relation_backward(
-            out, None, torch.ones(()), None, torch.ones(shape), None, poisoned, torch.ones(2, size), "bfchw", pool, 1, 1
-        )
+        call = Relation(torch.ones(shape), out, out, None, "bfchw", pool, True, True, Numbers())
+        write = extension.gradient if pool else extension.whole_gradient
+        found = Found(torch.empty(3), None, None, poisoned, torch.ones(2, size))
+        write(out, Upstream(None, None, torch.ones(()), None), call, found)
         assert out.isfinite().all()
 
 
@@ -279,16 +283,17 @@ def peak_growth(pool: str, dtype: str, backward: bool) -> tuple[int, int]:
     """(bytes by which the resident peak grows over the inputs, bytes of one latent), in a fresh process."""
     script = textwrap.dedent(f"""
         import gc, torch
-        from codmd.ops import _cpp
+        from codmd.ops.backends import cpp
+        from codmd.ops.contract import Numbers, Relation, Upstream
         torch.set_num_threads(2)
         x, r, f = (torch.randn(1, 21, 16, 60, 104).to(torch.{dtype}) for _ in range(3))
-        one = torch.ones(())
+        upstream = Upstream(torch.ones(()), None, None, None)
+        call = Relation(x, r, f, None, "bfchw", {pool}, True, True, Numbers())
 
         def run():
-            terms, *grads = _cpp.relation_forward(x, r, f, None, "bfchw", {pool}, 0.1, 1.0, 1.0)
+            found = cpp.relation(call)
             if {backward}:
-                out = torch.empty_like(x)
-                _cpp.relation_backward(out, one, None, None, x, None, *grads, "bfchw", {pool}, 1.0, 1.0)
+                cpp.gradient(torch.empty_like(x), upstream, call, found)
 
         def status(key):
             return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
@@ -314,9 +319,9 @@ def peak_growth(pool: str, dtype: str, backward: bool) -> tuple[int, int]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_extra_memory_is_the_gradient_and_one_percent_of_a_latent(dtype):
-    growth, latent = peak_growth('"mean"', dtype, backward=False)
+    growth, latent = peak_growth("(1, 1)", dtype, backward=False)
     assert growth <= 0.01 * latent
-    growth, latent = peak_growth('"mean"', dtype, backward=True)
+    growth, latent = peak_growth("(1, 1)", dtype, backward=True)
     assert growth <= 1.01 * latent
 
 
@@ -326,13 +331,13 @@ def test_every_pixel_never_copies_a_latent():
     assert growth <= 0.15 * latent
 
 
-def adaptor_with(monkeypatch, extension):
+def adaptor_with(monkeypatch, binary):
     """A fresh import of the adaptor over another (or no) extension."""
     monkeypatch.delattr(codmd, "_C", raising=False)
-    monkeypatch.setitem(sys.modules, "codmd._C", extension)
-    if extension is not None:
-        monkeypatch.setattr(codmd, "_C", extension, raising=False)
-    spec = importlib.util.spec_from_file_location("codmd.ops._cpp_again", _cpp.__file__)
+    monkeypatch.setitem(sys.modules, "codmd._C", binary)
+    if binary is not None:
+        monkeypatch.setattr(codmd, "_C", binary, raising=False)
+    spec = importlib.util.spec_from_file_location("codmd.ops.backends.cpp_again", extension.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -342,6 +347,6 @@ def test_a_missing_or_stale_extension_is_a_reason_and_not_a_crash(monkeypatch):
     with monkeypatch.context() as patch:
         assert "not available" in adaptor_with(patch, None).load_error
     with monkeypatch.context() as patch:
-        assert "stale" in adaptor_with(patch, SimpleNamespace(abi_version=_cpp.ABI_VERSION - 1)).load_error
+        assert "stale" in adaptor_with(patch, SimpleNamespace(abi_version=extension.ABI_VERSION - 1)).load_error
     with monkeypatch.context() as patch:
-        assert adaptor_with(patch, SimpleNamespace(abi_version=_cpp.ABI_VERSION)).load_error is None
+        assert adaptor_with(patch, SimpleNamespace(abi_version=extension.ABI_VERSION)).load_error is None

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from codmd.ops import _cpp
+from codmd.ops.backends import cpp
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(bool(_cpp.load_error), reason=str(_cpp.load_error))
+pytestmark = pytest.mark.skipif(bool(cpp.load_error), reason=str(cpp.load_error))
 
 
 def run(tmp_path, *options):

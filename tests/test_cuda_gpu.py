@@ -17,7 +17,7 @@ from dmd_cases import scores
 from rounding import assert_as_accurate_as_pytorch
 
 from codmd import backends, ops
-from codmd.ops import _cuda
+from codmd.ops.backends import cuda
 
 REFUSED = backends.load("cuda")[1]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REFUSED), reason=REFUSED)]
@@ -166,11 +166,12 @@ def test_offsets_pass_two_to_the_thirty_first(pool):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_device_that_does_not_exist_is_an_error_with_cudas_own_words():
-    latent = (0, (1,) * 5)
-    arguments = (latent,) * 3, (1, 2, 1, 1, 1), False, 0, None, (1, 1), 0.1, 1.0, 1.0, 0, 0, 0
-    with pytest.raises(RuntimeError, match=r"selecting the device: .+ \(cudaErrorInvalidDevice\)"):
-        _cuda._C.relation_forward((torch.cuda.device_count(), 1, 0, 0, 0), *arguments)
+def test_a_device_that_does_not_exist_is_an_error_with_cudas_own_words(monkeypatch):
+    inputs = on("cuda", latents())
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_place", lambda example: (torch.cuda.device_count(), 1, 0))
+        with pytest.raises(RuntimeError, match=r"selecting the device: .+ \(cudaErrorInvalidDevice\)"):
+            terms_of(*inputs)
     assert torch.stack(terms_of(*on("cuda", latents()))).isfinite().all()
 
 

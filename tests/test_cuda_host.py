@@ -16,13 +16,15 @@ import dmd_cases
 import pytest
 import test_cpp
 import torch
+from backend_calls import relation_call
 from cases import DTYPES, LAYOUTS, frame_mask, latents, loss_and_gradient, relative_error, truth
 from dmd_cases import scores
 from rounding import assert_as_accurate_as_pytorch
 
 from codmd import conventions, ops
 from codmd.conventions import NAMED
-from codmd.ops import _cuda, relation_loss
+from codmd.ops import relation_loss
+from codmd.ops.backends import cuda
 
 pytestmark = pytest.mark.skipif(not cuda_simulation.COMPILER, reason="no C++ compiler")
 
@@ -129,13 +131,16 @@ def test_zero_vectors_follow_the_reference(pool):
 
 @pytest.mark.parametrize("shape", [(4, 5, 3, 6, 7), (70, 2, 3, 4, 4)], ids=str)
 def test_gathered_rows_give_the_relation_of_one_process(shape):
-    student, real, fake = latents(shape)
-    whole = _cuda.relation_forward(student.detach(), real, fake, None, "bfchw", "mean", 0.1, 0.6, 1.3)
-    frame, _, rows = _cuda.relation_frames(student.detach(), real, fake, None, "bfchw", "mean", 0.1, 1.3)
+    call = relation_call(shape=shape, masked=False)
+    whole = cuda.relation(call)
+    rows = cuda.features(call).rows
     for first in (0, 2):
-        terms, gradient = _cuda.relation_batch(rows, frame, first, 2, 0.1, 0.6, 1.3, 2.0)
-        torch.testing.assert_close(terms, whole[0], rtol=2e-6, atol=0)
-        torch.testing.assert_close(gradient, 2 * whole[2][first : first + 2], rtol=1e-4, atol=1e-7)
+        own = call._replace(**{name: getattr(call, name)[first : first + 2] for name in ("student", "real", "fake")})
+        pending = cuda.features(own)
+        kept = pending.kept._replace(terms=whole.terms)
+        found = cuda.gathered(own, pending._replace(kept=kept), rows, first, 2.0)
+        torch.testing.assert_close(found.terms, whole.terms, rtol=2e-6, atol=0)
+        torch.testing.assert_close(found.batch_grad, 2 * whole.batch_grad[first : first + 2], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name, convention in NAMED.items() if convention.fusable])
@@ -204,28 +209,6 @@ def test_both_terms_in_one_pass_equal_the_two_operators(shape, pool):
     )
     assert relative_error(both[0], apart[0]) < 2e-6
     assert relative_error(both[1], apart[1]) < 5e-6
-
-
-def test_arguments_that_make_no_sense_are_refused(simulated):
-    run, latent, strides = (0, 4, 0, 0, 0), (16, (60, 20, 5, 5, 1)), (1, 3, 4, 1, 5)
-
-    def forward(sizes=strides, dtype=0, grid=(1, 1), latents=(latent,) * 3):
-        return simulated.relation_forward(run, latents, sizes, False, dtype, None, grid, 0.1, 1.0, 1.0, 0, 0, 0)
-
-    assert forward() > 0
-    for bad, message in (
-        ({"dtype": 3}, "dtype code 3"),
-        ({"sizes": (1, 3, 4, 1)}, "5 axes"),
-        ({"sizes": (1, 3, 0, 1, 5)}, "at least 1"),
-        ({"sizes": (1, 1, 1, 1 << 20, 1 << 20)}, "2\\^31"),
-        ({"grid": (2, 1)}, "grid"),
-        ({"grid": (0, 3)}, "grid"),
-        ({"latents": ((16, (1, 1)),) * 3}, "5 axes"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            forward(**bad)
-    with pytest.raises(ValueError, match="rows outside"):
-        simulated.relation_batch(run, 16, 4, 3, 3, 2, 16, 0.1, 1.0, 1.0, 1.0, 16, 16)
 
 
 @pytest.mark.slow

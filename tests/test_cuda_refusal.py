@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from codmd import backends
-from codmd.ops import _cuda, _cuda_binary
+from codmd.ops.backends import cuda, cuda_binary
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_IMAGE = "no kernel image is available for execution on the device (cudaErrorNoKernelImageForDevice)"
@@ -36,9 +36,9 @@ def fresh_choice():
 def binary(monkeypatch):
     """A binary that works, on a machine with one GPU of capability 7.5."""
     found = SimpleNamespace(
-        abi_version=_cuda_binary.ABI_VERSION, targets="sm_80, sm_90 and PTX of sm_90", device_problem=lambda index: ""
+        abi_version=cuda_binary.ABI_VERSION, targets="sm_80, sm_90 and PTX of sm_90", device_problem=lambda index: ""
     )
-    monkeypatch.setattr(_cuda_binary, "import_module", lambda name: found)
+    monkeypatch.setattr(cuda_binary, "import_module", lambda name: found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
@@ -46,29 +46,29 @@ def binary(monkeypatch):
 
 
 def test_a_binary_that_runs_here_is_loaded_without_a_reason(binary):
-    assert _cuda_binary.load() == (binary, None)
+    assert cuda_binary.load() == (binary, None)
 
 
 def test_a_binary_for_another_architecture_is_refused_with_the_rebuild_that_helps(binary):
     binary.device_problem = lambda index: NO_IMAGE
-    _, reason = _cuda_binary.load()
+    _, reason = cuda_binary.load()
     assert "built for sm_80, sm_90 and PTX of sm_90, cannot run on cuda:0 (sm_75)" in reason
     assert NO_IMAGE in reason
     assert "CODMD_CUDA_ARCHS=75" in reason
 
 
-@pytest.mark.parametrize("version", [None, _cuda_binary.ABI_VERSION - 1, _cuda_binary.ABI_VERSION + 1])
+@pytest.mark.parametrize("version", [None, cuda_binary.ABI_VERSION - 1, cuda_binary.ABI_VERSION + 1])
 def test_a_binary_of_another_interface_is_stale(binary, version):
     binary.abi_version = version
-    _, reason = _cuda_binary.load()
-    assert f"stale (interface {version}, this version needs {_cuda_binary.ABI_VERSION})" in reason
+    _, reason = cuda_binary.load()
+    assert f"stale (interface {version}, this version needs {cuda_binary.ABI_VERSION})" in reason
     assert "pip install" in reason
 
 
 def test_the_binarys_architecture_is_not_asked_without_a_device(binary, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     binary.device_problem = lambda index: pytest.fail("a context was started")
-    assert _cuda_binary.load()[1] == "torch sees no CUDA device"
+    assert cuda_binary.load()[1] == "torch sees no CUDA device"
 
 
 @pytest.mark.parametrize(
@@ -86,23 +86,23 @@ def test_what_lies_in_the_package_tells_a_missing_binary_from_a_foreign_one(file
     if file:
         (tmp_path / file).touch()
     error = ModuleNotFoundError("No module named 'codmd._C_cuda'")
-    reason = _cuda_binary._import_problem(error, tmp_path)
+    reason = cuda_binary._import_problem(error, tmp_path)
     assert said in reason
     assert "CODMD_FORCE_CUDA=1" in reason
 
 
 def test_the_reason_is_logged_when_auto_passes_the_extension_over(fresh_choice, monkeypatch, caplog):
-    monkeypatch.setattr(_cuda, "load_error", "built for another architecture")
+    monkeypatch.setattr(cuda, "load_error", "built for another architecture")
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: (None, "no Triton") if name == "triton" else load(name))
     with caplog.at_level(logging.INFO, logger="codmd"):
-        assert backends._resolve("auto", "cuda", torch.float32) is not _cuda
+        assert backends._resolve("auto", "cuda", torch.float32) is not cuda
     said = [record.message for record in caplog.records if record.levelno == logging.INFO]
     assert "codmd: backend cuda is not used for cuda tensors: built for another architecture" in said
 
 
 def test_asking_for_it_by_name_raises_with_the_reason(fresh_choice, monkeypatch):
-    monkeypatch.setattr(_cuda, "load_error", "built for another architecture")
+    monkeypatch.setattr(cuda, "load_error", "built for another architecture")
     with pytest.raises(ValueError, match=r"backend='cuda' cannot be used here: built for another architecture.*doctor"):
         backends._resolve("cuda", "cuda", torch.float32)
 

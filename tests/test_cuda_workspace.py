@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import cuda_simulation
 import pytest
 import torch
+from backend_calls import ONE, objective_call, relation_call
 from cases import frame_mask, latents, loss_and_gradient, relative_error
 from dmd_cases import scores
 
 from codmd import conventions, ops
-from codmd.ops import _cuda, _cuda_dmd, relation_loss
+from codmd.ops import relation_loss
+from codmd.ops.backends import cuda, raw
+from codmd.ops.contract import Numbers, Relation
 
 pytestmark = pytest.mark.skipif(not cuda_simulation.COMPILER, reason="no C++ compiler")
 
@@ -29,55 +32,58 @@ def terms_of(*args, **kwargs):
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches(monkeypatch, simulated):
     """Every forward launch of a test, to be repeated on the addresses it had, as a graph would."""
     recorded = []
 
-    def launch(example, sizes, function, *arguments):
-        place = _cuda._place(example)
-        workspace = torch.empty(function((*place, 0, 0), *arguments), dtype=torch.uint8)
-        tickets = torch.zeros(_cuda._C.relation_counters(*sizes), dtype=torch.int32)
-        run = *place, workspace.data_ptr(), tickets.data_ptr()
-        recorded.append(lambda: (function(run, *arguments), workspace, tickets))
-        recorded[-1]()
+    def forward(place, _, *arguments):
+        memory = {}
 
-    monkeypatch.setattr(_cuda, "_launch", launch)
-    monkeypatch.setattr(_cuda_dmd, "_launch", launch)
+        def held(size, counters):
+            if not memory:
+                memory["workspace"] = torch.empty(size, dtype=torch.uint8)
+                memory["tickets"] = torch.zeros(counters, dtype=torch.int32)
+            return raw.described(memory["workspace"]), raw.described(memory["tickets"])
+
+        def launch():
+            simulated.forward(place, held, *arguments)
+            return memory["tickets"]
+
+        recorded.append(launch)
+        launch()
+
+    monkeypatch.setattr(cuda, "_C", SimpleNamespace(forward=forward, gradient=simulated.gradient))
     return recorded
 
 
+def assert_same_bits(found, expected):
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None)
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 2, 6, 41), (2, 70, 2, 3, 4), (70, 2, 2, 3, 5)], ids=str)
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", [(1, 1), (2, 3), None])
 def test_a_replay_of_the_relation_gives_the_bits_of_a_fresh_call(simulated, launches, pool, shape):
-    student, real, fake = (v.detach() for v in latents(shape))
-    mask = frame_mask(*shape[:2])
-    arguments = (student, real, fake, mask, "bfchw", pool, 0.1, 0.6, 1.3)
-    found = _cuda.relation_forward(*arguments)
+    call = relation_call(pool, shape)
+    found = cuda.relation(call)
     (replay,) = launches
     for scale, seed in ((1.0, 1), (-0.5, 2), (3.0, 3)):
-        student.mul_(scale).add_(0.1)
+        call.student.mul_(scale).add_(0.1)
         simulated.shuffle(seed)
         for _ in range(2):
-            _, _, tickets = replay()
-            assert not tickets.any()
-        expected = _cuda.relation_forward(*arguments)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert not replay().any()
+        assert_same_bits(found, cuda.relation(call))
 
 
 @pytest.mark.parametrize("name", ["self_forcing", "fastvideo", "longlive"])
 def test_a_replay_of_both_terms_gives_the_bits_of_a_fresh_call(simulated, launches, name):
-    student, given = scores((3, 7, 2, 6, 41), torch.bfloat16)
-    convention = conventions.NAMED[name]
-    latent = (student, given["fake"], given["real"], given["real_uncond"], None, None, None)
-    arguments = (*latent, None, None, "bfchw", convention, 3.5, 0.0, True, frame_mask(3, 7), (2, 3), 0.1, 1.0, True)
-    found = _cuda_dmd.codmd_forward(*arguments)
+    call = objective_call(conventions.NAMED[name], shape=(3, 7, 2, 6, 41), dtype=torch.bfloat16)
+    found = cuda.objective(call, True)
     (replay,) = launches
     for seed in (1, 2, 3):
-        student.mul_(0.5).add_(0.25)
+        call.student.mul_(0.5).add_(0.25)
         simulated.shuffle(seed)
-        _, _, tickets = replay()
-        assert not tickets.any()
-        assert all(torch.equal(a, b) for a, b in zip(found, _cuda_dmd.codmd_forward(*arguments), strict=True))
+        assert not replay().any()
+        assert_same_bits(found, cuda.objective(call, True))
 
 
 @pytest.mark.parametrize("pool", ["mean", (3, 2), None])
@@ -124,12 +130,14 @@ def test_offsets_of_the_relation_pass_two_to_the_thirty_first(pool, axis, tmp_pa
     found = loss_and_gradient(terms_of, *apart, pool=pool, frame_mask=mask)
     assert relative_error(found[0], expected[0]) < 2e-6
     assert relative_error(found[1], expected[1]) < 2**-8
+    call = Relation(*near, mask, "bfchw", None if pool is None else (1, 1) if pool == "mean" else pool, True, True,
+                    Numbers())  # fmt: skip
+    features = cuda.relation(call)
     gradients = []
     for student in (near[0], apart[0]):
         out = torch.zeros_like(student) if student is near[0] else far(torch.zeros_like(near[0]), axis, tmp_path)
-        _, *features = _cuda.relation_forward(*near, mask, "bfchw", pool, 0.1, 1.0, 1.0)
-        values = student if pool is None else None
-        _cuda.relation_backward(out, torch.ones(()), None, None, values, mask, *features, "bfchw", pool, 1.0, 1.0)
+        write = cuda.whole_gradient if pool is None else cuda.gradient
+        write(out, ONE, call._replace(student=student, real=out, fake=out), features)
         gradients.append(out)
     assert gradients[0].any()
     assert relative_error(gradients[1], gradients[0]) < 2**-8
@@ -137,24 +145,17 @@ def test_offsets_of_the_relation_pass_two_to_the_thirty_first(pool, axis, tmp_pa
 
 @pytest.mark.parametrize("axis", range(4), ids=["samples", "frames", "channels", "rows"])
 def test_offsets_of_both_terms_pass_two_to_the_thirty_first(axis, tmp_path):
-    student, given = scores((2, 2, 2, 2, 16), torch.bfloat16, flow=True)
-    given["mask"] = torch.rand(student.shape, generator=torch.Generator().manual_seed(1)) > 0.3
-    sigma, one = given.pop("sigma"), torch.ones(())
-    near = {"student": student, **given}
-    apart = {name: far(value, axis, tmp_path) for name, value in near.items()}
-    options = "bfchw", conventions.self_forcing, 4.5, 1.5
+    near = objective_call(conventions.self_forcing, shape=(2, 2, 2, 2, 16), dtype=torch.bfloat16, pool=(2, 2))
+    latents = ("student", "real", "fake", "real_uncond", "fake_uncond", "noisy", "mask")
+    apart = near._replace(**{name: far(getattr(near, name), axis, tmp_path) for name in latents})
     found = []
-    for v, out in ((near, torch.zeros_like(student)), (apart, far(torch.zeros_like(student), axis, tmp_path))):
-        scored = v["fake"], v["real"], v["real_uncond"], v["fake_uncond"]
-        latent = v["student"], *scored, v["noisy"], sigma, v["mask"], None
-        values, *moments, frame, frame_grad, _ = _cuda_dmd.codmd_forward(
-            *latent, *options, True, None, (2, 2), 0.1, 1.0, False
-        )
-        _cuda_dmd.codmd_backward(
-            out, one, None, None, None, *scored, sigma, v["mask"], None, *moments, frame_grad, torch.empty(0),
-            *options, (2, 2), 0.1, 0.0, 1.0,
-        )  # fmt: skip
-        found.append((torch.cat([values, frame]), out))
+    for call, out in (
+        (near, torch.zeros_like(near.student)),
+        (apart, far(torch.zeros_like(near.student), axis, tmp_path)),
+    ):
+        terms = cuda.objective(call, True)
+        cuda.gradient(out, ONE, call._replace(student=out, noisy=None, sample_weight=None), terms)
+        found.append((terms.terms, out))
     assert found[0][1].any()
     assert relative_error(found[1][0], found[0][0]) < 2e-6
     assert relative_error(found[1][1], found[0][1]) < 2**-8
@@ -167,33 +168,33 @@ def devices(monkeypatch):
     streams = state.streams
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=streams[d.index]))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    monkeypatch.setattr(_cuda, "_processors", lambda index: 100 + index)
-    monkeypatch.setattr(_cuda, "_tickets", {})
-    monkeypatch.setattr(_cuda, "_outgrown", [])
+    monkeypatch.setattr(cuda, "_processors", lambda index: 100 + index)
+    monkeypatch.setattr(cuda, "_tickets", {})
+    monkeypatch.setattr(cuda, "_outgrown", [])
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: zeros(*size, dtype=dtype))
-    monkeypatch.setattr(_cuda, "_lasting_zeros", lambda device, count: zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(cuda, "_lasting_zeros", lambda device, count: zeros(count, dtype=torch.int32))
     return state
 
 
 def test_work_goes_to_the_current_stream_of_the_inputs_device(devices):
     example = SimpleNamespace(device=torch.device("cuda", 1))
-    assert _cuda._place(example) == (1, 101, 7)
+    assert cuda._place(example) == (1, 101, 7)
     devices.streams[1] = 0xABC
-    assert _cuda._place(example) == (1, 101, 0xABC)
+    assert cuda._place(example) == (1, 101, 0xABC)
 
 
 def test_calls_share_counters_on_one_stream_alone_and_captured_calls_never(devices):
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    own = _cuda._counters(first, 7, 10)
-    assert _cuda._counters(first, 7, 20) is own
-    assert _cuda._counters(first, 8, 10) is not own
-    assert _cuda._counters(second, 7, 10) is not own
-    grown = _cuda._counters(first, 7, len(own) + 1)
+    own = cuda._counters(first, 7, 10)
+    assert cuda._counters(first, 7, 20) is own
+    assert cuda._counters(first, 8, 10) is not own
+    assert cuda._counters(second, 7, 10) is not own
+    grown = cuda._counters(first, 7, len(own) + 1)
     assert len(grown) > len(own)
-    assert any(kept is own for kept in _cuda._outgrown), "kernels under way still use it"
+    assert any(kept is own for kept in cuda._outgrown), "kernels under way still use it"
     devices.capturing = True
-    captured = [_cuda._counters(first, 7, 10) for _ in range(2)]
+    captured = [cuda._counters(first, 7, 10) for _ in range(2)]
     assert captured[0] is not captured[1]
     assert all(len(counters) == 10 and not counters.any() for counters in captured)
-    assert _cuda._tickets[first, 7] is grown
+    assert cuda._tickets[first, 7] is grown

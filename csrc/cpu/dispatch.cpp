@@ -5,7 +5,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "../relation_cpu.h"
+#include "backend.h"
 #include "passes.h"
 
 #if defined(CODMD_X86)

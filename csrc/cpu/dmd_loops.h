@@ -6,17 +6,17 @@
 
 #include <cstdint>
 
+#include "../dmd.h"
+
 namespace codmd {
 
 constexpr int64_t kDmdChunk = 512;
 
-// Sums over one region of one plane.
+// Sums over one chunk. All but distance and the features' over the selected elements; penalty and magnitude of d where
+// it is a number; wild is NaN once a student is not finite.
 struct DmdSums {
-  double distance = 0;                    // |x - r| over all elements
-  double penalty = 0, magnitude = 0;      // of d, over the selected elements that are not NaN
-  double student = 0, real = 0, difference = 0;
-  double wild = 0;                        // NaN once a selected student is not finite
-  int64_t selected = 0, nans = 0;
+  float distance, penalty, magnitude, student, real, difference, wild;
+  int64_t selected, nans;
 };
 
 // Runs of neighbouring pixels, read where they lie: float32 or bfloat16, one guidance, everything selected.
@@ -32,20 +32,16 @@ struct DmdLoops {
   // d := -sigma d; r := noisy - sigma r, unless noisy is null.
   void (*from_flow)(float* d, float* r, const float* noisy, float sigma, int64_t n);
   // n <= kDmdChunk. A null mask selects everything.
-  void (*moments)(const float* x, const float* r, const float* d, const uint8_t* mask, int64_t n, float huber_c,
-                  DmdSums& sums);
+  DmdSums (*moments)(const float* x, const float* r, const float* d, const uint8_t* mask, int64_t n, float huber_c);
   // out = base + factor * G(d, norm) where selected, base elsewhere.
   void (*gradient)(const float* d, const uint8_t* mask, int64_t n, float norm, float factor, float base,
                    float huber_c, bool to_num, float* out);
 
   // The two above in one loop over the latents themselves. Index: DType (no float16).
-  void (*run_moments[2])(const DmdRun& run, int64_t n, DmdSums& sums);
+  DmdSums (*run_moments[2])(const DmdRun& run, int64_t n);
   void (*run_gradient[2])(const DmdRun& run, int64_t n, float inverse_norm, float factor, float base, bool to_num,
                           void* out);
 };
-
-// Where 1/norm is a normal number, multiplying by it costs one rounding and saves the division.
-inline bool has_normal_inverse(float norm) { return norm > 0x1p-100f && norm < 0x1p100f; }
 
 extern const DmdLoops dmd_loops_baseline;
 #if defined(CODMD_X86)

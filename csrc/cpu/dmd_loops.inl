@@ -2,7 +2,6 @@
 //
 // Loops that a compiler vectorises by itself; included by one file per instruction set. Internal linkage throughout.
 #include <cmath>
-#include <limits>
 
 #include "half.h"
 
@@ -50,8 +49,7 @@ void from_flow(float* d, float* r, const float* noisy, float sigma, int64_t n) {
 }
 
 template <bool kMasked, bool kHuber>
-void moments_of(const float* x, const float* r, const float* d, const uint8_t* mask, int64_t n, float huber_c,
-                DmdSums& sums) {
+DmdSums moments_of(const float* x, const float* r, const float* d, const uint8_t* mask, int64_t n, float huber_c) {
   float distance = 0, penalty = 0, magnitude = 0, student = 0, real = 0, difference = 0, wild = 0;
   int32_t selected = 0, nans = 0;
   const float square_c = huber_c * huber_c;
@@ -73,40 +71,24 @@ void moments_of(const float* x, const float* r, const float* d, const uint8_t* m
     nans += bad;
     if (kMasked) selected += in;
   }
-  sums.distance += double(distance);
-  sums.penalty += double(penalty);
-  sums.magnitude += double(magnitude);
-  sums.student += double(student);
-  sums.real += double(real);
-  sums.difference += double(difference);
-  sums.wild += double(wild);
-  sums.selected += kMasked ? int64_t(selected) : n;
-  sums.nans += nans;
+  return {distance, penalty, magnitude, student, real, difference, wild, kMasked ? int64_t(selected) : n, nans};
 }
 
-void moments(const float* x, const float* r, const float* d, const uint8_t* mask, int64_t n, float huber_c,
-             DmdSums& sums) {
-  if (huber_c > 0)
-    (mask ? moments_of<true, true> : moments_of<false, true>)(x, r, d, mask, n, huber_c, sums);
-  else
-    (mask ? moments_of<true, false> : moments_of<false, false>)(x, r, d, mask, n, huber_c, sums);
+DmdSums moments(const float* x, const float* r, const float* d, const uint8_t* mask, int64_t n, float huber_c) {
+  if (huber_c > 0) return (mask ? moments_of<true, true> : moments_of<false, true>)(x, r, d, mask, n, huber_c);
+  return (mask ? moments_of<true, false> : moments_of<false, false>)(x, r, d, mask, n, huber_c);
 }
 
 template <bool kMasked, bool kHuber, bool kToNum, bool kDivide>
 void gradient_of(const float* d, const uint8_t* mask, int64_t n, float norm, float factor, float base, float huber_c,
                  float* out) {
-  constexpr float kLargest = std::numeric_limits<float>::max();
-  const float inverse = 1.0f / norm, square_c = huber_c * huber_c;
+  const float inverse = 1.0f / norm;
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
     float g = d[k];
-    if (kHuber) g /= std::sqrt(g * g + square_c);
+    if (kHuber) g = codmd::huber_slope(g, huber_c);
     g = kDivide ? g / norm : g * inverse;
-    if (kToNum) {
-      g = g != g ? 0.0f : g;
-      g = g > kLargest ? kLargest : g;
-      g = g < -kLargest ? -kLargest : g;
-    }
+    if (kToNum) g = codmd::to_number(g);
     const float step = factor * g;
     out[k] = base + (kMasked && mask[k] == 0 ? 0.0f : step);
   }
@@ -134,7 +116,7 @@ void gradient(const float* d, const uint8_t* mask, int64_t n, float norm, float 
 }
 
 template <class T, bool kGuided, bool kFlow>
-void run_moments_of(const DmdRun& run, int64_t n, DmdSums& sums) {
+DmdSums run_moments_of(const DmdRun& run, int64_t n) {
   const T *x = static_cast<const T*>(run.student), *f = static_cast<const T*>(run.fake);
   const T *c = static_cast<const T*>(run.real), *u = static_cast<const T*>(run.real_uncond);
   const T* noisy = static_cast<const T*>(run.noisy);
@@ -165,28 +147,17 @@ void run_moments_of(const DmdRun& run, int64_t n, DmdSums& sums) {
     magnitude += std::fabs(counted);
     nans += bad;
   }
-  sums.distance += double(distance);
-  sums.penalty += double(penalty);
-  sums.magnitude += double(magnitude);
-  sums.student += double(student);
-  sums.real += double(real);
-  sums.difference += double(difference);
-  sums.wild += double(wild);
-  sums.selected += n;
-  sums.nans += nans;
+  return {distance, penalty, magnitude, student, real, difference, wild, n, nans};
 }
 
 template <class T>
-void run_moments(const DmdRun& run, int64_t n, DmdSums& sums) {
-  if (run.noisy)
-    (run.real_uncond ? run_moments_of<T, true, true> : run_moments_of<T, false, true>)(run, n, sums);
-  else
-    (run.real_uncond ? run_moments_of<T, true, false> : run_moments_of<T, false, false>)(run, n, sums);
+DmdSums run_moments(const DmdRun& run, int64_t n) {
+  if (run.noisy) return (run.real_uncond ? run_moments_of<T, true, true> : run_moments_of<T, false, true>)(run, n);
+  return (run.real_uncond ? run_moments_of<T, true, false> : run_moments_of<T, false, false>)(run, n);
 }
 
 template <class T, bool kGuided, bool kToNum>
 void run_gradient_of(const DmdRun& run, int64_t n, float inverse_norm, float factor, float base, void* out) {
-  constexpr float kLargest = std::numeric_limits<float>::max();
   const T *f = static_cast<const T*>(run.fake), *c = static_cast<const T*>(run.real);
   const T* u = static_cast<const T*>(run.real_uncond);
   T* target = static_cast<T*>(out);
@@ -197,11 +168,7 @@ void run_gradient_of(const DmdRun& run, int64_t n, float inverse_norm, float fac
     float g = to_float(f[k]) - cv;
     if (kGuided) g -= scale * (cv - to_float(u[k]));
     g = g * sign * inverse_norm;
-    if (kToNum) {
-      g = g != g ? 0.0f : g;
-      g = g > kLargest ? kLargest : g;
-      g = g < -kLargest ? -kLargest : g;
-    }
+    if (kToNum) g = codmd::to_number(g);
     from_float(base + factor * g, target[k]);
   }
 }

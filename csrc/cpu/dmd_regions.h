@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../dmd_cpu.h"
+#include "backend.h"
 #include "dmd_loops.h"
 #include "passes.h"
 #include "valid_rows.h"
@@ -26,14 +26,15 @@ inline PlaneIndex plane_of(const Shape& shape, int64_t item) {
 // The float32 chunks of one worker: d = f - r and the guided r of the pixels at hand.
 class Chunks {
  public:
-  Chunks(const DmdScores& scores, const Grid& grid, const Latent* also)
-      : scores_(scores), loops_(dmd_loops()), load_(passes().load[int(scores.dtype)]), grid_(grid) {
+  Chunks(const DmdScores& scores, const Numbers& numbers, const Grid& grid, const Tensor* also)
+      : scores_(scores), loops_(dmd_loops()), load_(passes().load[int(scores.dtype)]), grid_(grid),
+        real_scale_(float(numbers.real_scale())), fake_scale_(float(numbers.fake_scale())) {
     const Shape& s = scores.shape;
-    const auto dense = [&](const Latent& l) { return !l.data || (l.stride[4] == 1 && l.stride[3] == s.width); };
-    const int64_t* m = scores.mask_stride;
-    const bool mask_dense = !scores.mask || (m[4] == 1 && m[3] == s.width) || (m[4] == 0 && m[3] == 0);
-    const auto neighbours = [](const Latent& l) { return !l.data || l.stride[4] == 1; };
-    direct_ = scores.dtype != DType::f16 && !scores.mask && !scores.fake_uncond.data && neighbours(scores.student) &&
+    const auto dense = [&](const Tensor& l) { return !l.data || (l.stride[4] == 1 && l.stride[3] == s.width); };
+    const int64_t* m = scores.mask.stride;
+    const bool mask_dense = !scores.mask.data || (m[4] == 1 && m[3] == s.width) || (m[4] == 0 && m[3] == 0);
+    const auto neighbours = [](const Tensor& l) { return !l.data || l.stride[4] == 1; };
+    direct_ = scores.dtype != DType::f16 && !scores.mask.data && !scores.fake_uncond.data && neighbours(scores.student) &&
               neighbours(scores.fake) && neighbours(scores.real) && neighbours(scores.real_uncond) &&
               neighbours(scores.noisy) && (!also || neighbours(*also));
     one_run_ = grid.height * grid.width == 1 && mask_dense && dense(scores.student) && dense(scores.fake) &&
@@ -45,12 +46,12 @@ class Chunks {
   bool direct() const { return direct_; }
 
   DmdRun run(const PlaneIndex& p, int64_t y, int64_t x) const {
-    const auto at = [&](const Latent& l) -> const void* {
+    const auto at = [&](const Tensor& l) -> const void* {
       return l.data ? address(l, scores_.dtype, p.b, p.f, p.c, y, x) : nullptr;
     };
     const float sigma = scores_.sigma ? sigma_of(p) : -1.0f;
     return {at(scores_.student), at(scores_.fake),     at(scores_.real), at(scores_.real_uncond),
-            at(scores_.noisy),   scores_.real_scale, sigma};
+            at(scores_.noisy),   real_scale_,        sigma};
   }
 
   int64_t regions() const { return grid_.height * grid_.width; }
@@ -74,7 +75,7 @@ class Chunks {
     read(scores_.real, p, y, x, n, r);
     const float* real_uncond = optional(scores_.real_uncond, p, y, x, n, real_uncond_);
     const float* fake_uncond = optional(scores_.fake_uncond, p, y, x, n, fake_uncond_);
-    loops_.guide(d, r, fake_uncond, real_uncond, scores_.fake_scale, scores_.real_scale, n);
+    loops_.guide(d, r, fake_uncond, real_uncond, fake_scale_, real_scale_, n);
     if (scores_.sigma) {
       const float* noisy = forward ? optional(scores_.noisy, p, y, x, n, noisy_) : nullptr;
       loops_.from_flow(d, r, noisy, sigma_of(p), n);
@@ -82,16 +83,38 @@ class Chunks {
     if (forward) read(scores_.student, p, y, x, n, student);
   }
 
+  // The sums of n pixels in double, from the latents themselves: r and d are added to real and difference.
+  void add_exact(const DmdRule& rule, const PlaneIndex& p, int64_t y, int64_t x, int64_t n, Moments& moments,
+                 double (&features)[3]) {
+    read(scores_.student, p, y, x, n, student);
+    read(scores_.fake, p, y, x, n, d);
+    read(scores_.real, p, y, x, n, r);
+    const bool guided = optional(scores_.real_uncond, p, y, x, n, real_uncond_);
+    const bool critic_guided = optional(scores_.fake_uncond, p, y, x, n, fake_uncond_);
+    if (scores_.sigma) read(scores_.noisy, p, y, x, n, noisy_);
+    const Guidance guidance{guided,      critic_guided, scores_.sigma != nullptr,
+                            real_scale_, fake_scale_,   scores_.sigma ? sigma_of(p) : 0.0f};
+    const uint8_t* selected = mask(p, y, x, n);
+    for (int64_t k = 0; k < n; ++k) {
+      double exact_r, exact_d;
+      moments.add(rule, guidance, {student[k], r[k], d[k], real_uncond_[k], fake_uncond_[k], noisy_[k]},
+                  !selected || selected[k], exact_r, exact_d);
+      features[0] += double(student[k]);
+      features[1] += exact_r;
+      features[2] += exact_d;
+    }
+  }
+
   // The mask's bytes of n pixels, or null where everything is selected.
   const uint8_t* mask(const PlaneIndex& p, int64_t y, int64_t x, int64_t n) {
-    if (!scores_.mask) return nullptr;
-    const int64_t* s = scores_.mask_stride;
-    const uint8_t* from = scores_.mask + p.b * s[0] + p.f * s[1] + p.c * s[2] + y * s[3] + x * s[4];
-    if (s[4] == 1) return from;
-    if (s[4] == 0) {
+    if (!scores_.mask.data) return nullptr;
+    const uint8_t* from = static_cast<const uint8_t*>(scores_.mask.data) + scores_.mask.offset(p.b, p.f, p.c, y, x);
+    const int64_t step = scores_.mask.stride[4];
+    if (step == 1) return from;
+    if (step == 0) {
       std::memset(mask_, *from, size_t(n));
     } else {
-      for (int64_t k = 0; k < n; ++k) mask_[k] = from[k * s[4]];
+      for (int64_t k = 0; k < n; ++k) mask_[k] = from[k * step];
     }
     return mask_;
   }
@@ -123,13 +146,13 @@ class Chunks {
     for (int64_t x = first; x < last; x += kDmdChunk) visit(y, x, std::min(kDmdChunk, last - x));
   }
 
-  void read(const Latent& latent, const PlaneIndex& p, int64_t y, int64_t x, int64_t n, float* to) const {
-    load_(address(latent, scores_.dtype, p.b, p.f, p.c, y, x), latent.stride[4], n, to);
+  void read(const Tensor& tensor, const PlaneIndex& p, int64_t y, int64_t x, int64_t n, float* to) const {
+    load_(address(tensor, scores_.dtype, p.b, p.f, p.c, y, x), tensor.stride[4], n, to);
   }
 
-  const float* optional(const Latent& latent, const PlaneIndex& p, int64_t y, int64_t x, int64_t n, float* to) const {
-    if (!latent.data) return nullptr;
-    read(latent, p, y, x, n, to);
+  const float* optional(const Tensor& tensor, const PlaneIndex& p, int64_t y, int64_t x, int64_t n, float* to) const {
+    if (!tensor.data) return nullptr;
+    read(tensor, p, y, x, n, to);
     return to;
   }
 
@@ -137,16 +160,12 @@ class Chunks {
   const DmdLoops& loops_;
   void (*load_)(const void* from, int64_t stride, int64_t n, float* to);
   const Grid grid_;
+  const float real_scale_, fake_scale_;
   bool one_run_, direct_;
   alignas(64) float real_uncond_[kDmdChunk];
   alignas(64) float fake_uncond_[kDmdChunk];
   alignas(64) float noisy_[kDmdChunk];
   alignas(64) uint8_t mask_[kDmdChunk];
 };
-
-inline int64_t latent_bytes(const DmdScores& scores) {
-  const Shape& s = scores.shape;
-  return s.batch * s.frames * s.channels * s.height * s.width * element_size(scores.dtype);
-}
 
 }  // namespace codmd

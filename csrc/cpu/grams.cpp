@@ -12,7 +12,7 @@ namespace {
 
 // Visits the maximal pieces of constant stride: visit(address, stride, offset in the chunk, length).
 template <class Visit>
-void each_run(const Latent& latent, const Shape& shape, DType dtype, int64_t b, int64_t f, int64_t first, int64_t n,
+void each_run(const Tensor& latent, const Shape& shape, DType dtype, int64_t b, int64_t f, int64_t first, int64_t n,
               const Visit& visit) {
   const int64_t* s = latent.stride;
   const int64_t plane = shape.height * shape.width;
@@ -28,11 +28,23 @@ void each_run(const Latent& latent, const Shape& shape, DType dtype, int64_t b, 
   }
 }
 
+void exact_gram(const float* rows, int64_t pitch, int64_t n, int64_t length, double* gram) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = i; j < n; ++j)
+      for (int64_t k = 0; k < length; ++k) gram[i * n + j] += double(rows[i * pitch + k]) * double(rows[j * pitch + k]);
+}
+
+double square_of(const float* row, int64_t length) {
+  double sum = 0;
+  for (int64_t k = 0; k < length; ++k) sum += double(row[k]) * double(row[k]);
+  return sum;
+}
+
 }  // namespace
 
 int64_t padded(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
 
-void load_pixels(const Latent& latent, const Shape& shape, DType dtype, int64_t b, int64_t f, int64_t first,
+void load_pixels(const Tensor& latent, const Shape& shape, DType dtype, int64_t b, int64_t f, int64_t first,
                  int64_t n, float* to) {
   const auto load = passes().load[int(dtype)];
   each_run(latent, shape, dtype, b, f, first, n, [&](const char* from, int64_t stride, int64_t at, int64_t length) {
@@ -41,7 +53,7 @@ void load_pixels(const Latent& latent, const Shape& shape, DType dtype, int64_t 
   std::fill(to + n, to + padded(n), 0.0f);
 }
 
-void store_pixels(const float* from, const Latent& latent, const Shape& shape, DType dtype, int64_t b, int64_t f,
+void store_pixels(const float* from, const Tensor& latent, const Shape& shape, DType dtype, int64_t b, int64_t f,
                   int64_t first, int64_t n) {
   const auto store = passes().store[int(dtype)];
   each_run(latent, shape, dtype, b, f, first, n, [&](const char* to, int64_t stride, int64_t at, int64_t length) {
@@ -49,9 +61,24 @@ void store_pixels(const float* from, const Latent& latent, const Shape& shape, D
   });
 }
 
-void GramSums::add(const float* students, const float* scores, int64_t length) {
-  passes().gram(students, kChunk, rows_, length, students_.data());
-  passes().gram(scores, kChunk, 2 * rows_, length, scores_.data());
+void GramSums::add(const float* students, const float* scores, int64_t length, bool exact) {
+  const auto gram = exact ? exact_gram : passes().gram;
+  gram(students, kChunk, rows_, length, students_.data());
+  gram(scores, kChunk, 2 * rows_, length, scores_.data());
+  if (exact) gram(scores + 2 * rows_ * kChunk, kChunk, rows_, length, fakes_.data());
+}
+
+void GramSums::clear() {
+  for (auto* sums : {&students_, &scores_, &fakes_, &fake_squared_}) std::fill(sums->begin(), sums->end(), 0.0);
+}
+
+bool GramSums::in_range() const {
+  const auto holds = [](double square) { return square > 1e-24 && square < 1e34; };
+  for (int64_t i = 0; i < rows_; ++i)
+    if (!holds(students_[size_t(i * rows_ + i)]) || !holds(scores_[size_t(i * 2 * rows_ + i)]) ||
+        !holds(fake_squared_[size_t(i)]))
+      return false;
+  return true;
 }
 
 void GramSums::merge(const GramSums& other) {
@@ -60,17 +87,26 @@ void GramSums::merge(const GramSums& other) {
   };
   sum(students_, other.students_);
   sum(scores_, other.scores_);
+  sum(fakes_, other.fakes_);
   sum(fake_squared_, other.fake_squared_);
 }
 
-double fake_squared(const float* real, const float* difference, int64_t length, float* scratch) {
-  std::memcpy(scratch, real, size_t(length) * sizeof(float));
-  passes().accumulate(1.0f, difference, scratch, length);
-  return passes().subtract(real, scratch, length);
+double subtract(const float* real, float* fake, int64_t length, bool exact, float* kept) {
+  if (!exact) return passes().subtract(real, fake, length);
+  std::memcpy(kept, fake, size_t(length) * sizeof(float));
+  passes().subtract(real, fake, length);
+  return square_of(kept, length);
+}
+
+double fake_squared(const float* real, const float* difference, int64_t length, bool exact, float* kept) {
+  std::memcpy(kept, real, size_t(length) * sizeof(float));
+  passes().accumulate(1.0f, difference, kept, length);
+  return exact ? square_of(kept, length) : passes().subtract(real, kept, length);
 }
 
 void add_gathered(const float* gathered, int64_t pitch, int64_t features, const std::vector<int32_t>& rows,
-                  const Worker& worker, float* buffer, GramSums& sums) {
+                  const Worker& worker, bool exact, float* buffer, GramSums& sums) {
+  sums.clear();
   const int64_t n = int64_t(rows.size()), chunks = chunks_of(features), end = worker.end(chunks);
   for (int64_t chunk = worker.begin(chunks); chunk < end; ++chunk) {
     const int64_t start = chunk * kChunk, length = std::min(kChunk, features - start);
@@ -81,9 +117,9 @@ void add_gathered(const float* gathered, int64_t pitch, int64_t features, const 
         std::fill(to + length, to + padded(length), 0.0f);
       }
       sums.add_fake_squared(i, fake_squared(buffer + (n + i) * kChunk, buffer + (2 * n + i) * kChunk, padded(length),
-                                            buffer + 3 * n * kChunk));
+                                            exact, buffer + (3 * n + i) * kChunk));
     }
-    sums.add(buffer, buffer + n * kChunk, padded(length));
+    sums.add(buffer, buffer + n * kChunk, padded(length), exact);
   }
 }
 

@@ -14,26 +14,26 @@ Inner<double> RowProducts::pair(int n, int i, int j) const {
     const double* const right[3] = {x + at_j, r + at_j, d + at_j};
     double sums[5];
     passes().inner(left, right, features, sums);
-    return {sums[0], sums[1], sums[2], sums[3], sums[4]};
+    return {sums[0], sums[1], sums[2], sums[3], sums[4], 0.0};
   }
   const int low = std::min(i, j), high = std::max(i, j);
   const auto score = [&](int a, int b) { return scores[int64_t(a) * 2 * n + b]; };
   return {students[int64_t(low) * n + high], score(low, high), score(i, n + j), score(j, n + i),
-          score(n + low, n + high)};
+          score(n + low, n + high), 0.0};
+}
+
+double RowProducts::fakes(int n, int i, int j) const {
+  if (!x) return i == j ? fake_squared[i] : fake_pairs[int64_t(std::min(i, j)) * n + std::max(i, j)];
+  const int64_t at_i = row[i] * features, at_j = row[j] * features;
+  double sum = 0;
+  for (int64_t k = 0; k < features; ++k) sum += (r[at_i + k] + d[at_i + k]) * (r[at_j + k] + d[at_j + k]);
+  return sum;
 }
 
 Norms<double> RowProducts::norms(int n, int i) const {
-  double squared = 0;
-  if (x) {
-    const int64_t at = row[i] * features;
-    for (int64_t k = 0; k < features; ++k) {
-      const double f = r[at + k] + d[at + k];
-      squared += f * f;
-    }
-  } else {
-    squared = fake_squared[i];
-  }
-  return codmd::norms(pair(n, i, i), squared);
+  Inner<double> own = pair(n, i, i);
+  own.ff = fakes(n, i, i);
+  return codmd::norms(own);
 }
 
 double Relation::divergence() const {
@@ -49,15 +49,24 @@ void Relation::diverge(int row, double temperature, double* scratch) {
   double* similarity = similarity_.data() + size_t(row) * n_;
   double* shift = excess_.data() + size_t(row) * n_;
   for (int j = 0; j < n_; ++j) {
-    const Inner<double> pair = products_.pair(n_, row, j);
-    similarity[j] = cosine(pair, norms_[size_t(row)], norms_[size_t(j)]);
-    shift[j] = score_difference(pair, norms_[size_t(row)], norms_[size_t(j)]);
+    const Norms<double>&left = norms_[size_t(row)], &right = norms_[size_t(j)];
+    Inner<double> pair = products_.pair(n_, row, j);
+    if (left.scores_clamped || right.scores_clamped) pair.ff = products_.fakes(n_, row, j);
+    similarity[j] = cosine(pair, left, right);
+    shift[j] = score_difference(pair, left, right);
   }
   kl_[size_t(row)] = centred_kl_row(similarity, shift, scratch, scratch + n_, n_, temperature);
 }
 
 void Relation::gradient(int row, double temperature, double* matrix_row) const {
   gradient_row(row, similarity_.data(), excess_.data(), norms_.data(), n_, temperature, matrix_row);
+}
+
+void Relation::narrow(int row, const double* matrix_row, double divisor, float* out, const int32_t* columns) const {
+  for (int j = 0; j < n_; ++j) {
+    const bool holds = float_holds_matrix(norms_[size_t(row)].student, norms_[size_t(j)].student);
+    out[columns ? columns[j] : j] = holds ? float(matrix_row[j] / divisor) : NAN;
+  }
 }
 
 RelationTeam::RelationTeam(std::vector<Relation>& relations, double temperature, int threads)

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "../algebra.h"
-#include "../relation_cpu.h"
 #include "parallel.h"
 
 namespace codmd {
@@ -18,10 +17,11 @@ struct RowProducts {
   const double *x = nullptr, *r = nullptr, *d = nullptr;
   const int32_t* row = nullptr;
   int64_t features = 0;
-  // Upper triangles: students [n, n], scores [2n, 2n] of the rows r then d; |f_i|^2 [n].
-  const double *students = nullptr, *scores = nullptr, *fake_squared = nullptr;
+  // Upper triangles: students [n, n], scores [2n, 2n] of the rows r then d, fakes [n, n]; |f_i|^2 [n].
+  const double *students = nullptr, *scores = nullptr, *fake_pairs = nullptr, *fake_squared = nullptr;
 
-  Inner<double> pair(int n, int i, int j) const;
+  Inner<double> pair(int n, int i, int j) const;  // but for ff
+  double fakes(int n, int i, int j) const;        // f_i . f_j
   Norms<double> norms(int n, int i) const;
 };
 
@@ -44,6 +44,8 @@ class Relation {
   void normalise(int row);
   void diverge(int row, double temperature, double* scratch);              // scratch [2n]
   void gradient(int row, double temperature, double* matrix_row) const;    // row of M, [n]
+  // out[columns[j]] = matrix_row[j] / divisor as float32; null columns stand for 0 .. n - 1.
+  void narrow(int row, const double* matrix_row, double divisor, float* out, const int32_t* columns) const;
 
  private:
   int n_ = 0;
@@ -96,11 +98,5 @@ class RelationTeam {
 
 // out[k] = scale * sum_j matrix_row[j] * x_j[k] over the short features of a relation.
 void feature_gradient(const RowProducts& products, int n, const double* matrix_row, double scale, float* out);
-
-inline void write_terms(const Weights& weights, double batch, double frame, float* terms) {
-  terms[0] = float(weights.batch * batch + weights.frame * frame);
-  terms[1] = float(batch);
-  terms[2] = float(frame);
-}
 
 }  // namespace codmd

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../relation_cpu.h"
+#include "../types.h"
 
 namespace codmd {
 
@@ -34,12 +34,8 @@ struct ValidRows {
   std::vector<int32_t> sample;  // b
 };
 
-inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-inline const char* address(const Latent& latent, DType dtype, int64_t b, int64_t f, int64_t c, int64_t y, int64_t x) {
-  const int64_t* s = latent.stride;
-  return static_cast<const char*>(latent.data) +
-         (b * s[0] + f * s[1] + c * s[2] + y * s[3] + x * s[4]) * element_size(dtype);
+inline const char* address(const Tensor& tensor, DType dtype, int64_t b, int64_t f, int64_t c, int64_t y, int64_t x) {
+  return static_cast<const char*>(tensor.data) + tensor.offset(b, f, c, y, x) * element_size(dtype);
 }
 
 }  // namespace codmd

@@ -5,17 +5,16 @@
 // critic that tracks the teacher keeps its digits. With sigma, predictions are velocities and x0 = noisy - sigma v.
 #pragma once
 
-#include "broadcast.h"
-#include "dmd_algebra.h"
+#include "../dmd.h"
 #include "feature_row.h"
 
 namespace codmd::cuda {
 
 struct Predictions {
-  Tensor fake, real, real_uncond, fake_uncond, noisy;  // null data: absent
+  Tensor real, fake, real_uncond, fake_uncond, noisy;  // null data: absent
   const float* sigma;                                  // [B, F] by strides, or null
   int64_t sigma_stride[2];
-  float real_scale, fake_scale;  // k in c + k (c - u)
+  Number<float> real_scale, fake_scale;  // k in c + k (c - u)
 
   CODMD_DEVICE float sigma_of(const Unit& unit) const {
     return sigma ? sigma[unit.b * sigma_stride[0] + unit.f * sigma_stride[1]] : 0.0f;
@@ -25,18 +24,18 @@ struct Predictions {
 // The predictions of one unit.
 template <class T>
 struct PredictionViews {
-  View<T> fake, real, real_uncond, fake_uncond, noisy;
+  View<T> real, fake, real_uncond, fake_uncond, noisy;
   float real_scale, fake_scale, sigma;
   bool flow;
 
   CODMD_DEVICE PredictionViews(const Predictions& p, const Unit& unit)
-      : fake(p.fake, unit),
-        real(p.real, unit),
+      : real(p.real, unit),
+        fake(p.fake, unit),
         real_uncond(p.real_uncond, unit),
         fake_uncond(p.fake_uncond, unit),
         noisy(p.noisy, unit),
-        real_scale(p.real_scale),
-        fake_scale(p.fake_scale),
+        real_scale(p.real_scale()),
+        fake_scale(p.fake_scale()),
         sigma(p.sigma_of(unit)),
         flow(p.sigma != nullptr) {}
 
@@ -71,6 +70,19 @@ CODMD_UNROLL
       if (want_real) r[i] = other[i] - sigma * r[i];
     }
   }
+
+  CODMD_DEVICE Guidance guidance() const {
+    return {real_uncond.data != nullptr, fake_uncond.data != nullptr, flow, real_scale, fake_scale, sigma};
+  }
+  // One element as the models said it.
+  CODMD_DEVICE Element at(const View<T>& student, int64_t row, int64_t column) const {
+    const auto value = [&](const View<T>& view) {
+      float out[1] = {0.0f};
+      if (view.data) view.read(row, column, out, Count<1>{});
+      return double(out[0]);
+    };
+    return {value(student), value(real), value(fake), value(real_uncond), value(fake_uncond), value(noisy)};
+  }
 };
 
 // One byte an element, by strides; null selects everything.
@@ -85,9 +97,9 @@ struct Selection {
   }
 };
 
-// A unit's sums: |x - r|, penalty, |d|, then elements selected, with d NaN, with x not finite.
+// A unit's sums: |x - r|, penalty, |d|, then elements selected, with d NaN, wild.
 struct UnitMoments {
-  float sums[3];
+  double sums[3];
   uint32_t counts[3];
 };
 
@@ -106,36 +118,42 @@ struct DmdPass {
   float* partial;         // feature tables [splits, B, F, 3K + 1], or null without a relation
 
   struct Sums {
-    Values<float, 6> at;  // |x - r|, penalty, |d|, x, r, d
+    Values<double, 3> moments;  // |x - r|, penalty, |d|
+    Values<float, 3> features;  // x, r, d
     Values<uint32_t, 3> counts;
   };
 
   CODMD_DEVICE void operator()(Block& block) const {
     const Unit unit = cut.at(block.index(), kVector<T>);
     const bool valid = mask.valid(unit.b, unit.f);
-    PerThread<Values<float, 6>> sums;
+    PerThread<Values<double, 3>> sums;
+    PerThread<Values<float, 3>> features;
     PerThread<Values<uint32_t, 3>> counts;
     block.each([&](int t) {
       Sums own{};
       add(unit, t, partial && valid, own);
-      sums[t] = own.at;
+      sums[t] = own.moments;
+      features[t] = own.features;
       counts[t] = own.counts;
     });
-    const PerThread<float> total = block_sum(block, sums);
+    const PerThread<double> total = block_sum(block, sums);
     const PerThread<uint32_t> elements = block_sum(block, counts);
     UnitMoments& out = moments[block.index()];
     block.each([&](int t) {
-      if (t < 3) {
-        out.sums[t] = total[t];
-        out.counts[t] = elements[t];
-      }
-      if (!partial) return;
+      if (t >= 3) return;
+      out.sums[t] = total[t];
+      out.counts[t] = elements[t];
+    });
+    if (!partial) return;
+    const PerThread<float> means = block_sum(block, features);
+    block.each([&](int t) {
       const FeatureRow row(cut, unit, block.index(), partial);
-      if (t >= 3 && t < 6) row.write(t - 3, total[t]);
-      if (t == 6) row.write_count(valid);
+      if (t < 3) row.write(t, means[t]);
+      if (t == 3) row.write_count(valid);
     });
   }
 
+  // Float32 within a chunk, double from chunk to chunk.
   CODMD_DEVICE void add(const Unit& unit, int thread, bool pool, Sums& sums) const {
     const View<T> student_view(student, unit);
     const PredictionViews<T> views(predictions, unit);
@@ -146,10 +164,11 @@ struct DmdPass {
       student_view.read(row, column, x, count);
       views.read(row, column, d, r, true, count);
       if (pool) {
-        sums.at.at[3] += sum_of<n>(x);
-        sums.at.at[4] += sum_of<n>(r);
-        sums.at.at[5] += sum_of<n>(d);
+        sums.features.at[0] += sum_of<n>(x);
+        sums.features.at[1] += sum_of<n>(r);
+        sums.features.at[2] += sum_of<n>(d);
       }
+      uint32_t counts[3] = {0, 0, 0};
 CODMD_UNROLL
       for (int i = 0; i < n; ++i) {
         r[i] = fabsf(x[i] - r[i]);
@@ -157,22 +176,46 @@ CODMD_UNROLL
           d[i] = 0.0f;
           continue;
         }
-        sums.counts.at[0] += 1;
-        sums.counts.at[2] += fabsf(x[i]) <= 3.402823466e38f ? 0 : 1;
+        counts[0] += 1;
+        counts[2] += fabsf(x[i]) <= kLargestFloat ? 0 : 1;
         if (d[i] != d[i]) {
-          sums.counts.at[1] += 1;
+          counts[1] += 1;
           d[i] = 0.0f;
         }
       }
-      sums.at.at[0] += sum_of<n>(r);
+      const float distance = sum_of<n>(r);
 CODMD_UNROLL
       for (int i = 0; i < n; ++i) {
         x[i] = rule.penalty(d[i]);
         d[i] = fabsf(d[i]);
       }
-      sums.at.at[1] += sum_of<n>(x);
-      sums.at.at[2] += sum_of<n>(d);
+      const float penalty = sum_of<n>(x), magnitude = sum_of<n>(d);
+      if (!in_range(distance, penalty, magnitude))
+        return add_exact(views, student_view, selected, row, column, n, sums);
+      sums.moments.at[0] += double(distance);
+      sums.moments.at[1] += double(penalty);
+      sums.moments.at[2] += double(magnitude);
+CODMD_UNROLL
+      for (int i = 0; i < 3; ++i) sums.counts.at[i] += counts[i];
     });
+  }
+
+  CODMD_DEVICE void add_exact(const PredictionViews<T>& views, const View<T>& student_view, const uint8_t* selected,
+                              int64_t row, int64_t column, int n, Sums& sums) const {
+    Moments own{};
+CODMD_ROLLED
+    for (int i = 0; i < n; ++i) {
+      double r, d;
+      own.add(rule, views.guidance(), views.at(student_view, row, column + i),
+              selection.at(selected, row, column + i), r, d);
+    }
+    const double moments[3] = {own.distance, own.penalty, own.magnitude};
+    const int64_t counts[3] = {own.selected, own.nans, own.wild};
+CODMD_UNROLL
+    for (int i = 0; i < 3; ++i) {
+      sums.moments.at[i] += moments[i];
+      sums.counts.at[i] += uint32_t(counts[i]);
+    }
   }
 };
 
@@ -185,11 +228,12 @@ struct DmdFinishPass {
   int64_t samples, frames, units, frame_size;  // units to a frame, elements to a frame
   DmdRule rule;
   const float* sample_weight;  // [B], or null
-  bool magnitude;
+  Numbers numbers;
   const UnitMoments* moments;  // [B, F, units]
   Moments* by_frame;           // [B, F]
   SampleValue* by_sample;      // [B]
-  float *values, *norms, *factors;
+  float *loss, *terms;  // [2] = loss, mean|g|; [5], or null where a later pass writes the terms
+  float *norms, *factors;
   uint32_t* counter;
 
   CODMD_DEVICE void operator()(Block& block) const {
@@ -211,7 +255,7 @@ struct DmdFinishPass {
       for (int64_t u = t % kWarp; u < units; u += kWarp)
 CODMD_UNROLL
         for (int i = 0; i < 3; ++i) {
-          sums[t].at[i] += double(own[u].sums[i]);
+          sums[t].at[i] += own[u].sums[i];
           counts[t].at[i] += uint64_t(own[u].counts[i]);
         }
     });
@@ -246,14 +290,14 @@ CODMD_UNROLL
           const Moments own = segment(b, f);
           if (rule.scope != NormScope::batch)
             norms[at] = rule.first_alone && start == 0 ? 1.0f
-                                                       : rule.guarded(own.distance / double((f - start) * frame_size));
+                                                       : norm_of_sum(rule, own.distance, (f - start) * frame_size);
           value.add_segment(rule, own, norms[at]);
           counts[t].at[0] += uint64_t(own.selected);
         }
         value.finish(rule);
         by_sample[b] = value;
         sums[t].at[0] += value.weighted(rule, weight(b));
-        sums[t].at[1] += value.magnitude;
+        sums[t].at[1] += value.weighted_magnitude(rule, weight(b));
       }
     });
     const PerThread<double> total = block_sum(block, sums);
@@ -268,9 +312,8 @@ CODMD_UNROLL
     const int64_t count = int64_t(*shared_count);
     block.each([&](int t) {
       if (t == 0) {
-        const double reduced = rule.sum ? 1.0 : double(count);
-        values[0] = count ? float(rule.coefficient * (shared[0] / reduced)) : 0.0f;
-        values[1] = count && magnitude ? float(shared[1] / double(count)) : 0.0f;
+        write_loss(rule, shared[0], shared[1], count, loss);
+        if (terms) write_terms(terms, 0.0, 0.0, numbers, loss);
       }
       for (int64_t b = t; b < samples; b += kThreads) factors[b] = by_sample[b].factor(rule, weight(b), count);
     });
@@ -284,54 +327,12 @@ CODMD_UNROLL
     });
     const PerThread<double> total = block_sum(block, sum);
     block.each([&](int t) {
-      if (t == 0) norms[0] = rule.guarded(total[t] / double(samples * frames * frame_size));
+      if (t == 0) norms[0] = norm_of_sum(rule, total[t], samples * frames * frame_size);
     });
     block.sync();
   }
 
   CODMD_DEVICE double weight(int64_t b) const { return sample_weight ? double(sample_weight[b]) : 1.0; }
-};
-
-// upstream * factor * G(d, norm) plus the relation's share, rounded once. Reads neither student nor noisy.
-template <class T>
-struct DmdBackwardPass {
-  static constexpr const char* kName = "dmd_backward_pass";
-  static constexpr int kBlocksPerMultiprocessor = 2;
-
-  Cut cut;
-  Predictions predictions;
-  Selection selection;
-  DmdRule rule;
-  const float *norms, *factors;
-  Scale upstream;
-  bool dmd;  // false: no gradient reaches the distribution matching term
-  FeatureGradient relation;
-  Tensor out;
-
-  CODMD_DEVICE void operator()(Block& block) const {
-    const Unit unit = cut.at(block.index(), kVector<T>);
-    const float share = relation.at(cut, unit);
-    const float own = dmd ? factors[unit.b] : 0.0f;
-    const float factor = own == 0.0f ? 0.0f : upstream() * own;
-    const bool active = dmd && own != 0.0f;
-    const Direction direction(rule, norms[rule.norm_of(unit.b, unit.f, cut.shape.frames)]);
-    const PredictionViews<T> views(predictions, unit);
-    const uint8_t* selected = selection.start(unit);
-    T* to = static_cast<T*>(const_cast<void*>(out.data)) + out.offset(unit.b, unit.f, unit.c, unit.y, unit.x);
-    block.each([&](int t) {
-      each_chunk<T>(cut, unit, out, t, [&](int64_t row, int64_t column, auto count) {
-        constexpr int n = decltype(count)::value;
-        float d[n], r[n];
-        if (active) views.read(row, column, d, r, false, count);
-CODMD_UNROLL
-        for (int i = 0; i < n; ++i) {
-          const bool moved = active && selection.at(selected, row, column + i);
-          d[i] = moved ? factor * direction(d[i]) + share : share;
-        }
-        store<T>(to + row * out.stride[3] + column * out.stride[4], d, count);
-      });
-    });
-  }
 };
 
 }  // namespace codmd::cuda

@@ -5,9 +5,6 @@
 
 namespace codmd::cuda {
 
-// A row of a table: x (K floats: student), r (real), d (fake - real), then how many frames it stands for.
-CODMD_HD inline int64_t row_pitch(int64_t features) { return 3 * features + 1; }
-
 // Where a unit's part of its frame's row goes: the tables of all splits [splits, B, F, 3K + 1] add up to the means.
 struct FeatureRow {
   float* row;

@@ -86,12 +86,18 @@ struct GramProducts {
   CODMD_DEVICE bool valid(int64_t i) const { return validity(b, i); }
   CODMD_DEVICE Inner<float> pair(int64_t i, int64_t j) const {
     const int64_t at = i * n + j;
-    return {grams.xx[at], grams.rr[at], grams.rd[at], grams.rd[j * n + i], grams.dd[at]};
+    const float xx = grams.xx[at], rr = grams.rr[at], rd = grams.rd[at], dr = grams.rd[j * n + i], dd = grams.dd[at];
+    // Paired so that they cancel exactly when f_i or f_j is zero.
+    return {xx, rr, rd, dr, dd, (rr + dr) + (rd + dd)};
   }
-  CODMD_DEVICE Norms<float> norm(int64_t i) const { return norms(pair(i, i), grams.ff[i]); }
+  CODMD_DEVICE Norms<float> norm(int64_t i) const {
+    Inner<float> own = pair(i, i);
+    own.ff = grams.ff[i];
+    return norms(own);
+  }
   CODMD_DEVICE Related relate(int64_t i, int64_t j) const {
     const Inner<float> own = pair(i, j);
-    if (unit_norms) return {student_cosine(i, j), own.dr + own.dd + own.rd};
+    if (unit_norms) return {student_cosine(i, j), unit_score_difference(own)};
     const Norms<float> left = norm(i), right = norm(j);
     return {cosine(own, left, right), score_difference(own, left, right)};
   }

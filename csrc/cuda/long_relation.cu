@@ -30,7 +30,7 @@ PixelRows pixels_of(const LongRows& rows) {
 
 // Enough blocks to fill the device, none with fewer than eight chunks of pixels.
 int64_t gram_splits(const Run& run, const Shape& shape) {
-  const int64_t features = shape.channels * shape.height * shape.width, chunks = (features + kChunk - 1) / kChunk;
+  const int64_t features = shape.pixels(), chunks = (features + kChunk - 1) / kChunk;
   const int64_t blocks = shape.batch * panel_pairs(shape.frames);
   const int64_t wanted = (kWaves * run.processors + blocks - 1) / blocks;
   const int64_t splits = wanted < chunks / 8 ? wanted : chunks / 8;
@@ -41,7 +41,7 @@ int64_t gram_splits(const Run& run, const Shape& shape) {
 
 int64_t long_counters(int64_t relations, int64_t n) { return relations * panel_pairs(n); }
 
-TermPart long_relation(const Run& run, Arena& arena, const LongRows& rows, float temperature, float scale,
+TermPart long_relation(const Run& run, Arena& arena, const LongRows& rows, Number<float> temperature, float scale,
                        float*& matrix) {
   const int64_t relations = rows.shape.batch, n = rows.shape.frames, splits = gram_splits(run, rows.shape);
   const int64_t pairs = relations * panel_pairs(n);
@@ -80,8 +80,8 @@ void long_means(const Run& run, const Arena& arena, const LongRows& rows, float*
   });
 }
 
-void long_mix(const Run& run, const Arena& arena, const LongRows& rows, const float* matrix, Scale scale,
-              const float* batch_grad, Scale batch_scale, const Tensor& out, int64_t first_row, int64_t count) {
+void long_mix(const Run& run, const Arena& arena, const LongRows& rows, const float* matrix, Scale<float> scale,
+              const float* batch_grad, Scale<float> batch_scale, const Tensor& out, int64_t first_row, int64_t count) {
   if (arena.counting()) return;
   const PixelRows pixels = pixel_rows(rows.shape, element_size(rows.dtype), {rows.student, out});
   with_type(rows.dtype, [&](auto element) {
@@ -93,42 +93,38 @@ void long_mix(const Run& run, const Arena& arena, const LongRows& rows, const fl
   });
 }
 
-void long_terms(const Run& run, const Arena& arena, const TermPart& frames, const TermPart& batch,
-                const float* given_frame, const RelationWeights& weights, float* terms, float* frame_term) {
-  if (arena.counting()) return;
-  const Weights narrow{float(weights.temperature), float(weights.batch), float(weights.frame)};
-  launch(TermsPass{frames, batch, given_frame, narrow, terms, frame_term}, 1, 2, run.stream);
+void long_terms(const Run& run, const Arena& arena, const TermsPass& pass) {
+  if (!arena.counting()) launch(pass, 1, 2, run.stream);
 }
 
-void long_forward(const Run& run, Arena& arena, const LongRows& rows, const RelationWeights& weights,
-                  bool pooled_features, float* frame_grad, float* batch_grad, float* pooled, float* terms,
-                  float* frame_term) {
+void long_forward(const Run& run, Arena& arena, const LongRows& rows, const Numbers& numbers, bool pooled_features,
+                  const float* dmd, const Found& found) {
   const Shape& shape = rows.shape;
-  const int64_t features = shape.channels * shape.height * shape.width, samples = shape.batch;
-  const float temperature = float(weights.temperature);
+  const int64_t features = shape.pixels(), samples = shape.batch;
+  const Scale<float> one{nullptr, nullptr, {1.0f, nullptr}, {1.0f, nullptr}};
   TermPart frames{}, batch{};
-  if (frame_grad) {
-    float* matrix = pooled_features ? nullptr : frame_grad;
+  if (found.frame_grad) {
+    float* matrix = pooled_features ? nullptr : found.frame_grad;
     LongRows units = rows;
     if (pooled_features) {
       const float* table = static_cast<const float*>(rows.student.data);
       units = unit_rows(run, arena, table, samples, shape.frames, features);
     }
-    frames = long_relation(run, arena, units, temperature, 1.0f / float(samples), matrix);
-    const Tensor out{frame_grad, {shape.frames * features, features, 0, 0, 1}};
-    if (pooled_features)
-      long_mix(run, arena, units, matrix, {nullptr, nullptr, 1.0f}, nullptr, {}, out, 0, shape.frames);
+    frames = long_relation(run, arena, units, numbers.temperature, 1.0f / float(samples), matrix);
+    const Tensor out{found.frame_grad, {shape.frames * features, features, 0, 0, 1}};
+    if (pooled_features) long_mix(run, arena, units, matrix, one, nullptr, one, out, 0, shape.frames);
   }
-  if (batch_grad && !pooled) pooled = arena.take<float>(samples * row_pitch(features));
-  if (batch_grad || pooled) long_means(run, arena, rows, pooled);
-  if (batch_grad) {
+  float* pooled = found.rows;
+  if (found.batch_grad && !pooled) pooled = arena.take<float>(samples * row_pitch(features));
+  if (found.batch_grad || pooled) long_means(run, arena, rows, pooled);
+  if (found.batch_grad) {
     float* matrix = nullptr;
     const LongRows table = unit_rows(run, arena, pooled, 1, samples, features);
-    batch = long_relation(run, arena, table, temperature, 1.0f, matrix);
-    const Tensor out{batch_grad, {0, features, 0, 0, 1}};
-    long_mix(run, arena, table, matrix, {nullptr, nullptr, 1.0f}, nullptr, {}, out, 0, samples);
+    batch = long_relation(run, arena, table, numbers.temperature, 1.0f, matrix);
+    const Tensor out{found.batch_grad, {0, features, 0, 0, 1}};
+    long_mix(run, arena, table, matrix, one, nullptr, one, out, 0, samples);
   }
-  long_terms(run, arena, frames, batch, nullptr, weights, terms, frame_term);
+  long_terms(run, arena, {frames, batch, numbers, dmd, nullptr, false, found.terms});
 }
 
 std::string device_problem(int device) {

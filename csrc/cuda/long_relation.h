@@ -22,24 +22,22 @@ LongRows unit_rows(const Run& run, Arena& arena, const float* table, int64_t rel
 
 // scale * M [relations, n, n] into `matrix`, or, where that is null, into the workspace. The returned part points to
 // divergences in the workspace.
-TermPart long_relation(const Run& run, Arena& arena, const LongRows& rows, float temperature, float scale,
+TermPart long_relation(const Run& run, Arena& arena, const LongRows& rows, Number<float> temperature, float scale,
                        float*& matrix);
 
 // Means over the rows that take part, [relations, 3K + 1].
 void long_means(const Run& run, const Arena& arena, const LongRows& rows, float* out);
 
 // out[b, i] = scale * sum_j matrix[b, first_row + i, j] x[b, j] + batch_scale / valid * batch_grad[b].
-void long_mix(const Run& run, const Arena& arena, const LongRows& rows, const float* matrix, Scale scale,
-              const float* batch_grad, Scale batch_scale, const Tensor& out, int64_t first_row, int64_t count);
+void long_mix(const Run& run, const Arena& arena, const LongRows& rows, const float* matrix, Scale<float> scale,
+              const float* batch_grad, Scale<float> batch_scale, const Tensor& out, int64_t first_row, int64_t count);
 
-void long_terms(const Run& run, const Arena& arena, const TermPart& frames, const TermPart& batch,
-                const float* given_frame, const RelationWeights& weights, float* terms, float* frame_term);
+void long_terms(const Run& run, const Arena& arena, const TermsPass& pass);
 
-// The whole of a forward pass: any output may be null, a null gradient leaves its term out. With `pooled_features`
-// frame_grad is [B, F, K], otherwise the matrices [B, F, F].
-void long_forward(const Run& run, Arena& arena, const LongRows& rows, const RelationWeights& weights,
-                  bool pooled_features, float* frame_grad, float* batch_grad, float* pooled, float* terms,
-                  float* frame_term);
+// The whole of a forward pass. With `pooled_features` frame_grad is [B, F, K], otherwise the matrices [B, F, F]; `dmd`
+// is (loss, mean|g|) of an objective, or null.
+void long_forward(const Run& run, Arena& arena, const LongRows& rows, const Numbers& numbers, bool pooled_features,
+                  const float* dmd, const Found& found);
 
 int64_t long_counters(int64_t relations, int64_t n);
 

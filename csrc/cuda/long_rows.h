@@ -9,16 +9,6 @@
 
 namespace codmd::cuda {
 
-// weight * total + term, of upstream gradients on the device, or a constant where both are absent.
-struct Scale {
-  const float *total, *term;
-  float weight;
-  CODMD_DEVICE float operator()() const {
-    if (!total && !term) return weight;
-    return (total ? weight * *total : 0.0f) + (term ? *term : 0.0f);
-  }
-};
-
 // psi_x | psi_r | psi_d | valid frames [B, 3K + 1], the means over the frames that take part.
 template <class T>
 struct MeanPass {
@@ -101,7 +91,7 @@ struct UnitPass {
       if (t < 5) shared[t] = total[t];
     });
     block.sync();
-    const Norms<float> norm = norms({shared[0], shared[1], shared[2], shared[2], shared[3]}, shared[4]);
+    const Norms<float> norm = norms(Inner<float>{shared[0], shared[1], shared[2], shared[2], shared[3], shared[4]});
     block.each([&](int t) {
       for (int64_t k = t; valid && k < features; k += kThreads) {
         const float r = from[features + k];
@@ -126,7 +116,7 @@ struct DivergencePass {
   float* grams;
   Validity validity;
   const float* unit_norms;  // of GramProducts
-  float temperature;
+  Number<float> temperature;
   float *similarity, *excess, *divergence, *counts;
 
   CODMD_HD static int64_t blocks_per_relation(int64_t n) { return (n + kWarps - 1) / kWarps; }
@@ -136,7 +126,7 @@ struct DivergencePass {
     const int64_t first = (block.index() - b * each) * kWarps;
     const GramProducts products{grams_at(grams, b, n), validity, unit_norms, b, n};
     const int64_t count = count_valid(products, n);
-    diverge_rows(block, products, n, count, first, temperature, similarity + b * n * n, excess + b * n * n,
+    diverge_rows(block, products, n, count, first, temperature(), similarity + b * n * n, excess + b * n * n,
                  divergence + b * n);
     block.each([&](int t) {
       if (first == 0 && t == 0) counts[b] = float(count);
@@ -153,14 +143,15 @@ struct MatrixPass {
   float* grams;
   Validity validity;
   const float* unit_norms;  // of GramProducts
-  float temperature, scale;
+  Number<float> temperature;
+  float scale;
   const float *similarity, *excess, *counts;
   float* matrix;
 
   CODMD_DEVICE void operator()(Block& block) const {
     const int64_t each = DivergencePass::blocks_per_relation(n), b = quotient(block.index(), each);
     const GramProducts products{grams_at(grams, b, n), validity, unit_norms, b, n};
-    gradient_rows(block, products, n, int64_t(counts[b]), (block.index() - b * each) * kWarps, temperature, scale,
+    gradient_rows(block, products, n, int64_t(counts[b]), (block.index() - b * each) * kWarps, temperature(), scale,
                   similarity + b * n * n, excess + b * n * n, matrix + b * n * n);
   }
 };
@@ -186,9 +177,11 @@ struct TermsPass {
   static constexpr int kBlocksPerMultiprocessor = 1;
 
   TermPart frames, batch;
-  const float* given_frame;  // the frame term when `frames` is absent, or null
-  Weights weights;
-  float *terms, *frame_term;  // either may be null
+  Numbers numbers;
+  const float* dmd;   // (loss, mean|g|) of an objective, or null
+  const float* kept;  // the terms of the stage before a gather, or null
+  bool objective;     // which `kept` are of
+  float* terms;
 
   CODMD_DEVICE void operator()(Block& block) const {
     PerThread<Values<float, 2>> sums;
@@ -205,9 +198,10 @@ struct TermsPass {
     block.sync();
     block.each([&](int t) {
       if (t != 0) return;
-      const float frame = given_frame ? *given_frame : shared[0];
-      if (frame_term) *frame_term = frame;
-      if (terms) write_terms(terms, shared[1], frame, weights);
+      if (kept)
+        write_gathered_terms(terms, shared[1], numbers, kept, objective);
+      else
+        write_terms(terms, shared[1], shared[0], numbers, dmd);
     });
   }
 };
@@ -227,9 +221,9 @@ struct MixPass {
   int64_t first_row, count;  // rows wanted
   Validity validity;
   const float* matrix;       // [B, n, n], or null
-  Scale scale;
+  Scale<float> scale;
   const float* batch_grad;   // [B, K], shared by the frames of the mask; or null
-  Scale batch_scale;
+  Scale<float> batch_scale;
 
   CODMD_DEVICE void operator()(Block& block) const {
     constexpr int vector = kVector<T>;

@@ -14,8 +14,6 @@ constexpr int64_t kWaves = 4;
 constexpr int64_t kChunksPerThread = 2;
 constexpr int64_t kMostSplits = 32;
 
-inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 // Whether 16-byte boundaries fall on the same elements of all tensors, wherever a row starts.
 inline bool boundaries_agree(const Shape& shape, int64_t bytes, std::initializer_list<Tensor> tensors) {
   const int64_t vector = 16 / bytes, sizes[4] = {shape.batch, shape.frames, shape.channels, shape.height};

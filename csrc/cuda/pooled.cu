@@ -22,87 +22,68 @@ struct GatheredPass {
   static constexpr const char* kName = "gathered_pass";
   static constexpr int kBlocksPerMultiprocessor = 2;
 
-  const float* pooled;
-  int64_t samples, first_row, rows;
-  int features;
-  Weights weights;
-  float grad_scale;
-  const float* frame_term;
+  Gathered all;
+  Numbers numbers;
   float *terms, *batch_grad;
 
   CODMD_DEVICE void operator()(Block& block) const {
-    const int64_t size = samples * row_pitch(features);
+    const int features = int(all.features);
+    const int64_t size = all.samples * row_pitch(features);
     float* table = block.shared() + kReserved;
     block.each([&](int t) {
-      for (int64_t at = t; at < size; at += kThreads) table[at] = pooled[at];
+      for (int64_t at = t; at < size; at += kThreads) table[at] = all.rows[at];
     });
     block.sync();
-    const float batch = fused_relation(block, table, features, samples, first_row, rows, weights.temperature,
-                                       grad_scale, batch_grad, table + size);
+    const float batch = fused_relation(block, table, features, all.samples, all.first, all.count,
+                                       float(numbers.temperature()), float(all.scale), batch_grad, table + size);
     block.each([&](int t) {
-      if (t == 0) write_terms(terms, batch, *frame_term, weights);
+      if (t == 0) write_gathered_terms(terms, batch, numbers, all.kept, all.objective);
     });
   }
 };
 
 }  // namespace
 
-PooledPlan plan_pooled(const Run& run, Arena& arena, const Cut& split, const Cut& whole,
-                              const RelationWeights& weights, const PooledOutputs& outputs) {
+PooledPlan plan_pooled(const Run& run, Arena& arena, const Cut& split, const Cut& whole, const Numbers& numbers,
+                       const float* dmd, const Found& found) {
   const Shape& shape = split.shape;
-  const int64_t features = split.features(), rows = shape.batch * shape.frames;
+  const int64_t features = split.features(), rows = shape.rows();
   PooledPlan plan;
-  plan.fused = fits_fused(shape, features, outputs.frame_grad, outputs.batch_grad);
+  plan.fused = fits_fused(shape, features, found.frame_grad, found.batch_grad);
   plan.cut = plan.fused ? split : whole;
   plan.partial = arena.take<float>(plan.cut.splits * rows * row_pitch(features));
-  float* pooled = outputs.pooled;
+  float* pooled = found.rows;
   float* losses = nullptr;
   if (plan.fused) {
     losses = arena.take<float>(shape.batch);
-    if (outputs.batch_grad && !pooled) pooled = arena.take<float>(shape.batch * row_pitch(features));
+    if (found.batch_grad && !pooled) pooled = arena.take<float>(shape.batch * row_pitch(features));
   }
-  plan.finish = {shape.batch,
-                 shape.frames,
-                 plan.cut.splits,
-                 int(features),
-                 {float(weights.temperature), float(weights.batch), float(weights.frame)},
-                 plan.partial,
-                 pooled,
-                 losses,
-                 outputs.frame_grad,
-                 outputs.batch_grad,
-                 outputs.terms,
-                 outputs.frame_term,
-                 run.counters};
+  plan.finish = {shape.batch,      shape.frames,     plan.cut.splits, int(features), numbers,
+                 plan.partial,     pooled,           losses,          found.frame_grad,
+                 found.batch_grad, found.terms,      dmd,             run.counters};
   return plan;
 }
 
 // The relations of the tables that the pass wrote.
-void finish_pooled(const Run& run, Arena& arena, const PooledPlan& plan, const RelationWeights& weights,
-                   const PooledOutputs& outputs) {
+void finish_pooled(const Run& run, Arena& arena, const PooledPlan& plan, const Found& found) {
   const Shape& shape = plan.cut.shape;
   const int64_t features = plan.cut.features();
   if (!plan.fused) {
     const LongRows table = table_rows(plan.partial, shape.batch, shape.frames, features);
-    long_forward(run, arena, table, weights, true, outputs.frame_grad, outputs.batch_grad, outputs.pooled,
-                 outputs.terms, outputs.frame_term);
+    long_forward(run, arena, table, plan.finish.numbers, true, plan.finish.dmd, found);
   } else if (!arena.counting()) {
-    const int64_t frames = shared_floats(shape.frames, features, outputs.frame_grad);
-    const int64_t batch = shared_floats(shape.batch, features, outputs.batch_grad);
+    const int64_t frames = shared_floats(shape.frames, features, found.frame_grad);
+    const int64_t batch = shared_floats(shape.batch, features, found.batch_grad);
     launch(plan.finish, shape.batch, frames > batch ? frames : batch, run.stream);
   }
 }
 
-bool finish_gathered(const Run& run, const Arena& arena, const float* pooled, int64_t samples, int64_t features,
-                     int64_t first_row, int64_t rows, const float* frame_term, const RelationWeights& weights,
-                     double grad_scale, float* terms, float* batch_grad) {
-  const int64_t shared = fused_floats(samples, features);
-  if (samples > kFusedRows || shared > kFusedFloats) return false;
+bool finish_gathered(const Run& run, const Arena& arena, const Gathered& all, const Numbers& numbers, float* terms,
+                     float* batch_grad) {
+  const int64_t shared = fused_floats(all.samples, all.features);
+  if (all.samples > kFusedRows || shared > kFusedFloats) return false;
   if (arena.counting()) return true;
-  const Weights narrow{float(weights.temperature), float(weights.batch), float(weights.frame)};
-  const GatheredPass pass{pooled, samples,           first_row,  rows,  int(features),
-                          narrow, float(grad_scale), frame_term, terms, batch_grad};
-  launch(pass, 1, shared, run.stream);
+  launch(GatheredPass{all, numbers, terms, batch_grad}, 1, shared, run.stream);
   return true;
 }
 

@@ -50,7 +50,7 @@ struct FeatureProducts {
     const Values<float, 2> sum = sums_over<2>(features, [&](int64_t k, Values<float, 2>& sums) {
       const float r = b[features + k], e = b[2 * features + k];
       sums.at[0] += a[k] * b[k];
-      sums.at[1] += a[2 * features + k] * (r + e) + a[features + k] * e;
+      sums.at[1] += a[2 * features + k] * (r + e) + a[features + k] * e;  // Delta_ij of algebra.h
     });
     return {sum.at[0] / (fabsf(norms[i]) * fabsf(norms[j])), sum.at[1]};
   }
@@ -67,7 +67,7 @@ CODMD_DEVICE float make_unit(float* row, int features) {
     sums.at[3] += d * d;
     sums.at[4] += (r + d) * (r + d);
   });
-  const Norms<float> norm = norms({sum.at[0], sum.at[1], sum.at[2], sum.at[2], sum.at[3]}, sum.at[4]);
+  const Norms<float> norm = norms(Inner<float>{sum.at[0], sum.at[1], sum.at[2], sum.at[2], sum.at[3], sum.at[4]});
   for (int k = 0; k < features; ++k) {
     const float r = row[features + k];
     row[features + k] = r / norm.real;
@@ -113,36 +113,28 @@ CODMD_DEVICE float fused_relation(Block& block, float* table, int features, int6
   return count > 1 ? loss / float(count) : 0.0f;
 }
 
-struct Weights {
-  float temperature, batch, frame;
-};
-
-CODMD_DEVICE void write_terms(float* terms, float batch, float frame, const Weights& weights) {
-  terms[0] = (weights.batch ? weights.batch * batch : 0.0f) + (weights.frame ? weights.frame * frame : 0.0f);
-  terms[1] = batch;
-  terms[2] = frame;
-}
-
 struct FinishPass {
   static constexpr const char* kName = "finish_pass";
   static constexpr int kBlocksPerMultiprocessor = 2;
 
   int64_t samples, frames, splits;
   int features;
-  Weights weights;
+  Numbers numbers;
   const float* partial;  // [splits, B, F, 3K + 1]: adding the splits gives the table of the frames
   float* rows;           // [B, 3K + 1], or null
   float* losses;         // [B]: the samples' frame terms
   float* frame_grad;     // [B, F, K], or null: the frame term is 0
   float* batch_grad;     // [B, K], or null: the batch term is 0
-  float* terms;          // [3] total, batch, frame; or null
-  float* frame_term;     // [1], or null
+  float* terms;
+  const float* dmd;      // (loss, mean|g|) of an objective, or null
   uint32_t* counter;
 
   CODMD_DEVICE void operator()(Block& block) const {
     sample(block, block.index());
     if (block.is_last(counter, uint32_t(samples))) all(block);
   }
+
+  CODMD_DEVICE float temperature() const { return float(numbers.temperature()); }
 
   CODMD_DEVICE void sample(Block& block, int64_t b) const {
     const int64_t pitch = row_pitch(features), size = frames * pitch;
@@ -170,7 +162,7 @@ struct FinishPass {
     block.sync();
     float loss = 0.0f;
     if (frame_grad)
-      loss = fused_relation(block, table, features, frames, 0, frames, weights.temperature, 1.0f / float(samples),
+      loss = fused_relation(block, table, features, frames, 0, frames, temperature(), 1.0f / float(samples),
                             frame_grad + b * frames * features, table + size);
     block.each([&](int t) {
       if (t == 0) losses[b] = loss;
@@ -186,7 +178,7 @@ struct FinishPass {
         for (int64_t at = t; at < samples * pitch; at += kThreads) table[at] = rows[at];
       });
       block.sync();
-      batch = fused_relation(block, table, features, samples, 0, samples, weights.temperature, 1.0f, batch_grad,
+      batch = fused_relation(block, table, features, samples, 0, samples, temperature(), 1.0f, batch_grad,
                              table + samples * pitch);
     }
     block.each([&](int t) {
@@ -194,8 +186,7 @@ struct FinishPass {
       float frame = 0.0f;
       for (int64_t b = 0; b < samples; ++b) frame += losses[b];
       frame /= float(samples);
-      if (frame_term) *frame_term = frame;
-      if (terms) write_terms(terms, batch, frame, weights);
+      write_terms(terms, batch, frame, numbers, dmd);
     });
   }
 };

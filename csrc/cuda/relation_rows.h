@@ -27,7 +27,7 @@ CODMD_DEVICE int64_t count_valid(const Products& products, int64_t n) {
   return count;
 }
 
-// Rows first .. first + kWarps - 1: similarities S, excess p - q, and the divergence KL(p_i || q_i); 0 in rows and
+// Rows first .. first + kWarps - 1: similarities S, excess q - p, and the divergence KL(p_i || q_i); 0 in rows and
 // columns that take no part, and everywhere when fewer than two do.
 template <class Products>
 CODMD_DEVICE void diverge_rows(Block& block, const Products& products, int64_t n, int64_t count, int64_t first,
@@ -108,9 +108,9 @@ CODMD_DEVICE void diverge_rows(Block& block, const Products& products, int64_t n
     sum[t] = {};
     each_column(t, [&](int64_t at, int64_t j) {
       const float q = weight(t, j) / partition, log_q = (similarity[at] - top[t]) / temperature - log_partition;
-      const float x = excess[at], y = x - log_z, change = probability_change(q, log_q, y);
+      const float x = excess[at], y = x - log_z, change = probability_excess(q, log_q, y);
       excess[at] = change;
-      sum[t].at[0] += beyond ? (q + change) * y : change * x;
+      sum[t].at[0] += beyond ? (q - change) * y : -change * x;
     });
     direct[t].at[0] = beyond ? 0.0f : log_z;
   });
@@ -127,7 +127,7 @@ template <class Products>
 CODMD_DEVICE void gradient_rows(Block& block, const Products& products, int64_t n, int64_t count, int64_t first,
                                 float temperature, float scale, const float* similarity, const float* excess,
                                 float* matrix) {
-  const float unit = -scale / (temperature * float(count > 0 ? count : 1));
+  const float unit = scale / (temperature * float(count > 0 ? count : 1));
   PerThread<Values<float, 1>> radial;
   const auto each_entry = [&](int t, auto use) {
     const int64_t i = first + t / kWarp;
@@ -146,7 +146,8 @@ CODMD_DEVICE void gradient_rows(Block& block, const Products& products, int64_t 
         const float norm = products.student_norm(i);
         const float tangent = i == j && norm > 0.0f ? h - radial[t].at[0] : h;
         // One norm after the other: the product of two small ones would leave float32's range.
-        entry = tangent / fabsf(norm) / fabsf(products.student_norm(j));
+        const float other = products.student_norm(j);
+        entry = float_holds_matrix(fabsf(norm), fabsf(other)) ? tangent / fabsf(norm) / fabsf(other) : NAN;
       }
       matrix[i * n + j] = entry;
     });

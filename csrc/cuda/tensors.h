@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "elements.h"
-#include "types.h"
+#include "../types.h"
 
 namespace codmd::cuda {
 

@@ -3,7 +3,7 @@
 
 namespace codmd::cuda {
 
-// Raised whenever a bound function changes its arguments or their meaning; codmd/ops/_cuda_binary.py names the same number.
-constexpr int kAbiVersion = 1;
+// Raised whenever a bound function changes its arguments or their meaning; codmd/ops/backends/cuda_binary.py names the same number.
+constexpr int kAbiVersion = 2;
 
 }  // namespace codmd::cuda

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../algebra.h"
-#include "../relation_cpu.h"
+#include "../cpu/backend.h"
 
 namespace {
 
@@ -52,6 +52,7 @@ struct Problem {
       sum.rd += r[a] * d[b];
       sum.dr += d[a] * r[b];
       sum.dd += d[a] * d[b];
+      sum.ff += (r[a] + d[a]) * (r[b] + d[b]);
     }
     return sum;
   }
@@ -62,7 +63,9 @@ struct Problem {
     for (int i = 0; i < n; ++i) {
       T squared = 0;
       for (int k = i * features; k < (i + 1) * features; ++k) squared += (r[k] + d[k]) * (r[k] + d[k]);
-      norms.push_back(codmd::norms(pair(i, i), squared));
+      codmd::Inner<T> own = pair(i, i);
+      own.ff = squared;
+      norms.push_back(codmd::norms(own));
     }
     std::vector<T> similarity(n * n), excess(n * n), q(n), log_q(n);
     T sum = 0;
@@ -196,7 +199,7 @@ struct Block {
     latent.data = bytes.data();
   }
   std::vector<char> bytes;
-  codmd::Latent latent;
+  codmd::Tensor latent;
 };
 
 // `expected` receives the terms of the first instruction set and holds the others to them.
@@ -217,21 +220,30 @@ void passes(std::vector<float>& expected) {
               const codmd::FrameMask frames{masked ? mask.data() : nullptr, {s.frames, 1}};
               const int64_t features = grid.features(s), row = grid.every_pixel() ? s.frames : features;
               std::vector<float> terms(3), frame_grad(size_t(s.batch * s.frames * row)), batch_grad(size_t(s.batch * features));
-              std::vector<float> pooled(size_t(s.batch * (3 * features + 1))), staged(3), frame(1);
+              std::vector<float> pooled(size_t(s.batch * (3 * features + 1))), staged(3);
               const codmd::Scores scores{s, dtype, x.latent, r.latent, f.latent, frames, grid};
-              const codmd::Weights weights{0.1, 0.5, 2.0};
-              codmd::relation_forward(scores, weights, 3, terms.data(), frame_grad.data(), batch_grad.data());
-              codmd::relation_frames(scores, weights, 3, frame.data(), frame_grad.data(), pooled.data());
-              codmd::relation_batch(pooled.data(), s.batch, features, 0, s.batch, frame.data(), weights, 1.0, 2,
-                                    staged.data(), batch_grad.data());
+              const codmd::Numbers numbers{{0.1, nullptr}, {0.5, nullptr}, {2.0, nullptr}, {}, {}, {}};
+              codmd::Found found{terms.data(), nullptr, nullptr, frame_grad.data(), batch_grad.data(), nullptr};
+              codmd::relation(scores, numbers, 3, found);
+              codmd::relation(scores, numbers, 3,
+                              {staged.data(), nullptr, nullptr, frame_grad.data(), nullptr, pooled.data()});
+              const std::vector<float> kept = staged;
+              codmd::gathered({pooled.data(), s.batch, features, 0, s.batch, 1.0, kept.data(), false}, numbers, 2,
+                              staged.data(), batch_grad.data());
               if (first) expected.insert(expected.end(), terms.begin(), terms.end());
               for (const float term : terms) {
                 const float other = expected[at++];
                 check(std::fabs(term - other) <= 2e-5f * (1e-3f + other), "instruction sets agree");
               }
               check(std::fabs(staged[0] - terms[0]) <= 1e-5f * (1e-3f + std::fabs(terms[0])), "two stages equal one");
-              codmd::relation_backward(s, dtype, x.latent, out.latent, frames, grid, frame_grad.data(),
-                                       batch_grad.data(), 1.0, 1.0, 3);
+              const float one = 1.0f;
+              const codmd::Upstream upstream{&one, nullptr, nullptr, &one};
+              codmd::DmdScores shape_only{};
+              shape_only.shape = s, shape_only.dtype = dtype;
+              if (grid.every_pixel())
+                codmd::whole_gradient(s, dtype, x.latent, frames, numbers, upstream, 3, found, out.latent);
+              else
+                codmd::gradient(shape_only, {}, frames, grid, numbers, upstream, 3, found, out.latent);
             }
 }
 

@@ -14,6 +14,7 @@
 
 namespace {
 
+using namespace codmd;
 using namespace codmd::cuda;
 
 int failures = 0;
@@ -122,49 +123,53 @@ void functions_stay_inside_their_memory() {
           const FrameMask mask{masked ? valid.data() : nullptr, {s.frames, 1}};
           const bool pooled_path = grid.height > 0;
           const int64_t features = s.channels * (pooled_path ? grid.height * grid.width : s.height * s.width);
-          std::vector<float> terms(4), frame_grad(size_t(s.batch * s.frames * (pooled_path ? features : s.frames)));
+          std::vector<float> terms(5), frame_grad(size_t(s.batch * s.frames * (pooled_path ? features : s.frames)));
           std::vector<float> batch_grad(size_t(s.batch * features)), pooled(size_t(s.batch * (3 * features + 1)));
-          std::vector<uint32_t> counters(size_t(relation_counters(s.batch, s.frames)));
+          std::vector<uint32_t> counters(size_t(counters_of(s.batch, s.frames)));
           const auto run = [&](auto function) {
             std::vector<char> workspace(size_t(function(Run{0, 4, 0, 0, nullptr})));
             function(Run{0, 4, 0, reinterpret_cast<uintptr_t>(workspace.data()), counters.data()});
             for (uint32_t counter : counters) check(counter == 0, "counters rest at zero");
           };
-          const RelationScores scores{s, DType::f32, x.tensor, r.tensor, f.tensor, mask, grid};
-          const RelationWeights weights{0.1, 0.5, 2.0};
-          run([&](const Run& r_) {
-            return relation_forward(r_, scores, weights, terms.data(), frame_grad.data(), batch_grad.data());
-          });
+          const Scores scores{s, DType::f32, x.tensor, r.tensor, f.tensor, mask, grid};
+          const Numbers numbers{{0.1, nullptr}, {0.5, nullptr}, {2.0, nullptr}, {1.0, nullptr}, {1.5, nullptr}, {}};
+          const Found both{terms.data(), nullptr, nullptr, frame_grad.data(), batch_grad.data(), nullptr};
+          run([&](const Run& r_) { return codmd::cuda::relation(r_, scores, numbers, both); });
           check(std::isfinite(terms[0]) && terms[0] >= 0.0f, "a divergence is finite and not negative");
           const std::vector<float> whole = terms;
           run([&](const Run& r_) {
-            return relation_frames(r_, scores, weights, terms.data() + 3, frame_grad.data(), pooled.data());
+            return codmd::cuda::relation(r_, scores, numbers,
+                                         {terms.data(), nullptr, nullptr, frame_grad.data(), nullptr, pooled.data()});
           });
+          const std::vector<float> kept = terms;
+          const Gathered all{pooled.data(), s.batch, features, 0, s.batch, 1.0, kept.data(), false};
           run([&](const Run& r_) {
-            return relation_batch(r_, pooled.data(), s.batch, features, 0, s.batch, terms.data() + 3, weights, 1.0,
-                                  terms.data(), batch_grad.data());
+            return codmd::cuda::gathered(r_, all, numbers, terms.data(), batch_grad.data());
           });
           check(std::fabs(terms[0] - whole[0]) <= 1e-5f * (1e-3f + whole[0]), "two stages equal one");
           const float one = 1.0f;
-          relation_backward(Run{0, 4, 0, 0, nullptr}, s, DType::f32, x.tensor, out.tensor, mask, grid,
-                            {&one, nullptr, nullptr}, frame_grad.data(), batch_grad.data(), 1.0, 1.0);
-
-          if (!pooled_path) continue;
+          const Run bare{0, 4, 0, 0, nullptr};
+          const Upstream upstream{&one, nullptr, nullptr, nullptr};
+          if (!pooled_path) {
+            whole_gradient(bare, s, DType::f32, x.tensor, mask, numbers, upstream, both, out.tensor);
+            continue;
+          }
+          DmdScores shape_only{};
+          shape_only.shape = s;
+          gradient(bare, shape_only, {}, mask, grid, numbers, upstream, both, out.tensor);
           DmdRule rule{};
           rule.scope = NormScope::block, rule.block = 2, rule.coefficient = 0.5;
           DmdScores dmd{};
-          dmd.shape = s, dmd.student = x.tensor, dmd.fake = f.tensor, dmd.real = r.tensor, dmd.real_uncond = f.tensor;
-          dmd.real_scale = 1.5f;
+          dmd.shape = s, dmd.student = x.tensor, dmd.real = r.tensor, dmd.fake = f.tensor, dmd.real_uncond = f.tensor;
           if (masked) dmd.mask = {selected.data(), {x.tensor.stride[0], x.tensor.stride[1], x.tensor.stride[2],
                                                    x.tensor.stride[3], x.tensor.stride[4]}};
-          std::vector<float> values(2), norms(size_t(s.batch * rule.segments(s.frames))), factors(size_t(s.batch));
+          std::vector<float> norms(size_t(rule.norms(s))), factors(size_t(s.batch));
+          const Found found{terms.data(), norms.data(), factors.data(), frame_grad.data(), batch_grad.data(), nullptr};
           run([&](const Run& r_) {
-            return codmd_forward(r_, dmd, rule, true, mask, grid, 0.1, values.data(), norms.data(), factors.data(),
-                                 terms.data() + 3, frame_grad.data(), pooled.data());
+            return objective(r_, dmd, rule, true, mask, grid, numbers, found);
           });
-          check(std::isfinite(values[0]) && values[0] >= 0.0f, "the loss is finite and not negative");
-          dmd_backward(Run{0, 4, 0, 0, nullptr}, dmd, rule, norms.data(), factors.data(), {&one, nullptr, nullptr, nullptr},
-                       mask, grid, frame_grad.data(), batch_grad.data(), 1.0, 1.0, out.tensor);
+          check(std::isfinite(terms[1]) && terms[1] >= 0.0f, "the loss is finite and not negative");
+          gradient(bare, dmd, rule, mask, grid, numbers, upstream, found, out.tensor);
         }
 }
 

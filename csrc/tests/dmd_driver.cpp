@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "../dmd_cpu.h"
+#include "../cpu/backend.h"
 
 namespace {
 
@@ -51,7 +51,7 @@ class Block {
     latent_.data = data_.get();
   }
 
-  const Latent& latent() const { return latent_; }
+  const Tensor& latent() const { return latent_; }
 
   double at(int64_t b, int64_t f, int64_t c, int64_t y, int64_t x) const {
     const int64_t* s = latent_.stride;
@@ -77,7 +77,7 @@ class Block {
   }
 
   DType dtype_;
-  Latent latent_{};
+  Tensor latent_{};
   std::unique_ptr<uint8_t[]> data_;
 };
 
@@ -108,27 +108,25 @@ void run(const Case& one) {
   if (one.critic_guided) scores.fake_uncond = fu.latent();
   if (one.flow) scores.noisy = noisy.latent(), scores.sigma = sigma.data();
   scores.sigma_stride[0] = s.frames, scores.sigma_stride[1] = 1;
-  if (one.masked) scores.mask = mask.data();
+  if (one.masked) scores.mask.data = mask.data();
   const int64_t sizes[5] = {s.batch, s.frames, s.channels, s.height, s.width};
-  for (int64_t axis = 4, stride = 1; axis >= 0; stride *= sizes[axis--]) scores.mask_stride[axis] = stride;
-  scores.real_scale = 2.5f, scores.fake_scale = 0.5f;
+  for (int64_t axis = 4, stride = 1; axis >= 0; stride *= sizes[axis--]) scores.mask.stride[axis] = stride;
+  const Numbers numbers{{0.1, nullptr}, {0.1, nullptr}, {0.1, nullptr}, {1.0, nullptr}, {2.5, nullptr}, {0.5, nullptr}};
 
-  std::vector<int64_t> edges{0};
-  while (edges.back() < s.frames) edges.push_back(one.scope == NormScope::block ? edges.back() + 1 : s.frames);
   DmdRule rule{};
-  rule.scope = one.scope, rule.edges = edges.data(), rule.segments = int64_t(edges.size()) - 1;
-  rule.coefficient = 0.5;
+  rule.scope = one.scope, rule.block = 1, rule.coefficient = 0.5;
 
   const int64_t features = one.grid.features(s);
-  std::vector<float> values(2), norms(size_t(one.scope == NormScope::batch ? 1 : s.batch * rule.segments)),
-      factors(size_t(s.batch)), term(1), frame_grad(size_t(s.batch * s.frames * features)),
-      pooled(size_t(s.batch * (3 * features + 1))), batch_grad(size_t(s.batch * features), 0.25f);
-  const RelationPart relation{{nullptr, {0, 0}}, one.grid, 0.1};
-  codmd_forward(scores, rule, relation, one.threads, values.data(), norms.data(), factors.data(), term.data(),
-                s.frames > 1 ? frame_grad.data() : nullptr, pooled.data());
-  std::vector<float> alone(2);
-  dmd_forward(scores, rule, one.threads, alone.data(), norms.data(), factors.data());
-  check(std::fabs(alone[0] - values[0]) <= 1e-6f * std::fabs(values[0]), "one pass or two, the same loss");
+  std::vector<float> terms(5), norms(size_t(rule.norms(s))), factors(size_t(s.batch)),
+      frame_grad(size_t(s.batch * s.frames * features)), pooled(size_t(s.batch * (3 * features + 1))),
+      batch_grad(size_t(s.batch * features), 0.25f);
+  float* frames = s.frames > 1 ? frame_grad.data() : nullptr;
+  objective(scores, rule, true, {}, one.grid, numbers, one.threads,
+            {terms.data(), norms.data(), factors.data(), frames, batch_grad.data(), pooled.data()});
+  std::vector<float> alone(5);
+  objective(scores, rule, false, {}, {1, 1}, numbers, one.threads,
+            {alone.data(), norms.data(), factors.data(), nullptr, nullptr, nullptr});
+  check(std::fabs(alone[1] - terms[1]) <= 1e-6f * std::fabs(terms[1]), "one pass or two, the same loss");
 
   double loss = 0, selected = 0;
   const auto difference = [&](int64_t b, int64_t fr, int64_t ch, int64_t y, int64_t xx) {
@@ -145,25 +143,25 @@ void run(const Case& one) {
           for (int64_t y = 0; y < s.height; ++y)
             for (int64_t xx = 0; xx < s.width; ++xx, ++at) {
               const double norm = double(norms[one.scope == NormScope::batch   ? 0
-                                               : one.scope == NormScope::block ? size_t(b * rule.segments + fr)
+                                               : one.scope == NormScope::block ? size_t(b * s.frames + fr)
                                                                                : size_t(b)]);
               body(difference(b, fr, ch, y, xx) / norm, !one.masked || mask[at], out.at(b, fr, ch, y, xx));
             }
   };
   each([&](double g, bool in, double) { loss += in ? g * g : 0, selected += in; });
-  check(std::fabs(0.5 * loss / selected - values[0]) <= 1e-5 * values[0], "the loss is half the mean of g^2");
+  check(std::fabs(0.5 * loss / selected - terms[1]) <= 1e-5 * terms[1], "the loss is half the mean of g^2");
 
-  const RelationPart without{{nullptr, {0, 0}}, {1, 1}, 0.1};
-  dmd_backward(scores, rule, norms.data(), factors.data(), selected, true, without, nullptr, nullptr, 0, 0,
-               out.latent(), one.threads);
+  const float whole = float(selected);
+  gradient(scores, rule, {}, {1, 1}, numbers, {&whole, nullptr, nullptr, nullptr}, one.threads,
+           {nullptr, norms.data(), factors.data(), nullptr, nullptr, nullptr}, out.latent());
   const double rounding = one.dtype == DType::f32 ? 1e-5 : one.dtype == DType::f16 ? 1e-3 : 8e-3;
   bool exact = true;
   each([&](double g, bool in, double written) {
     exact &= std::fabs((in ? g : 0) - written) <= rounding * std::fabs(g) + 1e-5;
   });
   check(exact, "the gradient is g over the number of selected elements");
-  dmd_backward(scores, rule, norms.data(), factors.data(), 1.0, true, relation,
-               s.frames > 1 ? frame_grad.data() : nullptr, batch_grad.data(), 0.1, 0.1, out.latent(), one.threads);
+  gradient(scores, rule, {}, one.grid, numbers, {&whole, nullptr, nullptr, nullptr}, one.threads,
+           {nullptr, norms.data(), factors.data(), frames, batch_grad.data(), nullptr}, out.latent());
 }
 
 }  // namespace

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "every_pixel.h"
+//
+// The relation of features that keep every pixel: latents are streamed once per direction, in chunks.
+#include "relation.h"
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "grams.h"
-#include "parallel.h"
 #include "passes.h"
-#include "relations.h"
-#include "valid_rows.h"
 
 namespace codmd {
 namespace {
@@ -36,19 +35,22 @@ class Stream {
         for (int64_t b = begin; b < end; ++b) own.frames.emplace_back(valid.count(b));
       if (batch) own.batch.emplace_back(samples);
       own.student.resize(size_t(rows * kChunk));
-      own.scores.resize(size_t(2 * rows * kChunk));
+      own.scores.resize(size_t(3 * rows * kChunk));
       own.psi_rows = batch ? samples : 1;
       if (psi.wanted()) {
         own.psi_student.resize(size_t(own.psi_rows * kChunk));
-        own.psi_scores.resize(size_t((2 * own.psi_rows + 1) * kChunk));
+        own.psi_scores.resize(size_t(3 * own.psi_rows * kChunk));
       }
     }
   }
 
-  void read(const Worker& worker) {
-    const int64_t pixels = scores_.shape.channels * scores_.shape.height * scores_.shape.width;
+  void read(const Worker& worker, bool exact) {
+    const int64_t pixels = scores_.shape.pixels();
     const int64_t chunks = chunks_of(pixels), last = worker.end(chunks);
     PerWorker& own = workers_[size_t(worker.index)];
+    own.exact = exact;
+    for (auto* grams : {&own.frames, &own.batch})
+      for (GramSums& sums : *grams) sums.clear();
     for (int64_t chunk = worker.begin(chunks); chunk < last; ++chunk) {
       const int64_t first = chunk * kChunk, n = std::min(kChunk, pixels - first);
       int64_t slot = 0;
@@ -59,7 +61,7 @@ class Stream {
         keep(own, b, slot, first, n);
         if (batch_ && valid_.count(b) > 0) ++slot;
       }
-      if (batch_) own.batch[0].add(own.psi_student.data(), own.psi_scores.data(), padded(n));
+      if (batch_) own.batch[0].add(own.psi_student.data(), own.psi_scores.data(), padded(n), exact);
     }
   }
 
@@ -70,6 +72,13 @@ class Stream {
       for (size_t other = 1; other < workers_.size(); ++other) sums(0, item).merge(sums(other, item));
   }
 
+  bool in_range() const {
+    for (const auto* grams : {&workers_[0].frames, &workers_[0].batch})
+      for (const GramSums& sums : *grams)
+        if (!sums.in_range()) return false;
+    return true;
+  }
+
   RowProducts frame_products(int64_t b) const { return workers_[0].frames[size_t(b - begin_)].products(); }
   RowProducts batch_products() const { return workers_[0].batch[0].products(); }
 
@@ -78,6 +87,7 @@ class Stream {
     std::vector<GramSums> frames, batch;
     std::vector<float> student, scores, psi_student, psi_scores;
     int64_t psi_rows = 0;
+    bool exact = false;
   };
 
   GramSums& sums(size_t worker, int64_t item) {
@@ -94,19 +104,19 @@ class Stream {
       load_pixels(scores_.student, scores_.shape, scores_.dtype, b, f, first, n, own.student.data() + i * kChunk);
       load_pixels(scores_.real, scores_.shape, scores_.dtype, b, f, first, n, real);
       load_pixels(scores_.fake, scores_.shape, scores_.dtype, b, f, first, n, fake);
-      const double squared = passes().subtract(real, fake, padded(n));
+      const double squared = subtract(real, fake, padded(n), own.exact, fake + rows * kChunk);
       if (frames_) own.frames[size_t(b - begin_)].add_fake_squared(i, squared);
     }
-    if (frames_) own.frames[size_t(b - begin_)].add(own.student.data(), own.scores.data(), padded(n));
+    if (frames_) own.frames[size_t(b - begin_)].add(own.student.data(), own.scores.data(), padded(n), own.exact);
   }
 
-  // psi of sample b into row `slot`; the last row of psi_scores serves |psi_f|^2.
+  // psi of sample b into row `slot`.
   void average(PerWorker& own, int64_t b, int64_t slot, int64_t n) {
     const int64_t rows = valid_.count(b), length = padded(n);
     float* student = own.psi_student.data() + slot * kChunk;
     float* real = own.psi_scores.data() + slot * kChunk;
     float* difference = own.psi_scores.data() + (own.psi_rows + slot) * kChunk;
-    float* fake = own.psi_scores.data() + 2 * own.psi_rows * kChunk;
+    float* fake = own.psi_scores.data() + (2 * own.psi_rows + slot) * kChunk;
     if (batch_ && rows == 0) return;
     for (float* row : {student, real, difference}) std::fill(row, row + length, 0.0f);
     for (int64_t i = 0; i < rows; ++i) {
@@ -116,7 +126,7 @@ class Stream {
       passes().accumulate(share, own.scores.data() + (rows + i) * kChunk, difference, length);
     }
     if (!batch_) return;
-    own.batch[0].add_fake_squared(slot, fake_squared(real, difference, length, fake));
+    own.batch[0].add_fake_squared(slot, fake_squared(real, difference, length, own.exact, fake));
   }
 
   void keep(const PerWorker& own, int64_t b, int64_t slot, int64_t first, int64_t n) const {
@@ -141,18 +151,15 @@ class Stream {
 
 // Every worker holds its own Grams: long videos must not multiply them without bound.
 int affordable_workers(int threads, const Shape& s, DType dtype, int64_t samples_a_pass) {
-  const int64_t latent = s.batch * s.frames * s.channels * s.height * s.width * element_size(dtype);
+  const int64_t latent = s.bytes(dtype);
   const int64_t grams = 5 * s.frames * s.frames * int64_t(sizeof(double)) * samples_a_pass;
   const int64_t budget = std::max<int64_t>(int64_t(64) << 20, latent / 4);
   return int(std::max<int64_t>(1, std::min<int64_t>(useful_threads(threads, latent), budget / std::max<int64_t>(grams, 1))));
 }
 
-struct Passed {
-  double frame_sum = 0, batch = 0;
-};
-
 // Frame gradients M / B into frame_grad and the batch relation's gradient into psi.student (in place of the psi).
-Passed stream(const Scores& scores, const ValidRows& valid, double temperature, int threads, int64_t begin, int64_t end,
+// Returns the batch term and the sum of the samples' frame terms.
+Terms stream(const Scores& scores, const ValidRows& valid, double temperature, int threads, int64_t begin, int64_t end,
               float* frame_grad, bool batch, const PsiRows& psi) {
   const int64_t B = scores.shape.batch, F = scores.shape.frames;
   const int64_t samples = int64_t(valid.sample.size());
@@ -170,19 +177,20 @@ Passed stream(const Scores& scores, const ValidRows& valid, double temperature, 
   std::vector<float> mixing(batch ? size_t(threads) * size_t(2 * samples * kChunk) : 0);
 
   parallel(threads, [&](const Worker& worker) {
-    stream.read(worker);
-    worker.barrier();
-    stream.merge(worker);
-    worker.barrier();
+    for (const bool exact : {false, true}) {
+      stream.read(worker, exact);
+      worker.barrier();
+      stream.merge(worker);
+      worker.barrier();
+      if (stream.in_range()) break;
+      worker.barrier();
+    }
     team.run(worker, [&](int which, int row, const double* matrix_row) {
-      const int n = relations[size_t(which)].rows();
-      if (which == batch_relation) {
-        for (int j = 0; j < n; ++j) batch_matrix[size_t(row) * n + j] = float(matrix_row[j]);
-        return;
-      }
+      const Relation& own = relations[size_t(which)];
+      if (which == batch_relation)
+        return own.narrow(row, matrix_row, 1.0, batch_matrix.data() + row * samples, nullptr);
       const int32_t* frames = valid.frames_of(begin + which);
-      float* out = frame_grad + ((begin + which) * F + frames[row]) * F;
-      for (int j = 0; j < n; ++j) out[frames[j]] = float(matrix_row[j] / double(B));
+      own.narrow(row, matrix_row, double(B), frame_grad + ((begin + which) * F + frames[row]) * F, frames);
     });
     if (!batch) return;
     worker.barrier();
@@ -190,60 +198,53 @@ Passed stream(const Scores& scores, const ValidRows& valid, double temperature, 
              scores.grid.features(scores.shape), worker, mixing.data() + size_t(worker.index) * size_t(2 * samples * kChunk));
   });
 
-  Passed result;
-  for (int which = 0; which < batch_relation; ++which) result.frame_sum += relations[size_t(which)].divergence();
+  Terms result;
+  for (int which = 0; which < batch_relation; ++which) result.frame += relations[size_t(which)].divergence();
   if (batch) result.batch = relations.back().divergence();
   return result;
 }
 
-double frames_only(const Scores& scores, const ValidRows& valid, const Weights& weights, int threads,
-                   float* frame_grad, const PsiRows& psi) {
-  threads = affordable_workers(threads, scores.shape, scores.dtype, 1);
-  double sum = 0;
-  for (int64_t b = 0; b < scores.shape.batch; ++b)
-    sum += stream(scores, valid, weights.temperature, threads, b, b + 1, frame_grad, false, psi).frame_sum;
-  return sum / double(scores.shape.batch);
-}
-
 }  // namespace
 
-void every_pixel_forward(const Scores& scores, const Weights& weights, int threads, float* terms, float* frame_grad,
-                         float* batch_grad) {
-  const Shape& shape = scores.shape;
-  const ValidRows valid(scores.mask, shape.batch, shape.frames);
-  if (frame_grad) std::fill_n(frame_grad, shape.batch * shape.frames * shape.frames, 0.0f);
-  if (!batch_grad) {
-    const double frame = frame_grad ? frames_only(scores, valid, weights, threads, frame_grad, PsiRows{}) : 0.0;
-    return write_terms(weights, 0.0, frame, terms);
-  }
-  PsiRows psi;
-  psi.student = batch_grad;
-  psi.pitch = scores.grid.features(shape);
-  threads = affordable_workers(threads, shape, scores.dtype, shape.batch);
-  const Passed result =
-      stream(scores, valid, weights.temperature, threads, 0, shape.batch, frame_grad, true, psi);
-  write_terms(weights, result.batch, result.frame_sum / double(shape.batch), terms);
-}
-
-void every_pixel_frames(const Scores& scores, const Weights& weights, int threads, float* frame_term,
-                        float* frame_grad, float* pooled) {
+Terms whole_relation(const Scores& scores, double temperature, int threads, const Found& found) {
   const Shape& shape = scores.shape;
   const ValidRows valid(scores.mask, shape.batch, shape.frames);
   const int64_t size = scores.grid.features(shape);
-  if (frame_grad) std::fill_n(frame_grad, shape.batch * shape.frames * shape.frames, 0.0f);
+  const bool batch = found.batch_grad != nullptr;
+  if (found.frame_grad) std::fill_n(found.frame_grad, shape.rows() * shape.frames, 0.0f);
   PsiRows psi;
-  psi.student = pooled, psi.real = pooled + size, psi.difference = pooled + 2 * size;
-  psi.pitch = 3 * size + 1;
-  for (int64_t b = 0; b < shape.batch; ++b) pooled[b * psi.pitch + 3 * size] = float(valid.count(b));
-  *frame_term = float(frames_only(scores, valid, weights, threads, frame_grad, psi));
+  if (batch) {
+    psi.student = found.batch_grad;
+    psi.pitch = size;
+  } else if (found.rows) {
+    psi.student = found.rows, psi.real = found.rows + size, psi.difference = found.rows + 2 * size;
+    psi.pitch = row_pitch(size);
+    for (int64_t b = 0; b < shape.batch; ++b) found.rows[b * psi.pitch + 3 * size] = float(valid.count(b));
+  }
+  // The batch term relates all samples at once; frames alone take one sample after the other.
+  const int64_t together = batch ? shape.batch : 1;
+  threads = affordable_workers(threads, shape, scores.dtype, together);
+  Terms terms;
+  for (int64_t b = 0; b < shape.batch; b += together) {
+    const Terms some = stream(scores, valid, temperature, threads, b, b + together, found.frame_grad, batch, psi);
+    terms.frame += some.frame;
+    terms.batch += some.batch;
+  }
+  terms.frame /= double(shape.batch);
+  return terms;
 }
 
-void every_pixel_backward(const Shape& shape, DType dtype, const Latent& student, const Latent& grad,
-                          const FrameMask& mask, const float* frame_grad, const float* batch_grad,
-                          double frame_scale, double batch_scale, int threads) {
+void whole_gradient(const Shape& shape, DType dtype, const Tensor& student, const FrameMask& mask,
+                    const Numbers& numbers, const Upstream& upstream, int threads, const Found& found,
+                    const Tensor& grad) {
+  const Scales<double> scales(upstream, numbers, false);
+  // A term that no gradient reaches must not spread its NaN as 0 * NaN.
+  const float* frame_grad = scales.frame.reached() ? found.frame_grad : nullptr;
+  const float* batch_grad = scales.batch.reached() ? found.batch_grad : nullptr;
+  const double frame_scale = scales.frame(), batch_scale = scales.batch();
   const ValidRows valid(mask, shape.batch, shape.frames);
-  const int64_t F = shape.frames, pixels = shape.channels * shape.height * shape.width, chunks = chunks_of(pixels);
-  threads = useful_threads(threads, shape.batch * F * pixels * element_size(dtype));
+  const int64_t F = shape.frames, pixels = shape.pixels(), chunks = chunks_of(pixels);
+  threads = useful_threads(threads, shape.bytes(dtype));
   const size_t per_worker = size_t((2 * F + 1) * kChunk);
   std::vector<float> buffers(per_worker * size_t(threads));
   std::vector<const float*> matrix_rows(size_t(F) * size_t(threads));

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 NAME = "_C_cuda"
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 REBUILD = (
     "run `pip install` again with nvcc at hand (CUDA_HOME or PATH) and CODMD_FORCE_CUDA=1, which says why it "
@@ -23,7 +23,7 @@ def load() -> tuple[ModuleType | None, str | None]:
     try:
         binary = import_module(f"codmd.{NAME}")
     except ImportError as error:
-        return None, _import_problem(error, Path(__file__).parents[1])
+        return None, _import_problem(error, Path(__file__).parents[2])
     found = getattr(binary, "abi_version", None)
     if found != ABI_VERSION:
         return binary, (
