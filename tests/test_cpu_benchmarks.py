@@ -30,7 +30,9 @@ def run(tmp_path, *options):
 def test_pytest_benchmarks_prints_and_draws_the_speed_ups(tmp_path):
     done, picture = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"relation_loss, wan-480p, float32 +[\d.]+ ms +[\d.]+x eager, [\d.]+x lean", done.stdout)
+    assert re.search(
+        r"relation_loss, wan-480p, float32 +[\d.]+ ms +[\d.]+x compiled, [\d.]+x eager, [\d.]+x lean", done.stdout
+    )
     assert Image.open(picture).width > 600
 
 
