@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -16,31 +16,35 @@ class Plans:
     """Plans by their keys. The ``most`` used latest are kept, and at most as many others.
 
     A key holds everything that its plan depends on and that Triton specialises its launches on. A plan that was let go
-    is made again; the compiled kernels are Triton's to keep.
+    is made again; the compiled kernels are Triton's to keep. ``plans.get(key) or plans.of(key, make)`` costs a call
+    whose plan is kept one look-up.
     """
 
-    __slots__ = ("_new", "_old", "most")
+    __slots__ = ("_new", "_old", "get", "most")
 
     def __init__(self, most: int = 512) -> None:
         self.most = most
         self._new: dict[Any, Any] = {}
         self._old: dict[Any, Any] = {}
+        self.get = self._new.get
 
     def of(self, key: Any, make: Callable[[], Plan]) -> Plan:
         """The plan of ``key``, from ``make`` where it is not kept."""
         plan = self._new.get(key)
         if plan is None:
-            plan = self._old.get(key) or make()
+            plan = self._old.pop(key, None) or make()
             if len(self._new) >= self.most:
-                self._new, self._old = {}, self._new
+                self._old = dict(self._new)
+                self._new.clear()
             self._new[key] = plan
         return plan
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Any]:
         return iter([*self._old.values(), *self._new.values()])
 
     def clear(self) -> None:
-        self._new, self._old = {}, {}
+        self._new.clear()
+        self._old.clear()
 
 
 PLANS = Plans()

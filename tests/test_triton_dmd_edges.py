@@ -17,12 +17,12 @@ from interpreted import INTERPRETED
 pytest.importorskip("triton")
 
 if INTERPRETED:
-    from codmd.kernels import backend, launch, plans, tickets, tiling
+    from codmd.kernels import backend, launch, tickets, tiling
     from codmd.kernels.limits import MOST_POOLED
     from codmd_cases import by_reference, fused, terms_and_gradient
     from codmd_cases import truth as codmd_truth
     from dmd_cases import mask_of
-    from triton_calls import gradient, objective_call
+    from triton_calls import fresh_plans, gradient, objective_call
 
     from codmd import conventions, ops
     from codmd.conventions import NAMED
@@ -39,11 +39,6 @@ if INTERPRETED:
         "dropped blocks": {"nan": "zero_sample", "guard": "add", "eps": 1e-6, "norm_scope": "block", "norm_block": 3},
     }
 
-    def with_plans_of_its_own(monkeypatch):
-        """An empty cache that later tests do not see: the plans are of changed constants."""
-        plans.PLANS.clear()
-        monkeypatch.setattr(plans.PLANS, "_new", {})
-
     def as_good_as_the_reference(call, **upstream):
         """The terms, norms, factors and gradient of ``call``, equal to the reference's within float32."""
         results = []
@@ -58,7 +53,7 @@ if INTERPRETED:
         """Tiles of a few elements, so that small planes are looped over, split and have tails."""
         monkeypatch.setattr("codmd.kernels.dmd.plans.TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
-        with_plans_of_its_own(monkeypatch)
+        return fresh_plans(monkeypatch)
 
     def assert_dmd(student, arguments, upstream=1.0, **options):
         """Value and gradient within twice the same-dtype PyTorch error, plus one rounding of the output."""
@@ -112,7 +107,7 @@ if INTERPRETED:
     @pytest.mark.parametrize("norm_scope", ["block", "batch"])
     def test_more_samples_than_one_tile(monkeypatch, norm_scope):
         monkeypatch.setattr("codmd.kernels.dmd.plans.SUMS_TILE", 4)
-        with_plans_of_its_own(monkeypatch)
+        fresh_plans(monkeypatch)
         student, arguments = scores((5, 2, 1, 1, 2))
         convention = replace(conventions.self_forcing, norm_scope=norm_scope)
         assert_dmd(student, arguments, convention=convention, sample_weight=torch.linspace(0.1, 2.0, 5))
@@ -122,7 +117,7 @@ if INTERPRETED:
     def test_planes_beyond_one_tile_are_looped_over_and_split(small_tiles, width, pool):
         student, arguments = scores((1, 2, 1, 7, width), torch.float16)
         assert_codmd(student, pool=pool, mask=mask_of("elements", student), **arguments)
-        assert all(plan.launch.grid[0] > 6 for plan in plans.PLANS)
+        assert all(plan.launch.grid[0] > 6 for plan in small_tiles)
 
     @pytest.mark.parametrize("pool", ["mean", (1, 2)], ids=["flat", "columns"])
     def test_a_lane_never_meets_more_elements_than_it_counts(small_tiles, monkeypatch, pool):

@@ -20,9 +20,9 @@ if INTERPRETED:
     import triton
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
-    from codmd.kernels import backend, launch, plans, tiling
+    from codmd.kernels import backend, launch, tiling
     from codmd.kernels.whole import together
-    from triton_calls import relation_call
+    from triton_calls import fresh_plans, relation_call
 
     from codmd import ops
 
@@ -101,8 +101,7 @@ if INTERPRETED:
         monkeypatch.setattr(tiling, "WAVES", 1)
         monkeypatch.setattr(together, "GROUP", 2)
         monkeypatch.setattr("codmd.kernels.whole.plans.GROUP", 2)
-        plans.PLANS.clear()
-        monkeypatch.setattr(plans.PLANS, "_new", {})
+        fresh_plans(monkeypatch)
         for passes in ("pooled.passes", "dmd.passes", "whole.passes", "whole.together"):
             # Neither more nor fewer tickets than asked for.
             monkeypatch.setattr(

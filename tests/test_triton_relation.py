@@ -28,10 +28,10 @@ from interpreted import INTERPRETED
 pytest.importorskip("triton")
 
 if INTERPRETED:
-    from codmd.kernels import backend, launch, plans, tickets, tiling
+    from codmd.kernels import backend, launch, tickets, tiling
     from codmd.kernels.whole import plans as whole_plans
     from codmd.kernels.whole import together
-    from triton_calls import gradient, relation_call
+    from triton_calls import fresh_plans, gradient, relation_call
 
     from codmd.ops import relation_loss
     from codmd.ops.backends import reference
@@ -39,17 +39,12 @@ if INTERPRETED:
 
     UPSTREAM = (0.7, 0.3, -0.2)
 
-    def with_plans_of_its_own(monkeypatch):
-        """An empty cache that later tests do not see: the plans are of changed constants."""
-        plans.PLANS.clear()
-        monkeypatch.setattr(plans.PLANS, "_new", {})
-
     @pytest.fixture
     def small_tiles(monkeypatch):
         """Tiles of a few elements, so that small planes are looped over, split and have tails."""
         monkeypatch.setattr(tiling, "TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
-        with_plans_of_its_own(monkeypatch)
+        return fresh_plans(monkeypatch)
 
     def triton_loss(*args, **kwargs):
         return relation_loss(*args, return_terms=True, backend="triton", **kwargs)
@@ -140,7 +135,7 @@ if INTERPRETED:
     def test_planes_beyond_one_tile_are_looped_over_and_split(small_tiles, width, pool):
         student, real, fake = latents((1, 2, 1, 7, width), torch.float16)
         assert_as_accurate_as_pytorch(student, real, fake, pool=pool)
-        plan, *_ = plans.PLANS
+        plan, *_ = small_tiles
         assert plan.tiling.splits > 1
 
     @pytest.mark.parametrize("perturbation", [1e-2, 1e-4])
@@ -395,21 +390,21 @@ if INTERPRETED:
     @pytest.mark.parametrize("strided_height", [False, True])
     def test_splits_and_groups_of_a_long_axis_add_up(monkeypatch, strided_height):
         monkeypatch.setattr(together, "GROUP", 2)
-        with_plans_of_its_own(monkeypatch)
+        kept = fresh_plans(monkeypatch)
         student, real, fake = (v.detach() for v in latents((3, 4, 2, 12, 25)))
         if strided_height:
             student, fake = (torch.nn.functional.pad(v, (0, 3))[..., :25] for v in (student, fake))
         assert_as_accurate_as_pytorch(student, real, fake, pool=None)
-        plan, *_ = plans.PLANS
+        plan, *_ = kept
         splits_x, splits_s, *_ = plan.grams.constants
         assert min(splits_x, splits_s) > 4
         assert plan.counters > 4
 
     def test_splits_and_groups_of_one_sample_add_up(monkeypatch):
         monkeypatch.setattr(whole_plans, "GROUP", 2)
-        with_plans_of_its_own(monkeypatch)
+        kept = fresh_plans(monkeypatch)
         assert_as_accurate_as_pytorch(*latents((1, 4, 2, 12, 25)), pool=None)
-        plan, *_ = plans.PLANS
+        plan, *_ = kept
         splits_x, splits_s, group, *_ = plan.launch.constants
         assert min(splits_x, splits_s) > 2 * group
 

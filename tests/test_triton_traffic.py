@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 if INTERPRETED:
     import triton.runtime.interpreter as interpreter
-    from codmd.kernels import backend, launch, plans, tiling
-    from triton_calls import gradient, objective_call, relation_call
+    from codmd.kernels import backend, launch, tiling
+    from triton_calls import fresh_plans, gradient, objective_call, relation_call
 
     from benchmarks.traffic import traffic
 
@@ -76,8 +76,7 @@ if INTERPRETED:
     def test_lines_that_do_not_divide_among_splits(monkeypatch):
         monkeypatch.setattr(tiling, "TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "MOST_SPLITS", 4)
-        plans.PLANS.clear()
-        monkeypatch.setattr(plans.PLANS, "_new", {})
+        fresh_plans(monkeypatch)
         scores = [v.detach() for v in latents((1, 2, 2, 7, 13))]
         one = 4 * scores[0].numel()
         assert_as_counted(monkeypatch, relation_call(scores, (1, 2), weights=(0.0, 1.0)), scores, 3 * one, one)

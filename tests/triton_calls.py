@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
+from codmd.kernels.plans import Plans
 from torch import Tensor
 
 from codmd import conventions
 from codmd.conventions import Convention
 from codmd.ops.contract import Backend, Call, Found, Grid, Numbers, Objective, Relation, Upstream
+
+
+def fresh_plans(monkeypatch) -> Plans:
+    """An empty plan cache for one test: its plans may be of changed constants."""
+    cache = Plans()
+    for passes in ("pooled.passes", "dmd.passes", "whole.passes", "whole.together"):
+        monkeypatch.setattr(f"codmd.kernels.{passes}.PLANS", cache)
+    return cache
 
 
 def grid(pool: str | Grid | None) -> Grid | None:

@@ -41,15 +41,13 @@ def _first(call: Objective, gather: bool, separate: bool) -> tuple[Kept, Tensor 
         related, pool, batch, frame, numbers,
     ) = call  # fmt: skip
     device, single = student.device, torch.float32
-    plan = PLANS.of(
-        (
-            MomentsPlan, student.shape, student.dtype, device, student.stride(), real.stride(), fake.stride(),
-            _stride(real_uncond), _stride(fake_uncond), _stride(noisy),
-            alignment(student, real, fake, real_uncond, fake_uncond, noisy), details(sigma, mask, sample_weight),
-            mask_key(frame_mask), layout, rule.encoded, related, pool, batch, frame, gather, type(numbers),
-        ),
-        lambda: MomentsPlan(call, gather),
+    key = (
+        MomentsPlan, student.shape, student.dtype, device, student.stride(), real.stride(), fake.stride(),
+        _stride(real_uncond), _stride(fake_uncond), _stride(noisy),
+        alignment(student, real, fake, real_uncond, fake_uncond, noisy), details(sigma, mask, sample_weight),
+        mask_key(frame_mask), layout, rule.encoded, related, pool, batch, frame, gather, type(numbers),
     )  # fmt: skip
+    plan = PLANS.get(key) or PLANS.of(key, lambda: MomentsPlan(call, gather))
     rows = torch.empty(plan.rows_shape, dtype=single, device=device) if gather else None
     if separate:
         shapes = plan.norm_shape, plan.samples, plan.frame_grad_shape, plan.batch_grad_shape, plan.workspace.size, TERMS
@@ -99,10 +97,8 @@ def gathered(call: Objective, pending: Pending, rows: Tensor, first: int, scale:
     vectors, row = rows.shape
     device, count, features = rows.device, len(pending.rows), (row - 1) // 3
     samples, frames = (0, 1) if plan.rows is None else plan.rows.relations
-    second = PLANS.of(
-        (RowsPlan, samples, frames, vectors, features, True, device, type(call.numbers)),
-        lambda: RowsPlan(samples, frames, vectors, features, True),
-    )
+    key = (RowsPlan, samples, frames, vectors, features, True, device, type(call.numbers))  # fmt: skip
+    second = PLANS.get(key) or PLANS.of(key, lambda: RowsPlan(samples, frames, vectors, features, True))
     batch_grad = torch.empty((count, features), dtype=torch.float32, device=device)
     workspace = torch.empty(second.room, dtype=torch.float32, device=device)
     stream = current_stream(rows)
@@ -119,14 +115,14 @@ def relation_gradient(out: Tensor, upstream: Upstream, call: Call, found: Found)
     layout, pool, frame_mask, numbers = call.layout, call.pool, call.frame_mask, call.numbers
     frame_grad, batch_grad = _wanted(found.frame_grad, total, frame), _wanted(found.batch_grad, total, batch)
     assert pool is not None
-    plan = PLANS.of(
-        (
-            relation_gradient, out.shape, out.stride(), out.data_ptr() % 16, out.dtype, out.device, layout, pool,
-            mask_key(frame_mask), frame_grad is None, batch_grad is None, None if total is None else total.dtype,
-            None if batch is None else batch.dtype, None if frame is None else frame.dtype, type(numbers),
-        ),
-        lambda: GradientPlan((out, None, None, None, None), None, None, frame_mask, layout, pool, None),
+    key = (
+        relation_gradient, out.shape, out.stride(), out.data_ptr() % 16, out.dtype, out.device, layout, pool,
+        mask_key(frame_mask), frame_grad is None, batch_grad is None, None if total is None else total.dtype,
+        None if batch is None else batch.dtype, None if frame is None else frame.dtype, type(numbers),
     )  # fmt: skip
+    plan = PLANS.get(key) or PLANS.of(
+        key, lambda: GradientPlan((out, None, None, None, None), None, None, frame_mask, layout, pool, None)
+    )
     plan.launch(
         current_stream(out), out, None, None, None, None, None, None, frame_mask, None, None, total, None, batch,
         frame, frame_grad, batch_grad, *number_arguments(numbers),
@@ -144,15 +140,16 @@ def gradient(out: Tensor, upstream: Upstream, call: Objective, found: Found) -> 
         _, real, fake, real_uncond, fake_uncond, _, sigma, mask, _, frame_mask, layout, rule, related, pool, _, _,
         numbers,
     ) = call  # fmt: skip
-    plan = PLANS.of(
-        (
-            GradientPlan, out.shape, out.dtype, out.device, out.stride(), real.stride(), fake.stride(),
-            _stride(real_uncond), _stride(fake_uncond), alignment(out, real, fake, real_uncond, fake_uncond),
-            details(sigma, mask), mask_key(frame_mask), layout, rule.encoded, pool, related,
-            frame_grad is None, batch_grad is None, None if total is None else total.dtype,
-            None if dmd is None else dmd.dtype, None if batch is None else batch.dtype,
-            None if frame is None else frame.dtype, type(numbers),
-        ),
+    key = (
+        GradientPlan, out.shape, out.dtype, out.device, out.stride(), real.stride(), fake.stride(),
+        _stride(real_uncond), _stride(fake_uncond), alignment(out, real, fake, real_uncond, fake_uncond),
+        details(sigma, mask), mask_key(frame_mask), layout, rule.encoded, pool, related,
+        frame_grad is None, batch_grad is None, None if total is None else total.dtype,
+        None if dmd is None else dmd.dtype, None if batch is None else batch.dtype,
+        None if frame is None else frame.dtype, type(numbers),
+    )  # fmt: skip
+    plan = PLANS.get(key) or PLANS.of(
+        key,
         lambda: GradientPlan(
             (out, real, fake, real_uncond, fake_uncond), sigma, mask, frame_mask, layout, pool if related else (1, 1),
             rule,

@@ -24,11 +24,12 @@ def _run(call: Relation, gather: bool) -> tuple[Found, Tensor | None]:
     aligned = alignment(student, real, fake)
     shape, dtype, device = student.shape, student.dtype, student.device
     strides = student.stride(), real.stride(), fake.stride()
-    plan = PLANS.of(
-        (
-            ForwardPlan, shape, strides, aligned, dtype, device, layout, pool, batch, frame, gather,
-            mask_key(frame_mask), type(numbers),
-        ),
+    key = (
+        ForwardPlan, shape, strides, aligned, dtype, device, layout, pool, batch, frame, gather,
+        mask_key(frame_mask), type(numbers),
+    )  # fmt: skip
+    plan = PLANS.get(key) or PLANS.of(
+        key,
         lambda: ForwardPlan(
             shape, strides, layout, pool, dtype.itemsize, aligned is True, multiprocessors(device), batch, frame,
             gather, frame_mask,
@@ -72,9 +73,8 @@ def batch_relation(
     """The batch relation of gathered rows: terms ``[3]``, ``scale``·gradient of ``count`` rows from ``first`` on."""
     vectors, row = rows.shape
     device, features = rows.device, (row - 1) // 3
-    plan = PLANS.of(
-        (RowsPlan, 0, 1, vectors, features, False, device, type(numbers)), lambda: RowsPlan(0, 1, vectors, features)
-    )
+    key = (RowsPlan, 0, 1, vectors, features, False, device, type(numbers))  # fmt: skip
+    plan = PLANS.get(key) or PLANS.of(key, lambda: RowsPlan(0, 1, vectors, features))
     terms = torch.empty(3, dtype=torch.float32, device=device)
     grad = torch.empty((count, features), dtype=torch.float32, device=device)
     workspace = torch.empty(plan.room, dtype=torch.float32, device=device)

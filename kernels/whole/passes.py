@@ -47,13 +47,11 @@ def _first_stage(call: Relation, grams: bool, means: bool, exchanged: bool = Fal
         mask = pair_of_strides(frame_mask)
         return GramPlan(samples, frames, runs, multiprocessors(device), grams, False, exchanged, means, mask)
 
-    plan = PLANS.of(
-        (
-            GramPlan, student.shape, strides, aligned, student.dtype, device, layout, grams, means, batch, exchanged,
-            mask_key(frame_mask), type(numbers),
-        ),
-        make,
+    key = (
+        GramPlan, student.shape, strides, aligned, student.dtype, device, layout, grams, means, batch, exchanged,
+        mask_key(frame_mask), type(numbers),
     )  # fmt: skip
+    plan = PLANS.get(key) or PLANS.of(key, make)
     if grams:
         terms = torch.empty(3, dtype=single, device=device)
         matrices = torch.empty((samples, frames, frames), dtype=single, device=device)
@@ -135,9 +133,8 @@ def batch_relation(
             ApplyPlan(1, vectors, first, count, runs, processors, mask),
         )
 
-    gram, apply = PLANS.of(
-        (batch_relation, vectors, row, count, first, device, rows.data_ptr() % 16, type(numbers)), make
-    )
+    key = (batch_relation, vectors, row, count, first, device, rows.data_ptr() % 16, type(numbers))  # fmt: skip
+    gram, apply = PLANS.get(key) or PLANS.of(key, make)
     terms = torch.empty(3, dtype=torch.float32, device=device)
     matrix = torch.empty((1, vectors, vectors), dtype=torch.float32, device=device)
     workspace = torch.empty(gram.workspace, dtype=torch.float32, device=device)
@@ -176,14 +173,12 @@ def gradient(out: Tensor, upstream: Upstream, call: Relation, found: Found) -> N
         mask = pair_of_strides(frame_mask)
         return ApplyPlan(relations, vectors, 0, vectors, runs, multiprocessors(out.device), mask, exchanged)
 
-    plan = PLANS.of(
-        (
-            ApplyPlan, out.shape, strides, aligned, out.dtype, out.device, layout, has_matrices, has_batch, exchanged,
-            mask_key(frame_mask), dtype_of(total), dtype_of(batch), dtype_of(frame),
-            type(numbers),
-        ),
-        make,
+    key = (
+        ApplyPlan, out.shape, strides, aligned, out.dtype, out.device, layout, has_matrices, has_batch, exchanged,
+        mask_key(frame_mask), dtype_of(total), dtype_of(batch), dtype_of(frame),
+        type(numbers),
     )  # fmt: skip
+    plan = PLANS.get(key) or PLANS.of(key, make)
     plan.launch(
         current_stream(out), out, student, frame_mask, total, batch, frame, matrices if has_matrices else None,
         batch_grad if has_batch else None, *number_arguments(numbers),

@@ -137,13 +137,11 @@ def relation(call: Relation) -> Found:
         runs = Runs(geometries, (student.element_size(),) * 3, aligned is True)
         return TogetherPlan(samples, frames, runs, multiprocessors(device), frame, pair_of_strides(frame_mask))
 
-    plan = PLANS.of(
-        (
-            TogetherPlan, student.shape, strides, aligned, student.dtype, device, layout, frame, mask_key(frame_mask),
-            type(numbers),
-        ),
-        make,
+    key = (
+        TogetherPlan, student.shape, strides, aligned, student.dtype, device, layout, frame, mask_key(frame_mask),
+        type(numbers),
     )  # fmt: skip
+    plan = PLANS.get(key) or PLANS.of(key, make)
     terms = torch.empty(3, dtype=torch.float32, device=device)
     matrices = torch.empty((samples, frames, frames) if frame else 0, dtype=torch.float32, device=device)
     batch_matrix = torch.empty((1, samples, samples), dtype=torch.float32, device=device)
@@ -168,13 +166,11 @@ def gradient(out: Tensor, upstream: Upstream, call: Relation, found: Found) -> N
         processors = multiprocessors(out.device)
         return TogetherGradientPlan(*geometries[0].sizes[:2], runs, processors, pair_of_strides(frame_mask))
 
-    plan = PLANS.of(
-        (
-            TogetherGradientPlan, out.shape, strides, aligned, out.dtype, out.device, layout, has_frames,
-            mask_key(frame_mask), dtype_of(total), dtype_of(batch), dtype_of(frame), type(numbers),
-        ),
-        make,
+    key = (
+        TogetherGradientPlan, out.shape, strides, aligned, out.dtype, out.device, layout, has_frames,
+        mask_key(frame_mask), dtype_of(total), dtype_of(batch), dtype_of(frame), type(numbers),
     )  # fmt: skip
+    plan = PLANS.get(key) or PLANS.of(key, make)
     plan.launch(
         current_stream(out), out, student, frame_mask, total, batch, frame,
         found.frame_grad if has_frames else None, found.batch_grad, *number_arguments(numbers),
