@@ -57,7 +57,7 @@ def divergence_rows(similarity, difference, row_valid, column_valid, temperature
     weight = tl.exp(logits)
     mass = tl.sum(weight, 1, keep_dims=True)
     q = tl.div_rn(weight, mass)
-    delta = tl.where(pair, tl.div_rn(difference, temperature), 0.0)
+    delta = tl.where(pair, difference / temperature, 0.0)
     x = tl.sum(q * delta, 1, keep_dims=True) - delta
     t = logits - tl.log(mass) + x
     t_max = tl.max(t, 1, keep_dims=True)

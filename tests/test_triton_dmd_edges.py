@@ -458,3 +458,11 @@ if INTERPRETED:
                 for backend in ("triton", "reference")
             )
             torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+
+    def test_a_decoupled_loss_is_the_references():
+        student, arguments = scores((2, 3, 2, 3, 4))
+        call = objective_call(student, {name: arguments[name] for name in ("real", "fake")})
+        call = call._replace(augment_real=arguments["real"], augment_uncond=arguments["real_uncond"])
+        found, expected = backend.objective(call, True), reference.objective(call, True)
+        assert torch.equal(found.terms, expected.terms)
+        assert torch.equal(*(gradient(run_by, call, found, total=1.0) for run_by in (backend, reference)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from codmd.ops.contract import Call, Found, Objective, Pending, Upstream
 
 from ..launch import current_stream
+from ..limits import Refused
 from ..plans import PLANS, alignment, details, mask_key, number_arguments
 from ..pooled.plans import RowsPlan
 from ..tickets import counters
@@ -37,9 +38,11 @@ def _stride(tensor: Tensor | None) -> tuple[int, ...] | None:
 def _first(call: Objective, gather: bool, separate: bool) -> tuple[Kept, Tensor | None]:
     """The first launch, and the rows to ``gather``."""
     (
-        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask, layout, rule,
-        related, pool, batch, frame, numbers,
+        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask, augment, _,
+        layout, rule, related, pool, batch, frame, numbers,
     ) = call  # fmt: skip
+    if augment is not None:
+        raise Refused("a decoupled loss")
     device, single = student.device, torch.float32
     key = (
         MomentsPlan, student.shape, student.dtype, device, student.stride(), real.stride(), fake.stride(),
@@ -137,7 +140,7 @@ def gradient(out: Tensor, upstream: Upstream, call: Objective, found: Found) -> 
         return
     frame_grad, batch_grad = _wanted(found.frame_grad, total, frame), _wanted(found.batch_grad, total, batch)
     (
-        _, real, fake, real_uncond, fake_uncond, _, sigma, mask, _, frame_mask, layout, rule, related, pool, _, _,
+        _, real, fake, real_uncond, fake_uncond, _, sigma, mask, _, frame_mask, _, _, layout, rule, related, pool, _, _,
         numbers,
     ) = call  # fmt: skip
     key = (
