@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from ambient import STATES
-from cases import latents, relative_error
+from cases import POOLS, latents, relative_error
 from codmd_cases import by_reference
 from dmd_cases import scores
 from interpreted import INTERPRETED
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from codmd import ops, reference
 
-SHAPE = (2, 4, 2, 3, 5) if INTERPRETED else (3, 5, 3, 4, 6)
+SHAPE = (2, 3, 2, 3, 4) if INTERPRETED else (3, 5, 3, 4, 6)
 """Whatever has no shape of its own to show. The interpreter takes 25 ms for every program of a launch."""
 
 
@@ -94,6 +94,16 @@ def each(*losses: Loss) -> pytest.MarkDecorator:
 
 every_loss, related, distributional = each(*LOSSES), each(RELATION, CODMD), each(DMD, CODMD)
 
+
+def pools(loss: Loss) -> list[dict[str, Any]]:
+    """Options of a call with each way of pooling; the most of one way alone for the interpreter."""
+    if loss is DMD:
+        return [{}]
+    if INTERPRETED:
+        return [{"pool": None if loss is RELATION else (2, 3)}]
+    return [{"pool": pool} for pool in POOLS]
+
+
 NUMBERS = [(loss, name) for loss in (RELATION, CODMD) for name in ("temperature", "batch_weight", "frame_weight")]
 NUMBERS += [(loss, name) for loss in (DMD, CODMD) for name in ("guidance", "fake_guidance")]
 NUMBERS += [(CODMD, "relation_weight")]
@@ -144,13 +154,14 @@ class Calls(NamedTuple):
     def assert_accurate(self, loss: Loss, student: Tensor, arguments: dict, upstream=None, **options) -> Found:
         """Errors of terms and gradient against float64 at most twice those of PyTorch in the same dtype.
 
-        The interpreter truncates where hardware rounds to bfloat16, which doubles a gradient's error once more.
+        The interpreter truncates where hardware rounds to bfloat16: twice the error of a gradient, 2⁻⁷ of one element.
         """
         upstream, options = upstream or loss.upstream, {**arguments, **options}
         found = self(loss, student, options, upstream)
         assert found.gradient.dtype is student.dtype
         assert found.gradient.shape == student.shape
-        factor = 4 if self.backend == "triton" and student.dtype is torch.bfloat16 else 2
+        truncated = self.backend == "triton" and student.dtype is torch.bfloat16
+        factor = 4 if truncated else 2
         if loss is RELATION:
             assert_close_to_truth(found, student, upstream=upstream, factor=factor, **options)
             return found
@@ -159,7 +170,7 @@ class Calls(NamedTuple):
         for value, other, true in zip(found.terms, usual.terms, exact.terms, strict=True):
             assert relative_error(value, true) <= 2 * relative_error(other, true) + loss.rounding[0], options
         error, usual_error = (relative_error(one.gradient, exact.gradient) for one in (found, usual))
-        assert error <= factor * usual_error + loss.rounding[1], options
+        assert error <= max(factor * usual_error + loss.rounding[1], 2**-7 * truncated), options
         return found
 
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import POOLS
-from losses import CODMD, DMD, RELATION, SHAPE, Calls, assert_same, every_loss, related
+from losses import CODMD, DMD, RELATION, SHAPE, Calls, assert_same, every_loss, pools, related
 from torch import Tensor
 
 from codmd import ops
-
-
-def pools(loss) -> list[dict]:
-    return [{}] if loss is DMD else [{"pool": pool} for pool in POOLS]
 
 
 @every_loss

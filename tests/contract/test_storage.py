@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import LAYOUTS
 from dmd_cases import mask_of
-from losses import CODMD, RELATION, SHAPE, Calls, assert_same, distributional, every_loss, related
+from losses import CODMD, SHAPE, Calls, assert_same, distributional, every_loss, pools, related
 from torch import Tensor
 
 WIDE = (*SHAPE[:4], 19)
@@ -25,10 +25,6 @@ VIEWS = {
 
 def moved(arguments: dict, view, names) -> dict:
     return {n: view(v) if isinstance(v, Tensor) and n in names else v for n, v in arguments.items()}
-
-
-def pools(loss) -> list[dict]:
-    return [{"pool": pool} for pool in ("mean", (2, 3), None)] if loss is RELATION else [{}]
 
 
 @every_loss

@@ -30,7 +30,7 @@ from codmd.conventions import NAMED
 SHAPES = [(1, 1, 1, 1, 1), (3, 1, 3, 7, 13), (1, 5, 3, 4, 4), (2, 21, 4, 3, 5), (2, 3, 2, 1, 41), (4, 2, 5, 41, 3)]
 AWKWARD = [(1, 127, 2, 1, 3), (41, 2, 3, 5, 1), (1, 2, 127, 3, 1), (2, 2, 2, 1, 1271), (127, 1, 2, 2, 2)]
 if INTERPRETED:
-    SHAPES, AWKWARD = [(1, 1, 1, 1, 1), (3, 1, 2, 7, 13), (1, 5, 2, 4, 4)], [(1, 41, 1, 1, 3), (2, 2, 1, 1, 1271)]
+    SHAPES, AWKWARD = [(1, 1, 1, 1, 1), (3, 1, 2, 7, 13), (1, 5, 2, 4, 4)], [(1, 41, 2, 1, 3), (2, 2, 2, 1, 1271)]
 FUSABLE = [name for name in NAMED if NAMED[name].fusable]
 ACCURATE = SHAPE if INTERPRETED else (2, 5, 4, 7, 9)
 
