@@ -26,7 +26,7 @@ HELP = "encode prompts with a model's text encoder into safetensors shards"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `codmd encode`."""
-    parser.add_argument("prompts", type=Path, help="UTF-8 text file, one prompt a line; empty lines are skipped")
+    parser.add_argument("prompts", type=Path, help="UTF-8: text with one prompt a line, or .json, .jsonl, .csv")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument(
         "--text-encoder", required=True, type=Path, help="folder with text_encoder and tokenizer, as diffusers has them"
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         import transformers  # noqa: F401
 
         from codmd import models
-        from codmd.distill.data.prompts import read_prompts
+        from codmd.distill.data.prompt_files import read_prompts
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
     try:

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from codmd.distill.config.typed import ConfigError
 from codmd.distill.data.conditions import Conditions, Positions
-from codmd.distill.data.prompts import Embeddings, Prompts, read_prompts
+from codmd.distill.data.prompt_files import read_prompts
+from codmd.distill.data.prompts import Embeddings, Prompts
 from codmd.distill.data.textures import DEPTH, MOTIONS, PHOTOGRAPHS, Textures
 from codmd.distill.run.preview import heatmap, tile, to_pixels
 

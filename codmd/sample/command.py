@@ -152,7 +152,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _jobs(args: argparse.Namespace) -> tuple[Any, list[PromptJob]]:
     """The embeddings of `codmd encode`, if `--prompts` is their folder, and the videos wanted."""
-    from codmd.distill.data.prompts import Embeddings, read_prompts
+    from codmd.distill.data.prompt_files import read_prompts
+    from codmd.distill.data.prompts import Embeddings
 
     from .names import jobs_of, vbench_jobs
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from codmd.files import read_json
 
 UNSAFE = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]+')
 LONGEST = 120
@@ -60,10 +61,10 @@ def vbench_jobs(path: Path, augmented: Sequence[str] | None = None) -> list[Prom
     """
     counts: dict[str, int] = {}
     try:
-        for entry in json.loads(path.read_text("utf-8")):
+        for entry in read_json(path):
             seeds = VBENCH_FLICKERING_SEEDS if FLICKERING in entry["dimension"] else VBENCH_SEEDS
             counts[entry["prompt_en"]] = max(seeds, counts.get(entry["prompt_en"], 0))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--vbench {path}: not VBench's list of prompts: {error!r}") from error
     if not counts:
         raise ValueError(f"--vbench {path}: has no prompts")

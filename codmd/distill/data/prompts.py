@@ -16,6 +16,8 @@ from codmd.models.base import Condition, VideoDenoiser
 from codmd.models.embeddings import EMBEDDING, PROMPTS
 from codmd.models.fingerprint import fingerprint
 
+from .prompt_files import read_prompts
+
 
 class Prompts:
     """The prompts of a text file, encoded by the model as they come."""
@@ -54,7 +56,7 @@ class Embeddings:
         shapes = set()
         for number, (path, shard) in enumerate(zip(shards, self._shards, strict=True)):
             shape = shard.get_slice(EMBEDDING).get_shape()
-            prompts = json.loads((shard.metadata() or {}).get(PROMPTS, "[]"))
+            prompts = _prompts_of(path, shard)
             if len(prompts) != shape[0]:
                 raise ConfigError(f"data.path: {path} has {len(prompts)} prompts for {shape[0]} embeddings")
             shapes.add(tuple(shape[1:]))
@@ -81,22 +83,13 @@ class Embeddings:
         return torch.cat([self._shards[shard].get_slice(EMBEDDING)[row : row + 1] for shard, row in rows])
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line; empty lines are skipped.
-
-    Raises:
-        ConfigError: the file cannot be read, is not UTF-8, or has no prompt.
-    """
+def _prompts_of(path: Path, shard: Any) -> list[str]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}: line {line} is not UTF-8; save the file in that encoding") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ConfigError(f"{path}: has no prompts; expected one a line")
+        prompts = json.loads((shard.metadata() or {}).get(PROMPTS, "[]"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"data.path: {path}: its prompts are not JSON: {error}") from error
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(f"data.path: {path}: its prompts are no list of texts")
     return prompts
 
 
