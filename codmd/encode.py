@@ -142,7 +142,7 @@ def _complete(path: Path, prompts: Sequence[str], expected: tuple[Any, ...]) -> 
             entry = file.get_slice(EMBEDDING)
             same = entry.get_shape() == [len(prompts), tokens, width] and entry.get_dtype() == DTYPES[dtype]
             return same and json.loads((file.metadata() or {}).get(PROMPTS, "null")) == list(prompts)
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, OSError, ValueError, RecursionError):
         return False
 
 

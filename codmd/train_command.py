@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         CommandError: the configuration cannot be used, or the run could not go on; the message says what to do.
     """
     try:
-        from codmd.distill.config.run_config import read_config
+        from codmd.distill.config.run_config import find_config, read_config, without_environment
         from codmd.distill.config.typed import ConfigError
         from codmd.distill.plan.dry_run import dry_run
         from codmd.distill.run.integrity import CheckpointError
@@ -41,9 +41,13 @@ def run(args: argparse.Namespace) -> int:
         from codmd.distill.update.optimizer import NonFiniteRun
     except ModuleNotFoundError as error:
         raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
+    source, overrides = config_first([args.config, *args.overrides])
     try:
-        source, overrides = config_first([args.config, *args.overrides])
+        path = find_config(source)
         config = read_config(source, overrides, complete=not args.plan)
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+    try:
         if args.plan:
             from codmd.distill.plan.page import describe
 
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         stopped = run_training(config)
         return 128 + stopped if stopped else 0
     except (ConfigError, CheckpointError, NonFiniteRun) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(without_environment(str(error), path, overrides)) from error
 
 
 def config_first(words: list[str]) -> tuple[str, list[str]]:

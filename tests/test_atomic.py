@@ -6,8 +6,11 @@ import os
 import zlib
 
 import pytest
+from train_cases import ALONE
 
 from codmd.atomic import HOST, creating_folder, replacing, replacing_folder
+from codmd.distill.config.typed import ConfigError
+from codmd.distill.run.lock import only_run
 from codmd.encode import encode
 
 FOLDERS = [creating_folder, replacing_folder]
@@ -100,6 +103,15 @@ def test_a_link_in_the_place_itself_is_replaced(tmp_path, manager):
     assert content(tmp_path / "a") == "new"
     assert content(tmp_path / "victim") == "precious"
     assert not (tmp_path / "a").is_symlink()
+
+
+def test_the_lock_of_a_run_is_no_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match="cannot be used"), only_run(tmp_path / "run", ALONE):
+        pass
+    assert (tmp_path / "victim").read_text() == "precious"
 
 
 def test_the_folder_that_encode_goes_on_with_is_no_link(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from tiny_wan import write_pipeline
 from train_cases import ALONE, QUIET, TOY, train
 
@@ -176,6 +177,17 @@ def test_code_in_the_data_of_an_old_checkpoint_is_refused_by_name(old_checkpoint
     seal(old_checkpoint)
     with pytest.raises(CheckpointError, match=rf"{re.escape(str(old_checkpoint))} is not what its index says"):
         read_student(old_checkpoint)
+
+
+def test_shards_whose_own_metadata_is_nonsense_are_refused_by_name(run):
+    (folder,) = (run / "checkpoints").iterdir()
+    (shard,) = folder.glob("*.safetensors")
+    content = load_file(shard)
+    for nonsense in ("[", "[" * 100_000, "[]", "{}", json.dumps({name: {"saved_offsets": "x"} for name in content})):
+        save_file(content, shard, metadata={"DCP_SHARDING_INFO": nonsense})
+        seal(folder)
+        with pytest.raises(CheckpointError, match=rf"{re.escape(str(folder))} is not what its index says"):
+            read_student(folder)
 
 
 def test_flipped_bytes_of_an_old_index_are_refused_by_name(old_checkpoint):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -22,6 +24,8 @@ from .sections import (
 )
 from .typed import ConfigError, leaves, nearest, structured
 
+SHORTEST = 3
+"""Characters of a value that is looked for in messages: fewer are part of everything."""
 PACKAGED = resources.files("codmd") / "configs"
 
 
@@ -98,26 +102,45 @@ def read_config(source: str, overrides: Sequence[str] = (), complete: bool = Tru
     Raises:
         ConfigError: the file cannot be read, or a key or value is not allowed.
     """
+    path = find_config(source)
+    try:
+        return _read(path, overrides, complete)
+    except ConfigError as error:
+        raise ConfigError(without_environment(str(error), path, overrides)) from None
+
+
+def without_environment(message: str, path: Path, overrides: Sequence[str]) -> str:
+    """A message that says `${oc.env:NAME}` where it held the value of that variable, which may be a secret."""
+    text = "\n".join([path.read_text("utf-8", "replace"), *overrides]) if path.is_file() else ""
+    for name in set(re.findall(r"\$\{oc\.env:\s*(\w+)", text)):
+        if len(value := os.environ.get(name, "")) >= SHORTEST:
+            for shown in (repr(value), repr(value)[1:-1], value):
+                message = message.replace(shown, f"${{oc.env:{name}}}")
+    return message
+
+
+def _read(path: Path, overrides: Sequence[str], complete: bool) -> RunConfig:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
     from yaml import YAMLError
 
-    path = find_config(source)
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"override: got {override!r}; expected key=value")
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{source}: holds a list; expected sections with keys")
+            raise ConfigError(f"{path}: holds a list; expected sections with keys")
         merged = OmegaConf.merge({"packaged": str(PACKAGED)}, loaded, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=complete)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: not given; add {error.full_key}=... to the command") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
     except OSError as error:
-        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     assert isinstance(values, dict)
     if values.get("mode") == "teacher" and any(override.startswith("updates=") for override in overrides):
         raise ConfigError("updates: counts the student's; those of a teacher are teacher.updates")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ def only_run(folder: Path, team: Processes) -> Iterator[None]:
     if team.first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held = open(folder / ".lock", "w")  # noqa: SIM115
+            held = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
             if fcntl is not None:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -40,4 +41,4 @@ def only_run(folder: Path, team: Processes) -> Iterator[None]:
         yield
     finally:
         if held is not None:
-            held.close()
+            os.close(held)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from codmd.files import read_json
+
 EXPERTS = ("transformer", "transformer_2")
 SHIPPED = ("1.3b", "14b", "tiny")
 """Wan2.1-T2V in its two sizes, and a tiny one for tests and examples."""
@@ -27,21 +29,20 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: an unknown name, or a file that is no configuration of Wan's transformer.
     """
     if name in SHIPPED:
-        text, source = resources.files(__package__).joinpath(f"configs/wan_{name}.json").read_text("utf-8"), str(name)
+        path = Path(str(resources.files(__package__) / "configs" / f"wan_{name}.json"))
     else:
         path = Path(name)
         if path.is_dir():
             path = transformer_folder(path) / "config.json"
         if not path.is_file():
             raise ValueError(f"config: {name} is no file; expected one of {', '.join(SHIPPED)}, or a config.json")
-        text, source = path.read_text("utf-8"), str(path)
     try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"config: {source} is not JSON: {error}") from error
+        config = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"config: {error}") from error
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind != "WanTransformer3DModel":
-        raise ValueError(f"config: {source} describes {kind!r}; expected a WanTransformer3DModel")
+        raise ValueError(f"config: {path} describes {kind!r}; expected a WanTransformer3DModel")
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
