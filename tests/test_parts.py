@@ -81,6 +81,17 @@ def test_the_size_of_a_video_comes_from_the_models_own_vae(tmp_path):
     assert load_file(latents)["latents"].shape == (2, 48, 4, 6)
 
 
+def test_latents_that_no_published_vae_decodes_keep_their_size(tmp_path):
+    """As those of textures, which are pixels rearranged."""
+    (tmp_path / "network.json").write_text(
+        json.dumps({**TINY, "_class_name": "WanTransformer3DModel", "in_channels": 12, "out_channels": 12})
+    )
+    options = models.read_options("wan", weights="random", config=str(tmp_path / "network.json"))
+    assert options.for_video(None, None, None) == options
+    with pytest.raises(ValueError, match="vae: not given, and no published one has latents of 12 channels"):
+        options.for_video(5, None, None)
+
+
 def test_a_vae_of_other_latents_is_refused(tmp_path, capsys):
     folder = write_pipeline(tmp_path / "pipeline")
     config = json.loads((folder / "vae" / "config.json").read_text())

@@ -95,6 +95,8 @@ class WanOptions(ModelOptions):
         Raises:
             ValueError: a number that no latents decode to.
         """
+        if (frames, height, width) == (None, None, None):
+            return self
         network = self.network()
         time, space = strides(self.vae, network["in_channels"])
         sizes: dict[str, Any] = {}
