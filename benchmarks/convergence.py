@@ -97,13 +97,14 @@ def plan(
         *changes,
     )
 
-    def run(name: str, *own: str) -> Run:
-        overrides = (*shared, *own)
+    def run(name: str, *own: str, of: Sequence[str] = shared) -> Run:
+        overrides = (*of, *own)
         return Run(name, overrides, read_config(str(CONFIG), overrides))
 
     students = {}
     try:
-        teacher = run("teacher", f"out={work}", "mode=teacher")
+        without_students = [change for change in shared if not change.startswith("updates=")]
+        teacher = run("teacher", f"out={work}", "mode=teacher", of=without_students)
         for seed in seeds:
             for arm, own in {"dmd": ("distill.relation_weight=0",), "codmd": ()}.items():
                 name = f"{arm}-{seed}"
