@@ -24,21 +24,24 @@ pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces t
 TOGETHER = {"gram_batch_kernel", "relations_kernel", "apply_batch_kernel"}
 """What only releases of Triton with small dots compile."""
 
-SAMPLE = (
-    "relation, wan-480p", "relation, long-video-240", "480p float16, bcfhw, masked", "odd sizes",
-    "gathered, 128 samples", "every pixel, wan-480p", "every pixel float32, batch 8", "every pixel, 120 frames",
-    "codmd, wan-480p-b2", "codmd, 480p float32, flow, batch 2, 2 x 2 regions", "dmd, rcm, flow", "dmd, longlive",
+EVERY_KERNEL = (
+    "relation, long-video-240", "every pixel, wan-480p", "every pixel float32, batch 8", "codmd, wan-480p-b2",
 )  # fmt: skip
-"""Cases that reach every kernel, dtype and way of reading; all cases by ``--every`` or ``benchmarks.static``."""
+SAMPLE = (
+    *EVERY_KERNEL, "relation, wan-480p", "480p float16, bcfhw, masked", "odd sizes", "gathered, 128 samples",
+    "every pixel, 120 frames", "codmd, 480p float32, flow, batch 2, 2 x 2 regions", "dmd, rcm, flow", "dmd, longlive",
+)  # fmt: skip
+"""Cases that also reach every dtype and way of reading."""
 
 
 @pytest.fixture(scope="module", params=static.TARGETS)
 def compiled(request):
-    """(case, report) of every kernel and configuration of the sample on one architecture."""
-    if static.TARGETS[request.param].backend == "hip" and not static.links_for_amd():
+    """(case, report) of every kernel on one architecture, of the sample on sm_90; of all cases by ``--every``."""
+    target = request.param
+    if static.TARGETS[target].backend == "hip" and not static.links_for_amd():
         pytest.skip("this Triton brings no linker for AMD GPUs, and ROCm's is not installed")
-    cases = static.CASES if request.config.getoption("--every") else SAMPLE
-    return list(static.reports(cases, [request.param]))
+    sample = SAMPLE if target == "sm_90" else EVERY_KERNEL
+    return list(static.reports(static.CASES if request.config.getoption("--every") else sample, [target]))
 
 
 def test_every_configuration_keeps_to_its_budgets(compiled):
