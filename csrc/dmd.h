@@ -84,7 +84,7 @@ struct Element {
 struct Moments {
   double distance;            // |x - r|
   double penalty, magnitude;  // of d where it is a number
-  int64_t selected, nans, wild;  // elements; those with d NaN; those that poison the loss: x not finite, or out of range
+  int64_t selected, nans, wild;  // elements; those with d NaN; those that poison the loss: x not finite, out of range
 
   CODMD_HD void add(const Moments& other) {
     distance += other.distance;

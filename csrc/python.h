@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Reading calls from Python, for both bindings. A tensor crosses as (address, bytes of its storage, first element, dtype
-// code, strides in its own axis order) or None. What a call would touch follows from its sizes and strides; a tensor
-// that does not reach that far, or of another dtype, is refused by name before anything is read.
+// Reading calls from Python, for both bindings. A tensor crosses as (address, bytes of its storage, first element,
+// dtype code, strides in its own axis order) or None. What a call would touch follows from its sizes and strides; a
+// tensor that does not reach that far, or of another dtype, is refused by name before anything is read.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -90,7 +90,8 @@ class Buffer {
 
   // The address, once `needed` elements of `code` are known to lie behind it.
   void* hold(Code code, int64_t needed) const {
-    if (!present_) refuse(name_, "missing, " + std::to_string(needed) + " elements of " + name_of(int64_t(code)) + " needed");
+    if (!present_)
+      refuse(name_, "missing, " + std::to_string(needed) + " elements of " + name_of(int64_t(code)) + " needed");
     if (code_ != int64_t(code))
       refuse(name_, std::string(name_of(int64_t(code))) + " needed, " + name_of(code_) + " came");
     const int64_t found = first_ < 0 || bytes_ < 0 || !data_ ? 0 : bytes_ / size_of(code) - first_;
@@ -224,7 +225,8 @@ struct Call {
         rule{},
         numbers(numbers_of(values)) {
     const Shape& shape = axes.shape;
-    if (dtype < 0 || dtype > 2) refuse("dtype", "float32, bfloat16 or float16 needed, " + std::string(name_of(dtype)) + " came");
+    if (dtype < 0 || dtype > 2)
+      refuse("dtype", "float32, bfloat16 or float16 needed, " + std::string(name_of(dtype)) + " came");
     const Code code = static_cast<Code>(dtype);
     if (related) {
       const Items items(grid_sizes, "grid", 2);

@@ -57,7 +57,8 @@ def objective_call(
     optional = (None,) * 6 if plain else (*others, sigma, mask, weight)
     valid = None if plain else frame_mask(*shape[:2])
     numbers = Numbers(0.1, 0.6, 1.3, 0.2, 2.5, 0.5)
-    return Objective(student, real, fake, *optional, valid, "bfchw", convention, related, pool, True, True, numbers)
+    rest = None, None, "bfchw", convention
+    return Objective(student, real, fake, *optional, valid, *rest, related, pool, True, True, numbers)
 
 
 def scaled(latents: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -34,8 +34,8 @@ class Chunks {
     const int64_t* m = scores.mask.stride;
     const bool mask_dense = !scores.mask.data || (m[4] == 1 && m[3] == s.width) || (m[4] == 0 && m[3] == 0);
     const auto neighbours = [](const Tensor& l) { return !l.data || l.stride[4] == 1; };
-    direct_ = scores.dtype != DType::f16 && !scores.mask.data && !scores.fake_uncond.data && neighbours(scores.student) &&
-              neighbours(scores.fake) && neighbours(scores.real) && neighbours(scores.real_uncond) &&
+    direct_ = scores.dtype != DType::f16 && !scores.mask.data && !scores.fake_uncond.data &&
+              neighbours(scores.student) && neighbours(scores.fake) && neighbours(scores.real) && neighbours(scores.real_uncond) &&
               neighbours(scores.noisy) && (!also || neighbours(*also));
     one_run_ = grid.height * grid.width == 1 && mask_dense && dense(scores.student) && dense(scores.fake) &&
                dense(scores.real) && dense(scores.real_uncond) && dense(scores.fake_uncond) && dense(scores.noisy) &&

@@ -3,7 +3,8 @@
 
 namespace codmd::cuda {
 
-// Raised whenever a bound function changes its arguments or their meaning; codmd/ops/backends/cuda_binary.py names the same number.
+// Raised whenever a bound function changes its arguments or their meaning; codmd/ops/backends/cuda_binary.py names
+// the same number.
 constexpr int kAbiVersion = 2;
 
 }  // namespace codmd::cuda
