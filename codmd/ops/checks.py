@@ -30,8 +30,11 @@ def remembered(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or any(isinstance(argument, Tensor) for argument in arguments):
+        if torch.compiler.is_compiling():
             return function(*arguments)
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                return function(*arguments)
         try:
             return lookup(*arguments)
         except TypeError:  # an argument that cannot be a key: the function says what is wrong with it

@@ -22,11 +22,16 @@ def numbers_of(student: Tensor, *numbers: float | Tensor) -> Numbers | Tensor:
         place = _device_of(student, numbers) or torch.device("cpu")
         dtype = torch.float64 if place.type == "cpu" else torch.float32
         return torch.stack([torch.zeros((), dtype=dtype, device=place) + n for n in numbers])
-    device = _device_of(student, numbers)
-    if device is None:
-        return Numbers(*numbers)  # type: ignore[arg-type]
-    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    return torch.stack([n.to(**options) if isinstance(n, Tensor) else torch.full((), n, **options) for n in numbers])
+    for number in numbers:
+        if isinstance(number, Tensor):
+            options: dict[str, Any] = {"dtype": torch.float32, "device": _device_of(student, numbers) or number.device}
+            return torch.stack([_on_device(number, options) for number in numbers])
+    return Numbers(*numbers)  # type: ignore[arg-type]
+
+
+def _on_device(number: float | Tensor, options: dict[str, Any]) -> Tensor:
+    """A 0-dim tensor, without a copy from the host's memory that a capture could not hold."""
+    return number.to(**options) if isinstance(number, Tensor) else torch.full((), number, **options)
 
 
 def _device_of(student: Tensor, numbers: tuple[float | Tensor, ...]) -> torch.device | None:
