@@ -37,12 +37,20 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not JSON in UTF-8, or nested too deeply to be meant; names the file.
+        ValueError: it is empty, not JSON in UTF-8, or nested too deeply to be meant; names the file.
     """
+    content = path.read_bytes()
+    if not content.strip():
+        raise ValueError(f"{path}: is empty; expected JSON")
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value of JSON is a string that can be written and shown: no lone surrogate, no NUL."""
+    return isinstance(value, str) and "\0" not in value and value == value.encode("utf-8", "ignore").decode()
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -6,32 +6,36 @@ Each RESULTS is one model: a results file of VBench, or a folder whose *.json fi
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from codmd.cli import CommandError
-from codmd.files import short_names, write_whole
+from codmd.files import read_json, short_names, write_whole
 
 HELP = "score VBench results: quality, semantic and total, beside the published totals"
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """How one dimension enters the total: normalised by (x - low) / (high - low), then weighted in its group."""
+    """How one dimension enters the total: normalised by (x - low) / (high - low), then weighted in its group.
+
+    Its average is a mean cosine of two features, which may be negative, or else a share from 0 to 1.
+    """
 
     low: float
     high: float
     group: str
     weight: float = 1.0
+    cosine: bool = False
 
 
 DIMENSIONS = {
-    "subject_consistency": Dimension(0.1462, 1.0, "quality"),
-    "background_consistency": Dimension(0.2615, 1.0, "quality"),
+    "subject_consistency": Dimension(0.1462, 1.0, "quality", cosine=True),
+    "background_consistency": Dimension(0.2615, 1.0, "quality", cosine=True),
     "temporal_flickering": Dimension(0.6293, 1.0, "quality"),
     "motion_smoothness": Dimension(0.706, 0.9975, "quality"),
     "dynamic_degree": Dimension(0.0, 1.0, "quality", weight=0.5),
@@ -43,11 +47,14 @@ DIMENSIONS = {
     "color": Dimension(0.0, 1.0, "semantic"),
     "spatial_relationship": Dimension(0.0, 1.0, "semantic"),
     "scene": Dimension(0.0, 0.8222, "semantic"),
-    "appearance_style": Dimension(0.0009, 0.2855, "semantic"),
-    "temporal_style": Dimension(0.0, 0.364, "semantic"),
-    "overall_consistency": Dimension(0.0, 0.364, "semantic"),
+    "appearance_style": Dimension(0.0009, 0.2855, "semantic", cosine=True),
+    "temporal_style": Dimension(0.0, 0.364, "semantic", cosine=True),
+    "overall_consistency": Dimension(0.0, 0.364, "semantic", cosine=True),
 }
 """The sixteen dimensions with the constants of VBench's own score (Huang et al., CVPR 2024)."""
+
+ROUNDING = 1e-5
+"""How far a float32 cosine of equal vectors may exceed 1."""
 
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
 
@@ -81,21 +88,40 @@ def score(averages: Mapping[str, float]) -> Score:
     """The published score of a model.
 
     Args:
-        averages: the sixteen dimensions' averages as VBench writes them, each in [0, 1].
+        averages: the sixteen dimensions' averages as VBench writes them: cosines in [-1, 1], but for rounding, and
+            shares in [0, 1].
 
     Raises:
-        ValueError: dimensions are missing (all are named), unknown, not finite or outside [0, 1].
+        ValueError: dimensions are unknown (with the name that may be meant), missing (all are named), not finite or
+            outside their range.
     """
+    check_names(averages)
     if missing := [name for name in DIMENSIONS if name not in averages]:
         raise ValueError(f"lacks {len(missing)} of the {len(DIMENSIONS)} dimensions: {', '.join(missing)}")
-    if unknown := sorted(set(averages) - set(DIMENSIONS)):
-        raise ValueError(f"holds unknown dimensions: {', '.join(unknown)}; expected {', '.join(DIMENSIONS)}")
     for name, value in averages.items():
-        if not 0 <= value <= 1:  # false for NaN
-            raise ValueError(f"{name}: got {value!r}; expected an average from 0 to 1, as VBench writes it")
+        cosine = DIMENSIONS[name].cosine
+        low, high = (-1 - ROUNDING, 1 + ROUNDING) if cosine else (0, 1)
+        if not low <= value <= high:  # false for NaN
+            expected = "a mean cosine, from -1 to 1" if cosine else "a share, from 0 to 1 and not in percent"
+            raise ValueError(f"{name}: got {value!r}; expected {expected}, as VBench writes it")
     quality, semantic = (_group_score(averages, group) for group in ("quality", "semantic"))
     total = (QUALITY_WEIGHT * quality + SEMANTIC_WEIGHT * semantic) / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
     return Score(100 * quality, 100 * semantic, 100 * total, 100 * averages["dynamic_degree"])
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses what is no dimension of VBench.
+
+    Raises:
+        ValueError: every unknown name, with the dimension that it resembles.
+    """
+    unknown = []
+    for name in names:
+        if name not in DIMENSIONS:
+            close = difflib.get_close_matches(name.lower(), DIMENSIONS, n=1)
+            unknown.append(f"{name!r}, do you mean {close[0]}?" if close else repr(name))
+    if unknown:
+        raise ValueError(f"holds unknown dimensions: {'; '.join(unknown)} (VBench has {', '.join(DIMENSIONS)})")
 
 
 def normalised(name: str, average: float) -> float:
@@ -188,17 +214,27 @@ def _group_score(averages: Mapping[str, float], group: str) -> float:
 
 def _read_file(path: Path) -> dict[str, float]:
     try:
-        content: Any = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
+        content = read_json(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected {{dimension: [average, per video]}}")
-    averages = {}
-    for name, value in content.items():
+    averages: dict[str, float] = {}
+    for written, value in content.items():
         average = value[0] if isinstance(value, list) and value else None
         if isinstance(average, bool) or not isinstance(average, int | float):
-            raise ValueError(f"{path}: {name} is not [average, per video]; is this a results file of VBench?")
-        averages[name.replace(" ", "_")] = float(average)
+            raise ValueError(f"{path}: {written!r} is not [average, per video]; is this a results file of VBench?")
+        name = written.replace(" ", "_")
+        if name in averages and averages[name] != average:
+            raise ValueError(f"{path}: {name} is there twice, as {averages[name]} and {average}")
+        try:
+            averages[name] = float(average)
+        except OverflowError as error:
+            raise ValueError(f"{path}: {written!r} has an integer too large for a number") from error
+    try:
+        check_names(averages)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return averages
 
 

@@ -120,25 +120,74 @@ def test_files_of_one_folder_may_not_contradict_each_other(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be read as JSON"),
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+        (b'{"scene": [0.4, "\xff"]}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
+        ("\0", "not JSON"),
         ("[1, 2]", "holds a list"),
-        ('{"scene": 0.4}', "scene is not [average, per video]"),
-        ('{"scene": [true, []]}', "scene is not [average, per video]"),
-        (json.dumps({**{k: [v, []] for k, v in AVERAGES.items()}, "scene": [45.0, []]}), "scene: got 45.0"),
-        (json.dumps({**{k: [v, []] for k, v in AVERAGES.items()}, "scene": [float("nan"), []]}), "scene: got nan"),
+        ('{"scene": 0.4}', "'scene' is not [average, per video]"),
+        ('{"scene": [true, []]}', "'scene' is not [average, per video]"),
+        ('{"\\ud800\\u0000": [0.4, []]}', r"unknown dimensions: '\ud800\x00'"),
+        ('{"scene": [1%s, []]}' % ("0" * 400), "'scene' has an integer too large"),
+        ('{"scene": [1%s, []]}' % ("0" * 5000), "not JSON: Exceeds the limit"),
         (
-            json.dumps({**{k: [v, []] for k, v in AVERAGES.items()}, "scenery": [0.4, []]}),
-            "unknown dimensions: scenery",
+            '{"scene": [0.4, []], "vividness": [0.4, []]}',
+            "unknown dimensions: 'vividness' (VBench has subject_consistency",
         ),
+        ('{"temporal style": [0.1, []], "temporal_style": [0.2, []]}', "temporal_style is there twice, as 0.1 and 0.2"),
     ],
 )
 def test_bad_results_are_refused_with_the_file_and_the_reason(tmp_path, capsys, content, message):
     path = tmp_path / "r.json"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert main(["vbench", str(path)]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert str(path) in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("overall_consistency", -0.013), ("subject_consistency", 1.0000001), ("appearance_style", -1.0)]
+)
+def test_cosines_may_be_negative_and_exceed_1_by_rounding(name, value):
+    dimension = vbench.DIMENSIONS[name]
+    moved = vbench.score({**AVERAGES, name: value}).total - vbench.score(AVERAGES).total
+    share = 4 / 5 / 6.5 if dimension.group == "quality" else 1 / 5 / 9
+    assert moved == pytest.approx(100 * share * (value - AVERAGES[name]) / (dimension.high - dimension.low))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("overall_consistency", 26.0, "got 26.0; expected a mean cosine, from -1 to 1"),
+        ("temporal_style", -1.001, "got -1.001; expected a mean cosine, from -1 to 1"),
+        ("scene", 45.0, "got 45.0; expected a share, from 0 to 1 and not in percent"),
+        ("color", -0.013, "got -0.013; expected a share, from 0 to 1"),
+        ("dynamic_degree", 1.0000001, "got 1.0000001; expected a share, from 0 to 1"),
+        ("scene", float("nan"), "got nan; expected a share"),
+        ("temporal_style", float("inf"), "got inf; expected a mean cosine"),
+    ],
+)
+def test_averages_out_of_their_range_are_refused_with_what_they_should_be(tmp_path, capsys, name, value, expected):
+    path = write_results(tmp_path / "r.json", {**AVERAGES, name: value})
+    assert main(["vbench", str(path)]) == 1
+    assert f"{path}: {name}: {expected}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("overal_consistency", "overall_consistency"), ("Colour", "color"), ("temporal flicker", "temporal_flickering")],
+)
+def test_a_misspelt_dimension_is_named_with_its_file_and_what_it_resembles(tmp_path, capsys, written, meant):
+    averages = {written if name == meant else name: value for name, value in AVERAGES.items()}
+    for name, value in averages.items():
+        write_results(tmp_path / f"{name}_eval_results.json", {name: value})
+    assert main(["vbench", str(tmp_path)]) == 1
+    file = tmp_path / f"{written}_eval_results.json"
+    name = written.replace(" ", "_")
+    assert f"{file}: holds unknown dimensions: {name!r}, do you mean {meant}?" in capsys.readouterr().err
 
 
 def test_every_bad_argument_is_named_in_one_go(tmp_path, capsys):
