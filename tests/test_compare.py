@@ -14,8 +14,9 @@ from chromium import browse, find_browser
 from clips import encode, pan
 
 from codmd.cli import main
-from codmd.compare.study import damage, make_study, prompt_of
+from codmd.compare.study import make_study, unplayable
 from codmd.compare.tally import Vote, wilson, win_rate
+from codmd.sample.names import jobs_of, without_seed
 
 NAMES = ["a cup of coffee-0", "a <b>cat<!-- & <script> dog-0", "rocket-0", "portrait-1"]
 
@@ -84,13 +85,69 @@ def test_page_is_self_contained_and_blind_and_holds_every_video_on_its_side(fold
 
 
 def test_prompts_come_from_the_names_or_from_a_file(folders, tmp_path):
-    assert prompt_of("a cat-12") == "a cat"
-    assert prompt_of("twenty-one") == "twenty-one"
+    assert without_seed("a cat-12") == "a cat"
+    assert without_seed("twenty-one") == "twenty-one"
     (tmp_path / "prompts.json").write_text(json.dumps({"rocket-0": "A rocket at dawn"}))
     page = make_page(folders, tmp_path / "p.html", "--prompts", str(tmp_path / "prompts.json"))
     prompts = {pair["name"]: pair["prompt"] for pair in study_of(page)["pairs"]}
     assert prompts["rocket-0"] == "A rocket at dawn"
     assert prompts["portrait-1"] == "portrait"
+
+
+LONG = "A very long prompt of a black leather sofa, <b>seen</b> from above & at dusk, " * 3
+
+
+def sampled(root, prompts, source, keep=True):
+    """A folder as `codmd sample` writes it, with two seeds of every prompt."""
+    jobs = jobs_of(prompts, range(2))
+    (root / "videos").mkdir(parents=True)
+    for job in jobs:
+        for seed in job.seeds:
+            (root / "videos" / f"{job.name}-{seed}.mp4").symlink_to(source)
+    record = {"steps": 4, **({"prompts": {job.name: job.prompt for job in jobs}} if keep else {})}
+    (root / "sampling.json").write_text(json.dumps(record, ensure_ascii=False), "utf-8")
+    return root
+
+
+@pytest.mark.parametrize("inside", ["", "videos"])
+def test_people_read_the_whole_prompt_that_codmd_sample_recorded(folders, tmp_path, inside):
+    prompts, source = [LONG, "A cat / a dog", "short"], folders[0] / "rocket-0.mp4"
+    pair = [sampled(tmp_path / name, prompts, source, keep) / inside for name, keep in (("a", True), ("b", False))]
+    page = make_page(pair, tmp_path / "p.html")
+    shown = {pair["name"]: pair["prompt"] for pair in study_of(page)["pairs"]}
+    assert sorted(shown.values()) == sorted(2 * prompts)
+    assert not any(LONG in name for name in shown)
+    assert LONG not in page  # "<b>" in it cannot become an element
+
+
+def test_two_prompts_of_one_video_are_refused_unless_people_are_told_which(folders, tmp_path, capsys):
+    source = folders[0] / "rocket-0.mp4"
+    pair = [sampled(tmp_path / name, ["cat"], source) for name in ("a", "b")]
+    (pair[1] / "sampling.json").write_text(json.dumps({"prompts": {"cat": "a cat, in detail"}}))
+    assert main(["compare", *map(str, pair), "--out", str(tmp_path / "p.html")]) == 1
+    assert "from the prompt 'cat', the other from 'a cat, in detail'; say with --prompts" in capsys.readouterr().err
+    (tmp_path / "prompts.json").write_text(json.dumps({"cat-0": "a cat", "cat-1": "a cat"}))
+    page = make_page(pair, tmp_path / "p.html", "--prompts", str(tmp_path / "prompts.json"))
+    assert {pair["prompt"] for pair in study_of(page)["pairs"]} == {"a cat"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("", "is empty"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "holds a list"),
+        ('{"prompts": 3}', "prompts: expected"),
+        ('{"prompts": {"cat": "\\ud800"}}', "prompts: expected {name: prompt}, prompts without NUL or lone surrogates"),
+        ('{"prompts": {"cat": "a\\u0000"}}', "prompts: expected"),
+    ],
+)
+def test_a_record_of_samples_that_is_none_is_named(folders, tmp_path, capsys, record, message):
+    pair = [sampled(tmp_path / name, ["cat"], folders[0] / "rocket-0.mp4") for name in ("a", "b")]
+    (pair[1] / "sampling.json").write_text(record)
+    assert main(["compare", *map(str, pair), "--out", str(tmp_path / "p.html")]) == 1
+    assert f"{pair[1] / 'sampling.json'}: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "p.html").exists()
 
 
 def test_pairs_draws_that_many_by_the_seed(folders, tmp_path):
@@ -130,8 +187,32 @@ def test_damaged_videos_are_all_named(folders, tmp_path, capsys):
     error = capsys.readouterr().err
     assert all(f"{tmp_path / 'a' / name}.mp4: is" in error for name in broken)
     assert "whole" not in error
-    assert damage(folders[0] / "rocket-0.mp4") is None
+    assert unplayable(folders[0] / "rocket-0.mp4") is None
+    assert "ffmpeg" not in error
     assert not (tmp_path / "p.html").exists()
+
+
+def test_videos_that_no_browser_plays_are_named_with_what_to_do(folders, tmp_path, capsys):
+    frames = pan("rocket", 0, 0, frames=6, width=128, height=96)
+    for name in ("a-0", "b-0"):
+        encode(tmp_path / "old" / f"{name}.mp4", frames, codec="mpeg4")
+        encode(tmp_path / "new" / f"{name}.mp4", frames, codec="libx265" if name == "b-0" else "libx264")
+    out = tmp_path / "p.html"
+    assert main(["compare", str(tmp_path / "new"), str(tmp_path / "old"), "--out", str(out)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(lines[1:3]) == [
+        f"  {tmp_path / 'old' / name}.mp4: is coded as mp4v, which no browser plays" for name in ("a-0", "b-0")
+    ]
+    assert lines[3:] == ["  encode again what no browser plays: ffmpeg -i IN.mp4 -c:v libx264 -pix_fmt yuv420p OUT.mp4"]
+    assert not out.exists()
+
+
+def test_a_container_without_a_video_is_named(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x-0.mp4").write_bytes(b"\0\0\0\x10ftypisom\0\0\0\0" + b"\0\0\0\x08moov")
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "p.html")]) == 1
+    assert "x-0.mp4: has no video track" in capsys.readouterr().err
 
 
 def test_videos_in_one_folder_only_are_named_and_left_out(folders, tmp_path, capsys):
@@ -160,7 +241,9 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(folders, tmp_path, capsys, 
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rocket-0": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"rocket-0": 3}', '{"rocket-0": "\\ud800"}', '{"rocket-0": "\\u0000"}', "[" * 100_000]
+)
 def test_prompts_that_are_no_object_of_texts_are_refused(folders, tmp_path, capsys, content):
     (tmp_path / "prompts.json").write_text(content)
     options = ["--prompts", str(tmp_path / "prompts.json"), "--out", str(tmp_path / "p.html")]
@@ -206,7 +289,7 @@ def test_both_videos_play_and_the_prompt_is_shown_as_text(page):
     for _ in NAMES:
         shown.add(page.js("document.getElementById('prompt').textContent"))
         page.press("ArrowLeft", "ArrowLeft", "ArrowLeft", "Enter")
-    assert shown == {prompt_of(name) for name in NAMES}
+    assert shown == {without_seed(name) for name in NAMES}
 
 
 def test_videos_start_again_together_when_both_have_ended(page):
@@ -378,6 +461,11 @@ def test_unanimous_votes_on_few_pairs_leave_a_wide_interval():
         ({"format": "other"}, "is not an export"),
         ({"version": 2}, "has version 2; expected 1"),
         ({"key": "!"}, "is damaged"),
+        ({"key": 5}, "is damaged"),
+        ({"key": base64.b64encode(b"[" * 100_000).decode()}, "is damaged"),
+        ({"names": ("A", "\ud800")}, "is damaged"),
+        ({"names": ("A", ["B"])}, "is damaged"),
+        ({"participant": {"a": 1}}, "is damaged"),
         ({"answers": {"x": {"quality": "up"}}}, "unknown answer 'up'"),
         ({"answers": {"unknown": {"quality": "left"}}}, "is damaged: KeyError('unknown')"),
         ({"answers": []}, "is damaged"),
@@ -390,6 +478,28 @@ def test_bad_answers_are_refused_with_the_file_and_the_reason(tmp_path, capsys, 
     assert message in error
     assert path in error
     assert not (tmp_path / "t.png").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"format": "\xff"}', b"\0"])
+def test_answers_that_are_no_json_are_refused_with_the_file(tmp_path, capsys, content):
+    (tmp_path / "1.json").write_bytes(content)
+    assert main(["compare", "--tally", str(tmp_path / "1.json"), "--out", str(tmp_path / "t.png")]) == 1
+    assert f"{tmp_path / '1.json'}: cannot be read" in capsys.readouterr().err
+
+
+def test_names_with_signs_of_mathematics_are_written_as_they_are(tmp_path, capsys):
+    names = ("cost_$5_{$x", r"\frac{1}$a_b$^")
+    path = ballot(tmp_path / "1.json", {"x": {"quality": "left"}}, names=names)
+    assert main(["compare", "--tally", path, "--out", str(tmp_path / "t.png")]) == 0
+    assert f"{names[0]} against {names[1]}: 1 participant(s)" in capsys.readouterr().out
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_whose_name_is_not_utf8_makes_a_study_that_can_be_tallied(folders, tmp_path):
+    odd = tmp_path / os.fsdecode(b"run\xff")
+    odd.symlink_to(folders[0])
+    page = make_page((odd, folders[1]), tmp_path / "p.html")
+    assert key_of(page)["a"] == "run?"
 
 
 def test_answers_to_different_comparisons_are_not_mixed(tmp_path, capsys):

@@ -39,12 +39,15 @@ def chart(rates: Mapping[str, WinRate | None], names: tuple[str, str], title: st
     axis.set_yticks(range(len(answered)), list(answered))
     axis.set_ylim(len(answered) - 0.3, -0.5)
     axis.set_xlim(0, 100)
-    axis.set_xlabel(f"% of votes; diamond: win rate of {names[0]} (no difference counts half), 95 % interval")
-    axis.set_title(title, fontsize=10)
+    measure = f"% of votes; diamond: win rate of {names[0]} (no difference counts half), 95 % interval"
+    axis.set_xlabel(measure, parse_math=False)  # a $ in the name of a folder is no formula
+    axis.set_title(title, fontsize=10, parse_math=False)
     axis.spines[["top", "right"]].set_visible(False)
     labels = (names[0], "no difference", names[1])
     handles = [Patch(color=colour, label=text) for colour, text in zip((WINS, SAME, LOSSES), labels, strict=True)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    legend = figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    for entry in legend.get_texts():
+        entry.set_parse_math(False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
     return file.getvalue()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codmd.cli import CommandError, integer_in
-from codmd.files import write_whole
+from codmd.files import is_text, read_json, write_whole
 
 if TYPE_CHECKING:
     from .tally import WinRate
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pairs", type=integer_in(1, 10_000), metavar="N", help="draw N pairs by the seed (all)")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="JSON {name: prompt}; by default names are {prompt}-{number}"
+        "--prompts", type=Path, metavar="FILE", help="JSON {name: prompt} (what codmd sample recorded, or the name)"
     )
 
 
@@ -60,6 +59,8 @@ def _make_page(args: argparse.Namespace) -> int:
         page = render(study)
     except OSError as error:
         raise CommandError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     out = args.out or PAGE
     write_whole(out, page)
     if alone:
@@ -111,9 +112,9 @@ def _read_prompts(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        prompts = json.loads(path.read_text("utf-8"))
+        prompts = read_json(path)
     except (OSError, ValueError) as error:
-        raise CommandError(f"--prompts {path}: cannot be read as JSON: {error}") from error
-    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
-        raise CommandError(f"--prompts {path}: expected an object {{name: prompt}}")
+        raise CommandError(f"--prompts {path}: cannot be read: {error}") from error
+    if not isinstance(prompts, dict) or not all(map(is_text, prompts.values())):
+        raise CommandError(f"--prompts {path}: expected {{name: prompt}}, prompts without NUL or lone surrogates")
     return prompts

@@ -6,15 +6,23 @@ import base64
 import hashlib
 import json
 import random
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from codmd.cli import CommandError
 from codmd.files import samples_in, short_names
+from codmd.mp4 import BadMovie, read_movie
+from codmd.sample.names import recorded_prompts, without_seed
 
 MEDIA_TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}
-"""What browsers play."""
+"""Files that browsers play."""
+
+PLAYED = {"avc1", "avc3", "hev1", "hvc1", "av01", "vp08", "vp09"}
+"""Codecs of mp4 files that a browser plays: H.264, AV1 and VP9 in all, H.265 where the system decodes it."""
+
+UNPLAYED = "which no browser plays"
+REMEDY = "encode again what no browser plays: ffmpeg -i IN.mp4 -c:v libx264 -pix_fmt yuv420p OUT.mp4"
 
 EBML = b"\x1a\x45\xdf\xa3"
 
@@ -52,15 +60,17 @@ def make_study(a: Path, b: Path, seed: int, limit: int | None, prompts: dict[str
         a, b: folders of mp4 or webm files, or what `codmd sample` wrote; names count without the suffix.
         seed: decides the pairs drawn, their order and their sides. Of n pairs, n // 2 or (n + 1) // 2 have `a` left.
         limit: number of pairs to draw; all by default.
-        prompts: prompt by name; others are read off the name, "{prompt}-{number}".
+        prompts: prompt by name; others are those that `codmd sample` recorded, or are read off the name,
+            "{prompt}-{number}".
 
     Returns:
         the study, and the names that only one of the folders holds.
 
     Raises:
-        CommandError: no folder, no pair, or videos that are damaged (every one is named).
+        CommandError: no folder, no pair, one video of two prompts, or videos that no browser plays (all are named).
+        OSError, ValueError: a file cannot be read; names it.
     """
-    name_a, name_b = short_names([a, b])
+    name_a, name_b = (name.encode("utf-8", "replace").decode() for name in short_names([a, b]))
     ours, theirs = _videos(a), _videos(b)
     common = sorted(ours.keys() & theirs.keys())
     if not common:
@@ -68,9 +78,11 @@ def make_study(a: Path, b: Path, seed: int, limit: int | None, prompts: dict[str
     chooser = random.Random(seed)
     chooser.shuffle(common)
     names = common[:limit]
-    damaged = [f"{p}: {why}" for name in names for p in (ours[name], theirs[name]) if (why := damage(p))]
-    if damaged:
-        raise CommandError("damaged videos:\n  " + "\n  ".join(damaged))
+    bad = [f"{p}: {why}" for name in names for p in (ours[name], theirs[name]) if (why := unplayable(p))]
+    if bad:
+        remedy = [REMEDY] if any(line.endswith(UNPLAYED) for line in bad) else []
+        raise CommandError("\n  ".join(["videos that cannot be shown:", *bad, *remedy]))
+    recorded = [recorded_prompts(folder) for folder in (a, b)]
     a_left = [i % 2 == 0 for i in range(len(names))]
     if chooser.random() < 0.5:
         a_left = [not side for side in a_left]
@@ -78,41 +90,34 @@ def make_study(a: Path, b: Path, seed: int, limit: int | None, prompts: dict[str
     pairs = []
     for name, left in zip(names, a_left, strict=True):
         sides = (ours[name], theirs[name]) if left else (theirs[name], ours[name])
-        pairs.append(Pair(name, prompts.get(name, prompt_of(name)), *sides))
+        pairs.append(Pair(name, _prompt(name, prompts, recorded), *sides))
     sides_by_name = {pair.name: "a" if left else "b" for pair, left in zip(pairs, a_left, strict=True)}
     secret = json.dumps({"a": name_a, "b": name_b, "left": sides_by_name}).encode()
     identity = hashlib.sha256(secret).hexdigest()[:16]
     return Study(pairs, base64.b64encode(secret).decode(), identity), sorted(ours.keys() ^ theirs.keys())
 
 
-def prompt_of(name: str) -> str:
-    """The prompt in a file's name "{prompt}-{number}"; the name itself where there is no number."""
-    return re.sub(r"-\d+$", "", name)
+def unplayable(path: Path) -> str | None:
+    """Why no browser plays this file, as far as its container tells; None when one does."""
+    if path.suffix.lower() == ".webm":
+        with path.open("rb") as file:
+            return None if file.read(4) == EBML else "is not a webm file"
+    try:
+        codec = read_movie(path).codec
+    except BadMovie as error:
+        return str(error)
+    return None if codec in PLAYED else f"is coded as {codec}, {UNPLAYED}"
 
 
-def damage(path: Path) -> str | None:
-    """Why a browser cannot play this file, as far as its container tells; None when it is whole."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        if path.suffix.lower() == ".webm":
-            return None if head.startswith(EBML) else "is not a webm file"
-        if head[4:8] != b"ftyp":
-            return "is empty" if size == 0 else "is not an mp4 file"
-        position, kinds = 0, set()
-        while position < size:
-            file.seek(position)
-            header = file.read(16)
-            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
-            if length == 1:
-                length = int.from_bytes(header[8:16], "big")
-            elif length == 0:
-                length = size - position
-            kinds.add(kind)
-            position += max(length, 8)
-    if position != size or b"moov" not in kinds:
-        return "is truncated"
-    return None
+def _prompt(name: str, given: Mapping[str, str], recorded: Sequence[Mapping[str, str]]) -> str:
+    start = without_seed(name)
+    found = list(dict.fromkeys(prompts[start] for prompts in recorded if start in prompts))
+    if name not in given and len(found) > 1:
+        raise CommandError(
+            f"{name}: one folder was sampled from the prompt {found[0]!r}, the other from {found[1]!r}; "
+            "say with --prompts what people are to read"
+        )
+    return given.get(name, found[0] if found else start)
 
 
 def _videos(folder: Path) -> dict[str, Path]:

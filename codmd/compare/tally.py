@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from codmd.files import is_text, read_json
 
 from . import ANSWERS, FORMAT, QUESTIONS, VERSION
 
@@ -117,23 +117,25 @@ def wilson(rate: float, count: float) -> tuple[float, float]:
 
 def _read_ballot(path: Path) -> Ballot:
     try:
-        content: Any = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
-        raise BadAnswers(f"{path}: cannot be read as JSON: {error}") from error
+        raise BadAnswers(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadAnswers(f"{path}: is not an export of a comparison page")
     if content.get("version") != VERSION:
         raise BadAnswers(f"{path}: has version {content.get('version')!r}; expected {VERSION}")
     try:
         key = json.loads(base64.b64decode(content["key"], validate=True))
-        names, left = (str(key["a"]), str(key["b"])), dict(key["left"])
+        names, left = (key["a"], key["b"]), dict(key["left"])
         votes = [
             _vote(pair, question, choice, left[pair])
             for pair, answers in content["answers"].items()
             for question, choice in answers.items()
         ]
-        identity = (str(content["study"]), str(content["participant"]), str(content["exported"]))
-    except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
+        identity = (content["study"], content["participant"], content["exported"])
+        if not all(map(is_text, (*names, *identity))):
+            raise ValueError("a name that is no text")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise BadAnswers(f"{path}: is damaged: {error!r}") from error
     return Ballot(path, *identity, names, votes)
 

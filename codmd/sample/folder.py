@@ -15,12 +15,10 @@ from codmd.atomic import replacing
 from codmd.files import read_json
 from codmd.models.base import Condition, VideoDenoiser
 
-from .names import PromptJob
+from .names import SETTINGS, PromptJob
 from .samplers import FewStep, Guided, noise_of
 from .sheet import write_sheet
 from .video import latents_are_complete, video_is_complete, write_latents, write_video
-
-SETTINGS = "sampling.json"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which videos are wanted and how their files are called."""
+"""The videos that are wanted, the names of their files, and the way back from a file to its prompt."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from codmd.files import read_json
+from codmd.files import is_text, read_json
 
+SETTINGS = "sampling.json"
+KINDS = ("videos", "latents")
 UNSAFE = re.compile(r'[/\\:*?"<>|\x00-\x1f\x7f]+')
 LONGEST = 120
 LONGEST_FILE = 255
@@ -48,6 +50,36 @@ def file_name(prompt: str) -> str:
     return f"{name} {hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
 
 
+def recorded_prompts(folder: Path) -> dict[str, str]:
+    """Prompt by name of the files that `codmd sample` made, which are called `{name}-{seed}`.
+
+    Args:
+        folder: one that `codmd sample` wrote, or its "videos" or "latents".
+
+    Returns:
+        "prompts" of its sampling.json; nothing for another folder, or one of a version that did not keep them.
+
+    Raises:
+        OSError, ValueError: sampling.json cannot be read, or holds something else; names the file.
+    """
+    folder = folder.absolute()
+    path = (folder.parent if folder.name in KINDS else folder) / SETTINGS
+    if not path.is_file():
+        return {}
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: holds a {type(settings).__name__}; expected the settings of codmd sample")
+    prompts = settings.get("prompts", {})
+    if not isinstance(prompts, dict) or not all(map(is_text, prompts.values())):
+        raise ValueError(f"{path}: prompts: expected {{name: prompt}}, prompts without NUL or lone surrogates")
+    return prompts
+
+
+def without_seed(name: str) -> str:
+    """`{name}` of a file called `{name}-{seed}`; a name without a number as it is."""
+    return re.sub(r"-\d+$", "", name)
+
+
 def vbench_jobs(path: Path, augmented: Sequence[str] | None = None) -> list[PromptJob]:
     """VBench's prompts, named `{prompt_en}-{i}` with i = 0 to 4 (0 to 24 for temporal flickering).
 
@@ -69,7 +101,7 @@ def vbench_jobs(path: Path, augmented: Sequence[str] | None = None) -> list[Prom
     if not counts:
         raise ValueError(f"--vbench {path}: has no prompts")
     for prompt in counts:
-        if UNSAFE.search(prompt) or len(f"{prompt}-00.mp4".encode()) > LONGEST_FILE:
+        if not is_text(prompt) or UNSAFE.search(prompt) or len(f"{prompt}-00.mp4".encode()) > LONGEST_FILE:
             raise ValueError(f"--vbench {path}: VBench names files by the prompt, which no file can be: {prompt!r}")
     if augmented is not None and len(augmented) != len(counts):
         raise ValueError(
