@@ -1,10 +1,12 @@
 """`codmd inspect` on real clips with known motion: its measures, what its page says, and what it skips."""
 
 import errno
+import html
 import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -12,15 +14,18 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from clips import encode, flickering, pan, saturated, shuffled
+from clips import blocky, cut, encode, flickering, pan, saturated, shuffled
 from safetensors.torch import save_file
 from scipy import stats
 
 from codmd import metrics, reference
 from codmd.cli import main
+from codmd.inspect.blockiness import blockiness
 from codmd.inspect.clips import UnreadableClip, find_clips, read_clip
 from codmd.inspect.measures import frame_features, measure, temporal_order
 from codmd.inspect.pairs import compare
+from codmd.mp4 import BadMovie, Movie, read_movie
+from codmd.sample.names import jobs_of
 
 MOTION = {"astronaut": (2, -1), "coffee": (3, 2), "chelsea": (4, 1), "rocket": (5, 3)}
 
@@ -79,7 +84,8 @@ def test_page_tells_a_frozen_a_shuffled_and_an_over_saturated_copy_from_the_orig
 def test_distances_of_an_equal_copy_are_zero_and_ratios_one(inspection):
     results, _ = inspection
     (entry,) = [e for e in results["clips"] if e["path"].endswith("rocket.mp4")]
-    expected = {"cosine": 0, "spearman": 0, "features": 0, "order": 0, "motion": 1, "flicker": 1, "saturation": 1}
+    expected = {"cosine": 0, "spearman": 0, "features": 0, "order": 0, "motion": 1, "flicker": 1}
+    expected |= {"blockiness": 1, "saturation": 1}
     assert entry["reference"]["distances"] == pytest.approx(expected)
 
 
@@ -156,6 +162,37 @@ def test_flicker_is_what_motion_does_not_explain(tmp_path):
     assert "flickers" in compare(flicker, moving).findings[-1]
 
 
+@pytest.mark.parametrize("name", MOTION)
+def test_blockiness_is_1_of_clean_pictures_and_grows_with_the_blocks(folders, tmp_path, name):
+    frames = read_clip(folders[0] / f"{name}.mp4").pixels
+    values = [blockiness(blocky(frames, amount)) for amount in (0, 0.25, 0.5, 1)]
+    assert values[0] == pytest.approx(1, abs=0.07)
+    assert values == sorted(values)
+    assert values[1] > values[0] + 0.02
+    assert values[3] > 2
+    assert blockiness(blocky(frames, 1, block=16)) > 1.5
+    shifted = blocky(frames)[:, 4:-4, 4:-4]
+    assert blockiness(shifted) < 1  # the grid is that of the picture's corner
+
+
+def test_blockiness_of_flat_blocks_is_their_step_plus_1_and_of_a_flat_picture_1():
+    checkers = 100 + 30 * (np.add.outer(np.arange(4), np.arange(6)) % 2)
+    flat = checkers.repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8)[None, ..., None].repeat(3, axis=-1)
+    assert blockiness(flat) == 31
+    assert blockiness(np.full_like(flat, 100)) == 1
+
+
+def test_a_blocky_clip_is_called_so_and_one_that_is_clean_or_coded_at_low_quality_is_not(folders, tmp_path):
+    clean = measured(folders[0] / "coffee.mp4")
+    frames = pan("coffee", *MOTION["coffee"])
+    crude = measured(encode(tmp_path / "crude.mp4", blocky(frames)))
+    pale = measured(encode(tmp_path / "low.mp4", frames, output_params=["-crf", "40"]))
+    finding = f"blocky: {crude.values['blockiness']:.2f} against {clean.values['blockiness']:.2f}"
+    assert finding in compare(crude, clean).findings
+    assert crude.values["blockiness"] > 5
+    assert not any("blocky" in text for text in compare(pale, clean).findings + compare(clean, clean).findings)
+
+
 def test_relations_are_those_of_the_reference_on_an_8_by_8_grid(folders):
     clip = read_clip(folders[0] / "coffee.mp4")
     video = torch.from_numpy(clip.pixels).permute(0, 3, 1, 2)[None].double() / 127.5 - 1
@@ -195,6 +232,36 @@ def write_frames(folder, frames):
 def test_a_folder_of_frames_is_read_in_the_order_of_its_numbers(tmp_path):
     frames = pan("coffee", 3, 2)
     assert (read_clip(write_frames(tmp_path / "frames", frames)).pixels == frames).all()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "depth"), [(".png", np.uint8), (".png", np.uint16), (".webp", np.uint8)], ids=["png", "png16", "webp"]
+)
+def test_images_with_alpha_are_composited_on_black(tmp_path, suffix, depth):
+    """Whatever colours are hidden where the alpha is 0, they do not count."""
+    frames, scale = pan("coffee", 3, 2, frames=3), np.iinfo(depth).max // 255
+    alpha = np.zeros((*frames.shape[:3], 1), np.uint8)
+    alpha[:, 20:90, 30:150], alpha[:, 40:60, 50:90] = 255, 51
+    hidden = np.where(alpha == 0, np.random.default_rng(0).integers(0, 256, frames.shape), frames)
+    stored = np.concatenate([hidden[..., ::-1], alpha], axis=-1).astype(depth) * depth(scale)
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(stored):
+        quality = [] if suffix == ".png" else [cv2.IMWRITE_WEBP_QUALITY, 101]  # lossless
+        cv2.imwrite(str(tmp_path / "frames" / f"{number}{suffix}"), frame, quality)
+    expected = (frames * (alpha / 255)).round()
+    found = read_clip(tmp_path / "frames").pixels
+    assert np.abs(found - expected).max() <= (0 if suffix == ".png" else 1)
+
+
+@pytest.mark.parametrize("codec, form", [("png", "rgba"), ("qtrle", "argb"), ("prores_ks", "yuva444p10le")])
+def test_a_video_with_alpha_is_refused_and_the_same_codec_without_it_read(tmp_path, codec, form):
+    frames = pan("coffee", 3, 2, frames=3)
+    clear = encode(tmp_path / "clear.mov", frames, codec=codec, pix_fmt=form)
+    with pytest.raises(UnreadableClip, match="has an alpha channel; encode it without one, or give its frames as PNG"):
+        read_clip(clear)
+    if codec != "prores_ks":
+        opaque = encode(tmp_path / "opaque.mov", frames, codec=codec, pix_fmt="rgb24")
+        assert (read_clip(opaque).pixels == frames).all()
 
 
 def test_a_gif_moves_like_its_frames(tmp_path):
@@ -281,6 +348,49 @@ def test_bad_clips_are_named_and_skipped_and_the_status_says_so(folders, tmp_pat
     assert all(text in reasons[name] for name, text in expected.items())
     captured, html = capsys.readouterr(), (out / "report.html").read_text()
     assert all(name in captured.err and name in html for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (["-ss", "1.3"], range(21, 60)),
+        (["-ss", "0.9", "-t", "0.4"], [*range(15, 22), 23]),  # ffmpeg cuts in the order of decoding
+    ],
+)
+def test_a_clip_cut_without_encoding_is_whole_and_its_frames_are_those_after_the_cut(tmp_path, options, kept):
+    frames = pan("coffee", 2, 1, frames=60)
+    full = encode(tmp_path / "full.mp4", frames, output_params=["-g", "12", "-bf", "3"])
+    part = cut(full, tmp_path / "part.mp4", *options)
+    pixels = read_clip(part).pixels
+    assert read_movie(part).shown == len(kept)
+    assert (pixels == read_clip(full).pixels[list(kept)]).all()
+    whole = part.read_bytes()
+    damaged = tmp_path / "damaged.mp4"
+    start = whole.index(b"mdat") + 1000
+    damaged.write_bytes(whole[:start] + bytes(len(whole) // 3) + whole[start + len(whole) // 3 :])
+    with pytest.raises(UnreadableClip, match="decoded"):
+        read_clip(damaged)
+
+
+@pytest.mark.parametrize("reorder", ["0", "3"])
+def test_the_index_of_an_mp4_tells_its_codec_and_the_pictures_shown(tmp_path, reorder):
+    path = encode(tmp_path / "a.mp4", pan("coffee", 2, 1, frames=20), output_params=["-bf", reorder])
+    assert read_movie(path) == Movie("avc1", 20)
+    old = encode(tmp_path / "b.mp4", pan("coffee", 2, 1, frames=20), codec="mpeg4")
+    assert read_movie(old) == Movie("mp4v", 20)
+
+
+def test_a_damaged_index_is_an_error_of_ours_whichever_byte_is_flipped(tmp_path):
+    path = encode(tmp_path / "a.mp4", pan("coffee", 2, 1, frames=20), output_params=["-bf", "3"])
+    whole, outcomes = path.read_bytes(), set()
+    for position in range(whole.index(b"moov") - 4, len(whole)):
+        for value in (0, 255, whole[position] ^ 1):
+            path.write_bytes(whole[:position] + bytes([value]) + whole[position + 1 :])
+            try:
+                outcomes.add(type(read_movie(path)))
+            except BadMovie as error:
+                outcomes.add(str(error))
+    assert outcomes == {Movie, "is truncated", "has no video track", "has a damaged index"}
 
 
 def test_frames_of_different_sizes_and_files_that_are_no_images_are_named(tmp_path):
@@ -370,3 +480,42 @@ def test_a_folder_of_codmd_sample_stands_for_its_videos(folders, tmp_path):
     cv2.imwrite(str(tmp_path / "samples" / "sheets" / "a.png"), np.zeros((32, 32, 3), np.uint8))
     video = encode(tmp_path / "samples" / "videos" / "a-0.mp4", pan("coffee", 3, 2, frames=2))
     assert find_clips([tmp_path / "samples"]) == [video]
+
+
+LONG = "A very long prompt of a black leather sofa, <b>seen</b> from above & at dusk, " * 3
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """A folder as `codmd sample` writes it, of a prompt that no file can be called."""
+    (job,) = jobs_of([LONG.strip()], range(1))
+    encode(tmp_path / "samples" / "videos" / f"{job.name}-0.mp4", pan("coffee", 3, 2, frames=3))
+    record = json.dumps({"steps": 4, "prompts": {job.name: job.prompt}})
+    (tmp_path / "samples" / "sampling.json").write_text(record, "utf-8")
+    return tmp_path / "samples"
+
+
+@pytest.mark.parametrize("inside", ["", "videos"])
+def test_the_whole_prompt_of_a_sample_is_in_the_report(samples, tmp_path, inside):
+    out = tmp_path / "out"
+    assert main(["inspect", str(samples / inside), "--out", str(out)]) == 0
+    (clip,) = json.loads((out / "results.json").read_text())["clips"]
+    assert clip["prompt"] == LONG.strip()
+    assert LONG.strip() not in clip["path"]
+    assert f"<p>{html.escape(LONG.strip())}</p>" in (out / "report.html").read_text()
+
+
+def test_clips_are_measured_although_their_prompts_cannot_be_read(samples, tmp_path, capsys):
+    (samples / "sampling.json").write_text("[" * 100_000)
+    assert main(["inspect", str(samples), "--out", str(tmp_path / "out")]) == 3
+    assert f"{samples / 'sampling.json'}: not JSON" in capsys.readouterr().err
+    (clip,) = json.loads((tmp_path / "out" / "results.json").read_text())["clips"]
+    assert clip["prompt"] is None
+
+
+def test_a_name_that_is_not_utf8_is_reported_and_shown_with_a_question_mark(tmp_path, capsys):
+    good = encode(tmp_path / "a.mp4", pan("coffee", 3, 2, frames=3))
+    shutil.copy(good, tmp_path / os.fsdecode(b"\xff.mp4"))
+    assert main(["inspect", str(tmp_path), "--out", str(tmp_path / "out")]) == 3
+    assert "has a name that is not UTF-8; rename it" in capsys.readouterr().err
+    assert "/?.mp4</td><td>has a name that is not UTF-8" in (tmp_path / "out" / "report.html").read_text("utf-8")

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from codmd.files import samples_in
+from codmd.files import is_text, samples_in
+from codmd.mp4 import BadMovie, read_movie
 from codmd.reference import to_bfchw
 
 from .motion import MIN_SIDE
@@ -63,6 +64,9 @@ def clip_name(path: Path) -> str:
 def read_clip(path: Path, fps: float | None = None) -> Clip:
     """Reads a clip of two or more frames.
 
+    Images with an alpha channel are composited on black. What lies under it in a video cannot be told apart once the
+    video is decoded, so such a video is refused; a GIF is white where nothing was painted.
+
     Args:
         path: a video file, a folder of equally large images (in the order of the numbers in their names), or a
             safetensors file with one tensor [F, C, H, W] or [1, F, C, H, W] (or one named "latents"); metadata
@@ -74,6 +78,8 @@ def read_clip(path: Path, fps: float | None = None) -> Clip:
     """
     if not path.exists():
         raise UnreadableClip("no such file or folder")
+    if path.is_file() and not is_text(str(path.resolve())):  # OpenCV crashes on it
+        raise UnreadableClip("has a name that is not UTF-8; rename it")
     try:
         if path.is_dir():
             clip = Clip(_read_frames(path), None, fps or DEFAULT_FPS)
@@ -103,6 +109,8 @@ def _read_video(path: Path) -> tuple[np.ndarray, float]:
     try:
         if not capture.isOpened():
             raise UnreadableClip("is not a video, or its index is missing (truncated)")
+        if path.suffix.lower() != ".gif" and _has_alpha(round(capture.get(cv2.CAP_PROP_CODEC_PIXEL_FORMAT))):
+            raise UnreadableClip("has an alpha channel; encode it without one, or give its frames as PNG")
         expected, fps = round(capture.get(cv2.CAP_PROP_FRAME_COUNT)), capture.get(cv2.CAP_PROP_FPS)
         frames = []
         while True:
@@ -114,8 +122,13 @@ def _read_video(path: Path) -> tuple[np.ndarray, float]:
         capture.release()
     if not frames:
         raise UnreadableClip("holds no frame that can be decoded")
-    if path.suffix.lower() == ".mp4" and len(frames) < expected:
-        raise UnreadableClip(f"is damaged or truncated: {len(frames)} of {expected} frames can be decoded")
+    if path.suffix.lower() == ".mp4" and len(frames) < expected:  # counted without the edit list
+        try:
+            expected = read_movie(path).shown
+        except BadMovie as error:
+            raise UnreadableClip(str(error)) from error
+        if len(frames) < expected:
+            raise UnreadableClip(f"is damaged or truncated: {len(frames)} of {expected} frames can be decoded")
     return np.stack(frames), fps if 0 < fps < 1000 else DEFAULT_FPS
 
 
@@ -125,7 +138,7 @@ def _read_frames(folder: Path) -> np.ndarray:
         raise UnreadableClip("holds no clips and no images")
     frames: list[np.ndarray] = []
     for file in files:
-        image = cv2.imdecode(np.frombuffer(file.read_bytes() or b"\0", np.uint8), cv2.IMREAD_COLOR)
+        image = _decoded(np.frombuffer(file.read_bytes() or b"\0", np.uint8))
         if image is None:
             raise UnreadableClip(f"{file.name} is not an image, or is damaged")
         if frames and image.shape != frames[0].shape:
@@ -133,6 +146,22 @@ def _read_frames(folder: Path) -> np.ndarray:
             raise UnreadableClip(f"{file.name} has {sizes[0]} pixels, {files[0].name} {sizes[1]}; expected one size")
         frames.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
     return np.stack(frames)
+
+
+def _decoded(content: np.ndarray) -> np.ndarray | None:
+    """An image [H, W, 3] uint8 BGR, on black where it is transparent; None for what is no image."""
+    stored = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    if stored is None or stored.shape[2:] != (4,):
+        return cv2.imdecode(content, cv2.IMREAD_COLOR)
+    full = 255 if stored.dtype == np.uint8 else 65535
+    colour, alpha = np.split(stored / full, (3,), axis=-1)
+    return (255 * colour * alpha).round().astype(np.uint8)
+
+
+def _has_alpha(tag: int) -> bool:
+    """Whether FFmpeg's tag of a pixel format is one with alpha: an order of R, G, B, A, or YUVA ("Y4" and depths)."""
+    letters = tag.to_bytes(4, "little", signed=tag < 0)
+    return sorted(letters) == sorted(b"RGBA") or (letters[:2] == b"Y4" and letters[2] < 32)
 
 
 def _read_latents(path: Path) -> Tensor:

@@ -78,6 +78,8 @@ def inspect(args: argparse.Namespace) -> Inspection:
     """Reads and measures every clip and its reference, one at a time; nothing is written."""
     from tqdm import tqdm
 
+    from codmd.sample.names import recorded_prompts, without_seed
+
     from .clips import UnreadableClip, clip_name, find_clips, read_clip
     from .measures import measure
     from .pairs import compare
@@ -86,7 +88,8 @@ def inspect(args: argparse.Namespace) -> Inspection:
     paths = list({path.absolute(): path for path in find_clips(args.videos)}.values())
     candidates = [] if args.reference is None else find_clips([args.reference])
     counterparts = {clip_name(p): p for p in candidates} | {p.name: p for p in candidates}
-    found = Inspection([], [], [])
+    found = Inspection([], [], [], {})
+    recorded: dict[Path, dict[str, str]] = {}
 
     def measured(path: Path) -> Measurement | None:
         try:
@@ -95,12 +98,24 @@ def inspect(args: argparse.Namespace) -> Inspection:
             found.skipped.append((path, str(error)))
             return None
 
+    def prompt(path: Path) -> str | None:
+        folder = path.absolute().parent
+        if folder not in recorded:
+            try:
+                recorded[folder] = recorded_prompts(folder)
+            except (OSError, ValueError) as error:
+                recorded[folder] = {}
+                found.skipped.append((folder, f"its prompts: {error}"))
+        return recorded[folder].get(without_seed(clip_name(path)))
+
     interval = 0.2 if sys.stderr.isatty() else 10.0
     for path in tqdm(paths, desc="clips", unit="clip", mininterval=interval, dynamic_ncols=True):
         clip = measured(path)
         if clip is None:
             continue
         found.clips.append(clip)
+        if (text := prompt(path)) is not None:
+            found.prompts[path] = text
         if args.reference is None:
             continue
         counterpart = counterparts.get(path.name) or counterparts.get(clip_name(path))
@@ -124,4 +139,5 @@ def _pool(text: str) -> str | tuple[int, int]:
 
 
 def _listing(inspection: Inspection) -> str:
-    return "\n".join(f"  {path}: {reason}" for path, reason in inspection.skipped)
+    lines = "\n".join(f"  {path}: {reason}" for path, reason in inspection.skipped)
+    return lines.encode("utf-8", "backslashreplace").decode()  # a name may not be UTF-8

@@ -16,7 +16,7 @@ from torch import Tensor
 from .measures import COLUMNS, Measurement
 
 OURS, THEIRS, GREY = "#d1495b", "#3c4043", "#bdc1c6"
-OVERVIEW = ("order", "speed", "flicker", "saturation", "cosine", "spearman")
+OVERVIEW = ("order", "speed", "flicker", "blockiness", "saturation", "cosine", "spearman")
 
 
 def overview(clips: Sequence[Measurement], references: Sequence[Measurement | None]) -> bytes:

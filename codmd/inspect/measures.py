@@ -14,6 +14,7 @@ from torch import Tensor
 from codmd import metrics, reference
 from codmd.reference.relation import Pool
 
+from .blockiness import blockiness
 from .clips import Clip
 from .motion import is_static, measure_motion
 
@@ -50,6 +51,12 @@ COLUMNS = {
         "short side per second (the rule of VBench's dynamic degree, with DIS for RAFT); the mean is the share",
     ),
     "flicker": Column("flicker, %", 2, "mean grey difference to the next frame after motion compensation"),
+    "blockiness": Column(
+        "blockiness",
+        2,
+        "grey difference over the lines of an 8 x 8 grid over that of other neighbours, each plus one level of 255: "
+        "1 without a grid, above about 1.3 visible blocks",
+    ),
     "saturation": Column("saturation, %", 1, "mean difference of the largest and smallest of R, G, B"),
     "clipped": Column("clipped, %", 1, "share of colour values below 3 or above 252 of 255"),
     "step": Column("step", 4, "root mean square change of features from frame to frame; latents have this alone"),
@@ -117,6 +124,7 @@ def measure(path: Path, clip: Clip, pool: Pool | None = None) -> Measurement:
             "speed": 100 * mean_motion * clip.fps / min(height, width),
             "static": float(is_static(motion.fastest, clip.fps, min(height, width))),
             "flicker": float(np.mean(curves["flicker"])),
+            "blockiness": blockiness(clip.pixels),
             "saturation": 100 * saturation,
             "clipped": 100 * clipped,
         }

@@ -21,6 +21,7 @@ DISTANCES = {
     "order": Column("temporal order", 3, "temporal order minus the reference's"),
     "motion": Column("motion, ratio", 2, "motion in percent of the short side per second over the reference's"),
     "flicker": Column("flicker, ratio", 2, "flicker over the reference's"),
+    "blockiness": Column("blockiness, ratio", 2, "blockiness over the reference's"),
     "saturation": Column("saturation, ratio", 2, "saturation over the reference's"),
 }
 """Where two clips have different numbers of frames, the longer one's frames nearest in time are compared."""
@@ -36,6 +37,7 @@ MOST_IN_SET = 500
 FROZEN, SLOW, FAST = 0.1, 0.5, 2.0
 SATURATED, PALE = 1.25, 0.8
 FLICKERING, FLICKER_FLOOR = 1.5, 0.25
+BLOCKY = 1.25
 ORDER_LOST = 0.3
 
 
@@ -67,7 +69,8 @@ def compare(clip: Measurement, reference: Measurement) -> Pair:
         "features": float((first - second).square().mean().sqrt()),
         "order": clip.values["order"] - reference.values["order"],
     }
-    for name, value in (("motion", "speed"), ("flicker", "flicker"), ("saturation", "saturation")):
+    for name in ("motion", "flicker", "blockiness", "saturation"):
+        value = "speed" if name == "motion" else name
         if value in clip.values and value in reference.values:
             distances[name] = _ratio(clip.values[value], reference.values[value])
     return Pair(clip, reference, distances, _findings(clip, reference, distances))
@@ -113,6 +116,8 @@ def _findings(clip: Measurement, reference: Measurement, distances: dict[str, fl
     if distances["order"] < -ORDER_LOST and not frozen:
         ours, theirs = clip.values["order"], reference.values["order"]
         found.append(f"frames out of order: temporal order {ours:.2f} against {theirs:.2f}")
+    if distances.get("blockiness", 1.0) > BLOCKY:
+        found.append(f"blocky: {clip.values['blockiness']:.2f} against {reference.values['blockiness']:.2f}")
     if "saturation" in distances:
         amount = f"saturation {clip.values['saturation']:.0f} against {reference.values['saturation']:.0f} %"
         if distances["saturation"] > SATURATED:

@@ -30,12 +30,14 @@ class Inspection:
     """One for each clip that has a reference."""
     skipped: list[tuple[Path, str]]
     """What could not be read or compared, and why."""
+    prompts: dict[Path, str]
+    """By the path of the clip, where `codmd sample` recorded it."""
 
 
 def write_report(folder: Path, inspection: Inspection, pictures: int) -> None:
     """Writes results.json and report.html into an existing folder; `pictures` bounds the clips shown with matrices."""
     (folder / MARKER).write_text(json.dumps(results(inspection, pictures)), "utf-8")
-    (folder / "report.html").write_text(render(inspection, pictures), "utf-8")
+    (folder / "report.html").write_text(render(inspection, pictures), "utf-8", "replace")  # a name may not be UTF-8
 
 
 def results(inspection: Inspection, pictures: int) -> dict[str, Any]:
@@ -43,7 +45,11 @@ def results(inspection: Inspection, pictures: int) -> dict[str, Any]:
     by_path = {pair.clip.path: pair for pair in inspection.pairs}
     with_matrices = {clip.path for clip in shown(inspection, pictures)}
     return {
-        "clips": [_clip_entry(c, by_path.get(c.path), c.path in with_matrices) for c in inspection.clips],
+        "clips": [
+            {"path": str(c.path), "prompt": inspection.prompts.get(c.path)}
+            | _clip_entry(c, by_path.get(c.path), c.path in with_matrices)
+            for c in inspection.clips
+        ],
         "measures": {name: _statistics([m.values for m in inspection.clips], name) for name in COLUMNS},
         "distances": {name: _statistics([p.distances for p in inspection.pairs], name) for name in DISTANCES},
         "set_distances": set_distances(inspection.pairs),
@@ -148,7 +154,9 @@ def _cards(inspection: Inspection, names: dict[Path, str], by_path: dict[Path, P
         if pair is not None:
             caption += f" {'; '.join(pair.findings) or 'As the reference'}."
         png = figures.clip_card(clip, pair.reference if pair else None)
-        parts.append(f"<h3>{html.escape(names[clip.path])}</h3>{page.figure(png, caption)}")
+        prompt = html.escape(inspection.prompts.get(clip.path, ""))
+        parts.append(f"<h3>{html.escape(names[clip.path])}</h3>")
+        parts.append((f"<p>{prompt}</p>" if prompt else "") + page.figure(png, caption))
     return "".join(parts)
 
 
@@ -158,7 +166,6 @@ def _mean_is_strong(row: Sequence[str]) -> str:
 
 def _clip_entry(clip: Measurement, pair: Pair | None, matrices: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {
-        "path": str(clip.path),
         "kind": clip.kind,
         "frames": clip.frames,
         "width": clip.size[0],
