@@ -16,7 +16,8 @@ figure{margin:1rem 0}figure img{width:100%;height:auto}figcaption,.note{color:#5
 th,td{padding:.45rem .6rem;text-align:right;border-bottom:1px solid #e8eaed}
 th{font-weight:600;color:#5f6368;vertical-align:bottom}td:first-child,th:first-child{text-align:left}
 tr.strong td{background:#fdf3f4;font-weight:600}tr.faint td{color:#80868b}
-.text td{text-align:left;vertical-align:top}.text th{text-align:left}.text td:first-child{color:#5f6368;width:min(14rem,40%)}
+.text td{text-align:left;vertical-align:top}.text th{text-align:left}
+.text td:first-child{color:#5f6368;width:min(14rem,40%)}
 dt{font-weight:600}dd{margin:0 0 .5rem;color:#5f6368}
 """
 

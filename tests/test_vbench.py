@@ -134,7 +134,7 @@ def test_files_of_one_folder_may_not_contradict_each_other(tmp_path, capsys):
         ('{"scene": [1%s, []]}' % ("0" * 5000), "not JSON: Exceeds the limit"),
         (
             '{"scene": [0.4, []], "vividness": [0.4, []]}',
-            "unknown dimensions: 'vividness' (VBench has subject_consistency",
+            "unknown dimensions: 'vividness' (VBench has subject_",
         ),
         ('{"temporal style": [0.1, []], "temporal_style": [0.2, []]}', "temporal_style is there twice, as 0.1 and 0.2"),
     ],
