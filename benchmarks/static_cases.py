@@ -82,13 +82,16 @@ def objective(
     pool: Grid = MEAN,
     relation: bool = True,
     scheduled: bool = False,
+    decoupled: bool = False,
 ) -> Objective:
-    """The CoDMD loss with teacher guidance; the DMD loss unless ``relation``."""
+    """The CoDMD loss with teacher guidance, of a second level if ``decoupled``; the DMD loss unless ``relation``."""
     student, real, fake = latents(shape, dtype)
     uncond, noisy = torch.empty_like(student), torch.empty_like(student) if flow else None
     sigma = torch.empty(shape[:2], device="meta") if flow else None
+    guidance = (None, uncond, None) if decoupled else (uncond, None, noisy)
+    second = (torch.empty_like(student), torch.empty_like(student)) if decoupled else (None, None)
     return Objective(
-        student, real, fake, uncond, None, noisy, sigma, None, None, None, None, None, "bfchw",
+        student, real, fake, *guidance, sigma, None, None, None, *second, "bfchw",
         conventions.resolve(convention), relation, pool, True, True, numbers(scheduled),
     )  # fmt: skip
 
@@ -164,6 +167,11 @@ CASES: dict[str, Callable[[], list[Launch]]] = (
         "relation, scheduled numbers": lambda: relation_launches((1, 21, 16, 60, 104), scheduled=True),
         "every pixel, scheduled numbers": lambda: relation_launches((2, 21, 16, 60, 104), pool=None, scheduled=True),
         "codmd, scheduled numbers": lambda: codmd_launches((2, 41, 16, 60, 104), scheduled=True),
+        "dmd, decoupled": lambda: codmd_launches((2, 21, 16, 60, 104), relation=False, decoupled=True),
+        "codmd, decoupled": lambda: codmd_launches((2, 21, 16, 60, 104), decoupled=True),
+        "codmd, decoupled, blocks, float32, 2 x 2 regions, scheduled numbers": lambda: codmd_launches(
+            (2, 21, 16, 60, 104), SINGLE, "longlive", pool=(2, 2), scheduled=True, decoupled=True
+        ),
         "dmd, rcm, flow": lambda: codmd_launches((2, 21, 16, 60, 104), convention="rcm", flow=True, relation=False),
     }
 )

@@ -119,15 +119,23 @@ def _apply_batch(v: dict[str, Any], grid: int) -> Traffic:
 
 def _moments(v: dict[str, Any], grid: int) -> Traffic:
     planes = grid // (v["GRID_H"] * v["SPLITS"])
-    names = "student", "fake", "real", "real_uncond", "fake_uncond", "noisy", "mask"
+    critic = ("fake", "fake_uncond") if v["second"] is None or v["RELATION"] else ()
+    names = "student", "real", "real_uncond", "noisy", "second", "mask", *critic
     widths = sum(v[name].element_size() for name in names if v[name] is not None)
     scratch = 2 * _size(v["workspace"]) + _size(v["frame_grad"]) + _size(v["batch_grad"]) + _size(v["pooled"])
     return Traffic(planes * plane_elements(v) * widths, scratch)
 
 
+def _decoupled(v: dict[str, Any], grid: int) -> Traffic:
+    names = "real", "fake", "fake_uncond", "augment_real", "augment_uncond", "mask"
+    widths = sum(v[name].element_size() for name in names if v[name] is not None)
+    return Traffic(grid // v["SPLITS"] * plane_elements(v | {"GRID_H": 1}) * widths, 2 * _size(v["workspace"]))
+
+
 def _gradient(v: dict[str, Any], grid: int) -> Traffic:
     planes = grid // (v["GRID_H"] * v["SPLITS"])
-    names = ("out", "fake", "real", "real_uncond", "fake_uncond", "mask") if v["DMD"] else ("out",)
+    predictions = "fake", "real", "real_uncond", "fake_uncond", "augment_real", "augment_uncond", "mask"
+    names = ("out", *predictions) if v["DMD"] else ("out",)
     widths = sum(v[name].element_size() for name in names if v[name] is not None)
     return Traffic(planes * plane_elements(v) * widths, _size(v["frame_grad"]) + _size(v["batch_grad"]))
 
@@ -137,6 +145,7 @@ _KERNELS: dict[str, Callable[[dict[str, Any], int], Traffic]] = {
     "relation_rows_kernel": _rows,
     "gram_kernel": _gram,
     "moments_kernel": _moments,
+    "decoupled_kernel": _decoupled,
     "gradient_kernel": _gradient,
     "apply_kernel": _apply,
     "gram_batch_kernel": _gram_batch,

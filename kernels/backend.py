@@ -104,8 +104,7 @@ def gradient(out: Tensor, upstream: Upstream, call: Call, found: Found) -> None:
         with torch.cuda.device(out.device):
             return gradient(out, upstream, call, found)
     if isinstance(call, Objective):
-        write = dmd.gradient if call.augment_real is None else reference.gradient
-        return write(out, upstream, call, found)
+        return dmd.gradient(out, upstream, call, found)
     return dmd.relation_gradient(out, upstream, call, found)
 
 

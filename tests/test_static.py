@@ -26,6 +26,7 @@ TOGETHER = {"gram_batch_kernel", "relations_kernel", "apply_batch_kernel"}
 
 EVERY_KERNEL = (
     "relation, long-video-240", "every pixel, wan-480p", "every pixel float32, batch 8", "codmd, wan-480p-b2",
+    "codmd, decoupled",
 )  # fmt: skip
 SAMPLE = (
     *EVERY_KERNEL, "relation, wan-480p", "480p float16, bcfhw, masked", "odd sizes", "gathered, 128 samples",

@@ -1,6 +1,7 @@
 """From moments to norms, the loss and one factor a sample: what the last block of the DMD pass computes.
 
-Equal to the small algebra of ``codmd.ops.backends.moments``, in float64: ∂L/∂x = upstream · factor · G(d, norm).
+Equal to the small algebra of ``codmd.ops.backends.moments``, in float64: ∂L/∂x = upstream · factor · G(d, norm). Of a
+decoupled loss the moments give the norms alone; value and factors follow in :mod:`.decoupled`.
 """
 
 import triton
@@ -31,7 +32,7 @@ def pseudo_huber_root(d, huber_c):
 @triton.jit
 def add_segments(
     pieces, stride, programs, frames, segments, sums,
-    BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, TILE: tl.constexpr,
+    MOMENTS: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """sums[moment, segment] float64 of one sample, from pieces[moment · stride + frame · programs + program]."""
     for segment in range(0, segments):
@@ -59,6 +60,78 @@ def guarded(norm, eps, GUARD: tl.constexpr):
         return norm + eps
     else:
         return norm
+
+
+@triton.jit
+def segment_norms(
+    distance, s, frames, frame_size, eps, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, GUARD: tl.constexpr
+):  # fmt: skip
+    """The guarded norms of segments ``s``, from their sums of |x - r|/SCALE."""
+    if FIRST_ALONE:
+        first = tl.maximum(1 + (s - 1) * BLOCK, 0)
+        last = tl.minimum(1 + s * BLOCK, frames)
+    else:
+        first = s * BLOCK
+        last = tl.minimum(first + BLOCK, frames)
+    elements = tl.maximum(last - first, 1).to(tl.float64) * frame_size
+    norm = guarded(distance * SCALE / elements, eps, GUARD).to(tl.float32)
+    if FIRST_ALONE:
+        norm = tl.where(s == 0, 1.0, norm)
+    return norm
+
+
+@triton.jit
+def store_norms(
+    sums, norms, samples, frames, segments, frame_size, eps,
+    SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, GUARD: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Store the norms of one level of a decoupled loss, whose moment of [B, MOMENTS, segments] begins at ``sums``."""
+    s = tl.arange(0, BLOCK_S)[None, :]
+    whole = tl.zeros([BLOCK_B, BLOCK_S], tl.float64)
+    for start in range(0, samples, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)[:, None]
+        inside = (b < samples) & (s < segments)
+        distance = tl.load(sums + b * MOMENTS * segments + s, mask=inside, other=0.0)
+        whole += distance * SCALE
+        if SCOPE != "batch":
+            norm = segment_norms(distance, s, frames, frame_size, eps, BLOCK, FIRST_ALONE, GUARD)
+            tl.store(norms + b * segments + s, norm, mask=inside)
+    if SCOPE == "batch":
+        mean = tl.sum(tl.sum(whole, 1), 0) / (samples.to(tl.float64) * frames * frame_size)
+        tl.store(norms, guarded(mean, eps, GUARD).to(tl.float32))
+
+
+@triton.jit
+def weigh(
+    loss, magnitude, wild, row, factors, sample_weight, weight_stride, samples, count, coefficient,
+    HUBER: tl.constexpr, NAN: tl.constexpr, SUM: tl.constexpr, WEIGHT_SQUARED: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """(loss, Σ|g|) of samples ``row`` with their weights, divided by ``count`` if the loss is; stores the factors."""
+    at_least_one = tl.maximum(count, 1.0)
+    weight = tl.full([BLOCK_B], 1.0, tl.float64)
+    if sample_weight is not None:
+        weight = tl.load(sample_weight + row * weight_stride, mask=row < samples, other=0.0).to(tl.float64)
+    if WEIGHT_SQUARED:
+        magnitude = magnitude * tl.abs(weight)
+    factor = coefficient * weight
+    if not HUBER:
+        factor = 2.0 * factor
+    loss = tl.where(wild, float("nan"), loss)
+    factor = tl.where(wild, float("nan"), factor)
+    if NAN == "zero_sample":
+        kept = loss == loss
+        loss = tl.where(kept, loss, 0.0)
+        factor = tl.where(kept, factor, 0.0)
+    if WEIGHT_SQUARED:
+        loss = loss * weight
+    loss = loss * weight
+    if not SUM:
+        loss = loss / at_least_one
+        factor = factor / at_least_one
+    factor = tl.where(tl.zeros([BLOCK_B], tl.float64) + count > 0.0, factor, 0.0)
+    tl.store(factors + row, factor.to(tl.float32), mask=row < samples)
+    return tl.where(row < samples, loss, 0.0), magnitude
 
 
 @triton.jit
@@ -95,16 +168,8 @@ def finish_loss(
         if SCOPE == "batch":
             norm = whole.to(tl.float64) + tl.zeros([BLOCK_B, BLOCK_S], tl.float64)
         else:
-            if FIRST_ALONE:
-                first = tl.maximum(1 + (s - 1) * BLOCK, 0)
-                last = tl.minimum(1 + s * BLOCK, frames)
-            else:
-                first = s * BLOCK
-                last = tl.minimum(first + BLOCK, frames)
-            elements = tl.maximum(last - first, 1).to(tl.float64) * frame_size
-            norm = guarded(tl.load(at, mask=inside, other=0.0) * SCALE / elements, eps, GUARD).to(tl.float32)
-            if FIRST_ALONE:
-                norm = tl.where(s == 0, 1.0, norm)
+            distances = tl.load(at, mask=inside, other=0.0)
+            norm = segment_norms(distances, s, frames, frame_size, eps, BLOCK, FIRST_ALONE, GUARD)
             tl.store(norms + b * segments + s, norm, mask=inside)
             norm = norm.to(tl.float64)
         penalty = tl.load(at + segments, mask=inside, other=0.0)
@@ -126,28 +191,10 @@ def finish_loss(
         value = tl.where(lost | ((norm > 0.0) & (norm < LEAST_NORM)), float("nan"), value)
         loss = tl.sum(tl.where(inside & (selected > 0.0), value, 0.0), 1)
         size_here = tl.sum(tl.where(inside & (selected > 0.0), magnitude, 0.0), 1)
-        weight = tl.full([BLOCK_B], 1.0, tl.float64)
-        if sample_weight is not None:
-            weight = tl.load(sample_weight + row * weight_stride, mask=row < samples, other=0.0).to(tl.float64)
-        if WEIGHT_SQUARED:
-            size_here = size_here * tl.abs(weight)
+        loss, size_here = weigh(
+            loss, size_here, wild, row, factors, sample_weight, weight_stride, samples, all_count, coefficient,
+            HUBER, NAN, SUM, WEIGHT_SQUARED, BLOCK_B,
+        )  # fmt: skip
         size += size_here
-        factor = coefficient * weight
-        if not HUBER:
-            factor = 2.0 * factor
-        loss = tl.where(wild, float("nan"), loss)
-        factor = tl.where(wild, float("nan"), factor)
-        if NAN == "zero_sample":
-            kept = loss == loss
-            loss = tl.where(kept, loss, 0.0)
-            factor = tl.where(kept, factor, 0.0)
-        if WEIGHT_SQUARED:
-            loss = loss * weight
-        loss = loss * weight
-        if not SUM:
-            loss = loss / at_least_one
-            factor = factor / at_least_one
-        factor = tl.where(tl.zeros([BLOCK_B], tl.float64) + all_count > 0.0, factor, 0.0)
-        tl.store(factors + row, factor.to(tl.float32), mask=row < samples)
-        total += tl.where(row < samples, loss, 0.0)
+        total += loss
     return (coefficient * tl.sum(total, 0)).to(tl.float32), (tl.sum(size, 0) / at_least_one).to(tl.float32)

@@ -1,8 +1,8 @@
 """The gradient of the DMD loss, of the pooled relation, or of both: predictions read once, gradient written once.
 
 ∂L/∂X = upstream · factor[b] · G(d, norm) + (c_F·frame_grad + c_B·batch_grad·valid/n_valid)/area, rounded once, where
-G = repaired d/norm, or d/sqrt(d² + c²)/norm for the pseudo-Huber penalty. The student is not read; without the DMD
-loss nothing but ``out`` is touched.
+G = repaired d/norm, or d/sqrt(d² + c²)/norm for the pseudo-Huber penalty; G(d₁, N₁) + G(d₂, N₂) if the loss is
+decoupled. The student is not read; without the DMD loss nothing but ``out`` is touched.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 from ..blocks import BATCH_WEIGHT, FAKE_SCALE, FRAME_WEIGHT, REAL_SCALE, RELATION_WEIGHT, number, upstream
 from ..pooled.broadcast import plane_gradient
 from .algebra import LARGEST, pseudo_huber_root
-from .scores import difference, segment_of, selection
+from .scores import augmentation, difference, segment_of, selection
 
 
 @triton.jit
@@ -25,6 +25,17 @@ def direction(d, norm, huber_c, HUBER: tl.constexpr, REPAIR: tl.constexpr):
     return g
 
 
+@triton.jit
+def norm_of_frame(
+    norms, sample, frame, segments, SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr
+):  # fmt: skip
+    """The norm that divides a frame of a sample."""
+    if SCOPE == "batch":
+        return tl.load(norms)
+    else:
+        return tl.load(norms + sample * segments + segment_of(frame, BLOCK, FIRST_ALONE))
+
+
 @triton.jit(
     do_not_specialize=["frames", "channels", "features", "segments"],
     do_not_specialize_on_alignment=[
@@ -34,6 +45,7 @@ def direction(d, norm, huber_c, HUBER: tl.constexpr, REPAIR: tl.constexpr):
 )  # fmt: skip
 def gradient_kernel(
     out, real, fake, real_uncond, fake_uncond,  # [B, F, C, H, W], any strides; all but ``out`` or None
+    augment_real, augment_uncond,  # the second level's predictions if the loss is decoupled, or None
     sigma,  # [B, F] or None
     mask,  # like the latents, or None
     frame_mask,  # [B, F] or None
@@ -45,7 +57,9 @@ def gradient_kernel(
     temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
     frames, channels, features, segments, height, width,
     o_b, o_f, o_c, o_h, o_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
-    u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, mask_b, mask_f,
+    u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, a_b, a_f, a_c, a_h, a_w, w_b, w_f, w_c, w_h, w_w,
+    m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, mask_b, mask_f,
+    level_norms,  # norms of one level
     huber_c,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -106,10 +120,11 @@ def gradient_kernel(
         level = None
         if sigma is not None:
             level = tl.load(sigma + b * sigma_b + f * sigma_f).to(tl.float32)
-        if SCOPE == "batch":
-            norm = tl.load(norms)
-        else:
-            norm = tl.load(norms + sample * segments + segment_of(frame, BLOCK, FIRST_ALONE))
+        norm = norm_of_frame(norms, sample, frame, segments, SCOPE, BLOCK, FIRST_ALONE)
+        if augment_real is not None:
+            cond_plane = (augment_real + (b * a_b + f * a_f + c * a_c) * VEC + skip, a_h, a_w)
+            uncond_plane = (augment_uncond + (b * w_b + f * w_f + c * w_c) * VEC + skip, w_h, w_w)
+            second_norm = norm_of_frame(norms + level_norms, sample, frame, segments, SCOPE, BLOCK, FIRST_ALONE)
         factor = tl.load(factors + sample) * upstream(grad_total, 1.0, grad_dmd)
         real_scale = number(numbers, REAL_SCALE, real_scale)
         fake_scale = number(numbers, FAKE_SCALE, fake_scale)
@@ -129,7 +144,11 @@ def gradient_kernel(
                 real_plane, fake_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
                 line, column, inside, VEC,
             )  # fmt: skip
-            g = factor * direction(d, norm, huber_c, HUBER, REPAIR)
+            g = direction(d, norm, huber_c, HUBER, REPAIR)
+            if augment_real is not None:
+                d = augmentation(cond_plane, uncond_plane, real_scale, line, column, inside, VEC)
+                g += direction(d, second_norm, huber_c, HUBER, REPAIR)
+            g = factor * g
             kept = selection(mask_plane, line, column, inside) & (
                 tl.zeros([TILE_H, TILE_W], tl.float32) + factor != 0.0
             )

@@ -2,7 +2,8 @@
 
 A program covers one piece of one (sample, frame, channel) plane. The block that completes a sample adds its moments
 per segment of the norm and, for CoDMD, finishes its features and frame relation; the block that completes the last
-sample computes norms, loss, factors and, for CoDMD, the batch relation and the terms.
+sample computes norms, loss, factors and, for CoDMD, the batch relation and the terms. Of a decoupled loss it computes
+both levels' norms; value and factors need a second read (:mod:`.decoupled`).
 """
 
 import triton
@@ -11,7 +12,7 @@ import triton.language as tl
 from ..blocks import FAKE_SCALE, REAL_SCALE, TEMPERATURE, number, ordered_sum, store_objective_terms, takes_last
 from ..pooled.algebra import relation_in_one_block
 from ..pooled.pool import finish_sample, store_regions
-from .algebra import MOMENTS, SCALE, add_segments, finish_loss, pseudo_huber_root
+from .algebra import MOMENTS, SCALE, add_segments, finish_loss, pseudo_huber_root, store_norms
 from .scores import difference, guided_real, load, selection
 
 COUNT_BITS = tl.constexpr(10)
@@ -39,6 +40,14 @@ def moments(x, r, d, selected, inside, huber_c, HUBER: tl.constexpr):
     return distance, penalty, tl.abs(counted) * (1.0 / SCALE), flags(x, d, selected)
 
 
+@triton.jit
+def distances(x, r, second, selected, inside):
+    """In the places of :func:`moments`: scaled |x - r| and |x - second| of everything inside, nothing, flags of x."""
+    first = tl.where(inside, tl.abs(x - r) * (1.0 / SCALE), 0.0)
+    other = tl.where(inside, tl.abs(x - second) * (1.0 / SCALE), 0.0)
+    return first, other, tl.zeros_like(first), flags(x, x, selected)
+
+
 @triton.jit(
     do_not_specialize=[
         "losses_at", "averages_at", "pieces_at", "matrices_at", "moments_at", "sums_at", "samples", "frames",
@@ -51,13 +60,14 @@ def moments(x, r, d, selected, inside, huber_c, HUBER: tl.constexpr):
 )  # fmt: skip
 def moments_kernel(
     student, real, fake, real_uncond, fake_uncond, noisy,  # [B, F, C, H, W], any strides; the last three or None
+    second,  # the second level's cond prediction if the loss is decoupled, or None
     sigma,  # [B, F] or None
     mask,  # like the latents, or None
     sample_weight,  # [B] or None
     frame_mask,  # [B, F] or None
     terms,  # [5]; a relation that another launch computes counts as 0
-    norms,  # [B], [1] or [B, segments]
-    factors,  # [B]
+    norms,  # [B], [1] or [B, segments]; [2, ...] if the loss is decoupled
+    factors,  # [B]; not written if the loss is decoupled
     frame_grad,  # [B, F, K]
     batch_grad,  # [B, K]
     pooled,  # [B, 3K + 1], or None: kept in the workspace
@@ -70,7 +80,7 @@ def moments_kernel(
     samples, frames, channels, features, segments, height, width,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
     u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, n_b, n_f, n_c, n_h, n_w,
-    m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, weight_b, mask_b, mask_f,
+    a_b, a_f, a_c, a_h, a_w, m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, weight_b, mask_b, mask_f,
     huber_c, eps, coefficient,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -102,6 +112,7 @@ def moments_kernel(
     real_uncond_plane = (None, 0, 0)
     fake_uncond_plane = (None, 0, 0)
     noisy_plane = (None, 0, 0)
+    second_plane = (None, 0, 0)
     mask_plane = (None, 0, 0)
     if real_uncond is not None:
         real_uncond_plane = (real_uncond + (b * u_b + f * u_f + c * u_c) * VEC + skip, u_h, u_w)
@@ -109,6 +120,8 @@ def moments_kernel(
         fake_uncond_plane = (fake_uncond + (b * v_b + f * v_f + c * v_c) * VEC + skip, v_h, v_w)
     if noisy is not None:
         noisy_plane = (noisy + (b * n_b + f * n_f + c * n_c) * VEC + skip, n_h, n_w)
+    if second is not None:
+        second_plane = (second + (b * a_b + f * a_f + c * a_c) * VEC + skip, a_h, a_w)
     if mask is not None:
         mask_plane = (mask + b * m_b + f * m_f + c * m_c + skip * m_w, m_h, m_w)
     level = None
@@ -148,13 +161,19 @@ def moments_kernel(
             column = (left + i).to(tl.int64)
             inside = (line < stop) & (i // VEC < (width - left) // VEC)
         x = load(student_plane, line, column, inside, VEC)
-        d, cond, push = difference(
-            real_plane, fake_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
-            line, column, inside, VEC,
-        )  # fmt: skip
-        r = guided_real(cond, push, real_uncond_plane, noisy_plane, level, real_scale, line, column, inside, VEC)
+        if second is None or RELATION:
+            d, cond, push = difference(
+                real_plane, fake_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
+                line, column, inside, VEC,
+            )  # fmt: skip
+            r = guided_real(cond, push, real_uncond_plane, noisy_plane, level, real_scale, line, column, inside, VEC)
+        else:
+            r = load(real_plane, line, column, inside, VEC)
         selected = selection(mask_plane, line, column, inside)
-        more = moments(x, r, d, selected, inside, huber_c, HUBER)
+        if second is None:
+            more = moments(x, r, d, selected, inside, huber_c, HUBER)
+        else:
+            more = distances(x, r, load(second_plane, line, column, inside, VEC), selected, inside)
         distance += more[0]
         penalty += more[1]
         magnitude += more[2]
@@ -200,7 +219,7 @@ def moments_kernel(
     if takes_last(counters + sample, per_sample):
         add_segments(
             workspace + moments_at + b * per_sample, stride, programs, frames, segments,
-            sums + sample * MOMENTS * segments, BLOCK, FIRST_ALONE, 256,
+            sums + sample * MOMENTS * segments, MOMENTS, BLOCK, FIRST_ALONE, 256,
         )  # fmt: skip
         if RELATION:
             finish_sample(
@@ -225,11 +244,21 @@ def moments_kernel(
                     averages, 3 * features + 1, 1, samples, features, number(numbers, TEMPERATURE, temperature),
                     workspace + matrices_at, batch_grad, 1.0, BLOCK_I, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-            dmd_loss, mean_g = finish_loss(
-                sums, norms, factors, sample_weight, weight_b, samples, frames, segments,
-                channels.to(tl.float64) * height * width, eps, coefficient,
-                SCOPE, BLOCK, FIRST_ALONE, GUARD, NAN, HUBER, SUM, LOSS_DIVIDED, WEIGHT_SQUARED, BLOCK_S, BLOCK_B,
-            )  # fmt: skip
+            if second is None:
+                dmd_loss, mean_g = finish_loss(
+                    sums, norms, factors, sample_weight, weight_b, samples, frames, segments,
+                    channels.to(tl.float64) * height * width, eps, coefficient,
+                    SCOPE, BLOCK, FIRST_ALONE, GUARD, NAN, HUBER, SUM, LOSS_DIVIDED, WEIGHT_SQUARED, BLOCK_S, BLOCK_B,
+                )  # fmt: skip
+            else:
+                dmd_loss, mean_g = 0.0, 0.0
+                one = 1 if SCOPE == "batch" else samples * segments
+                for level in tl.static_range(2):
+                    store_norms(
+                        sums + level * segments, norms + level * one, samples, frames, segments,
+                        channels.to(tl.float64) * height * width, eps,
+                        SCOPE, BLOCK, FIRST_ALONE, GUARD, BLOCK_S, BLOCK_B,
+                    )  # fmt: skip
             if RELATION:
                 store_objective_terms(
                     terms, dmd_loss, batch_term, frame_term, numbers, batch_weight, frame_weight, relation_weight

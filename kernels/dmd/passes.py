@@ -1,9 +1,10 @@
 """The DMD loss, alone or with the pooled relation, and gradients: allocations and launches.
 
-One process: up to 32 frames and samples one launch finds everything, down to the total; beyond, a second adds the
-relations. Several processes: the first launch leaves the rows to gather, the second computes what is left, frame
-relations beyond 32 frames included. A gradient is one launch. What sizes, strides and options decide is in
-:mod:`.plans`, so that a call allocates, launches and returns.
+One process: up to 32 frames and samples one launch finds everything, down to the total; beyond, another adds the
+relations. Several processes: the first launch leaves the rows to gather, the last computes what is left, frame
+relations beyond 32 frames included. A decoupled loss takes one launch more after the first, which reads the predictions
+again for the value. A gradient is one launch. What sizes, strides and options decide is in :mod:`.plans`, so that a
+call allocates, launches and returns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import Tensor
 from codmd.ops.contract import Call, Found, Objective, Pending, Upstream
 
 from ..launch import current_stream
-from ..limits import Refused
 from ..plans import PLANS, alignment, details, mask_key, number_arguments
 from ..pooled.plans import RowsPlan
 from ..tickets import counters
@@ -36,18 +36,17 @@ def _stride(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def _first(call: Objective, gather: bool, separate: bool) -> tuple[Kept, Tensor | None]:
-    """The first launch, and the rows to ``gather``."""
+    """The launches that read latents, and the rows to ``gather``."""
     (
-        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask, augment, _,
+        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask, second, guided,
         layout, rule, related, pool, batch, frame, numbers,
     ) = call  # fmt: skip
-    if augment is not None:
-        raise Refused("a decoupled loss")
     device, single = student.device, torch.float32
     key = (
         MomentsPlan, student.shape, student.dtype, device, student.stride(), real.stride(), fake.stride(),
-        _stride(real_uncond), _stride(fake_uncond), _stride(noisy),
-        alignment(student, real, fake, real_uncond, fake_uncond, noisy), details(sigma, mask, sample_weight),
+        _stride(real_uncond), _stride(fake_uncond), _stride(noisy), _stride(second), _stride(guided),
+        alignment(student, real, fake, real_uncond, fake_uncond, noisy, second, guided),
+        details(sigma, mask, sample_weight),
         mask_key(frame_mask), layout, rule.encoded, related, pool, batch, frame, gather, type(numbers),
     )  # fmt: skip
     plan = PLANS.get(key) or PLANS.of(key, lambda: MomentsPlan(call, gather))
@@ -60,10 +59,16 @@ def _first(call: Objective, gather: bool, separate: bool) -> tuple[Kept, Tensor 
     norms, factors, frame_grad, batch_grad, workspace, terms = pieces
     stream = current_stream(student)
     plan.launch(
-        stream, student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask, terms,
-        norms, factors, frame_grad, batch_grad, rows, workspace, counters(student, stream, plan.counters),
+        stream, student, real, fake, real_uncond, fake_uncond, noisy, second, sigma, mask, sample_weight, frame_mask,
+        terms, norms, factors, frame_grad, batch_grad, rows, workspace, counters(student, stream, plan.counters),
         *number_arguments(numbers),
     )  # fmt: skip
+    if plan.value is not None:
+        plan.value.launch(
+            stream, real, fake, fake_uncond, second, guided, mask, sample_weight, norms, terms, factors, workspace,
+            torch.empty(plan.value.room, dtype=single, device=device), counters(student, stream, plan.counters),
+            *number_arguments(numbers),
+        )  # fmt: skip
     return Kept(plan, workspace, Found(terms, norms, factors, frame_grad, batch_grad)), rows
 
 
@@ -124,11 +129,11 @@ def relation_gradient(out: Tensor, upstream: Upstream, call: Call, found: Found)
         None if batch is None else batch.dtype, None if frame is None else frame.dtype, type(numbers),
     )  # fmt: skip
     plan = PLANS.get(key) or PLANS.of(
-        key, lambda: GradientPlan((out, None, None, None, None), None, None, frame_mask, layout, pool, None)
+        key, lambda: GradientPlan((out, *[None] * 6), None, None, frame_mask, layout, pool, None)
     )
     plan.launch(
-        current_stream(out), out, None, None, None, None, None, None, frame_mask, None, None, total, None, batch,
-        frame, frame_grad, batch_grad, *number_arguments(numbers),
+        current_stream(out), out, None, None, None, None, None, None, None, None, frame_mask, None, None, total, None,
+        batch, frame, frame_grad, batch_grad, *number_arguments(numbers),
     )  # fmt: skip
 
 
@@ -140,12 +145,13 @@ def gradient(out: Tensor, upstream: Upstream, call: Objective, found: Found) -> 
         return
     frame_grad, batch_grad = _wanted(found.frame_grad, total, frame), _wanted(found.batch_grad, total, batch)
     (
-        _, real, fake, real_uncond, fake_uncond, _, sigma, mask, _, frame_mask, _, _, layout, rule, related, pool, _, _,
-        numbers,
+        _, real, fake, real_uncond, fake_uncond, _, sigma, mask, _, frame_mask, second, guided, layout, rule, related,
+        pool, _, _, numbers,
     ) = call  # fmt: skip
     key = (
         GradientPlan, out.shape, out.dtype, out.device, out.stride(), real.stride(), fake.stride(),
-        _stride(real_uncond), _stride(fake_uncond), alignment(out, real, fake, real_uncond, fake_uncond),
+        _stride(real_uncond), _stride(fake_uncond), _stride(second), _stride(guided),
+        alignment(out, real, fake, real_uncond, fake_uncond, second, guided),
         details(sigma, mask), mask_key(frame_mask), layout, rule.encoded, pool, related,
         frame_grad is None, batch_grad is None, None if total is None else total.dtype,
         None if dmd is None else dmd.dtype, None if batch is None else batch.dtype,
@@ -154,13 +160,13 @@ def gradient(out: Tensor, upstream: Upstream, call: Objective, found: Found) -> 
     plan = PLANS.get(key) or PLANS.of(
         key,
         lambda: GradientPlan(
-            (out, real, fake, real_uncond, fake_uncond), sigma, mask, frame_mask, layout, pool if related else (1, 1),
-            rule,
+            (out, real, fake, real_uncond, fake_uncond, second, guided), sigma, mask, frame_mask, layout,
+            pool if related else (1, 1), rule,
         ),
     )  # fmt: skip
     plan.launch(
-        current_stream(out), out, real, fake, real_uncond, fake_uncond, sigma, mask, frame_mask, found.norms,
-        found.factors, total, dmd, batch, frame, frame_grad, batch_grad, *number_arguments(numbers),
+        current_stream(out), out, real, fake, real_uncond, fake_uncond, second, guided, sigma, mask, frame_mask,
+        found.norms, found.factors, total, dmd, batch, frame, frame_grad, batch_grad, *number_arguments(numbers),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from codmd.conventions import Convention
 from codmd.ops.contract import Grid, Objective
+from codmd.ops.shapes import norm_shape
 
 from .. import limits
 from ..launch import Launcher, multiprocessors
@@ -17,6 +18,7 @@ from ..plans import Workspace, padded, pair_of_strides
 from ..pooled.plans import ONE_TILE, ROWS_OF_A_TILE, RowsPlan, block_of, in_parallel, matrices
 from ..tiling import Geometry, Tiling, cdiv, next_power_of_2, tile_planes
 from .algebra import MOMENTS
+from .decoupled import TOTALS, decoupled_kernel
 from .gradient import gradient_kernel
 from .moments import COUNT_BITS, moments_kernel
 
@@ -77,6 +79,10 @@ def _scope(convention: Convention) -> tuple[Any, ...]:
     return convention.norm_scope, block, convention.independent_first_frame
 
 
+def _norms_of_a_level(rule: Convention, samples: int, segments: int) -> int:
+    return 1 if rule.norm_scope == "batch" else samples * segments
+
+
 def _size(shape: int | tuple[int, ...]) -> torch.Size:
     return torch.Size([shape] if isinstance(shape, int) else shape)
 
@@ -92,7 +98,7 @@ class MomentsPlan:
         sigma, sample_weight, frame_mask, rule = call.sigma, call.sample_weight, call.frame_mask, call.convention
         pool = call.pool if call.related else (1, 1)
         tile, strides, (samples, frames, channels, height, width) = _cut(
-            call[:LATENTS], call.mask, call.layout, pool, TILE_BYTES
+            (*call[:LATENTS], call.augment_real), call.mask, call.layout, pool, TILE_BYTES
         )
         tile = _countable(tile, cdiv(height, pool[0]), width)
         segments = len(rule.segments(frames)) - 1
@@ -118,7 +124,8 @@ class MomentsPlan:
         self.workspace = workspace
         self.rows_at = workspace.at("averages", "matrices")
         self.samples, self.sums_shape = samples, (samples, int(MOMENTS.value), segments)
-        self.norm_shape = {"sample": samples, "batch": 1, "block": (samples, segments)}[rule.norm_scope]
+        self.norm_shape = norm_shape(call)
+        self.value = None if call.augment_real is None else ValuePlan(call, workspace.at("sums"))
         self.frame_grad_shape = (samples, frames, features) if has_frames else 0
         self.batch_grad_shape = (samples, features) if has_batch else 0
         self.rows_shape = samples, row
@@ -142,12 +149,45 @@ class MomentsPlan:
             ),
             warps=4,
             wavefronts=2,
-            registers=168,
+            registers=168 if call.augment_real is None else 192,
             fixed=(
                 *workspace.at("losses", "averages", "pieces", "matrices", "moments", "sums"),
                 samples, frames, channels, features, segments, height, width, *strides, *pair_of_strides(sigma),
                 1 if sample_weight is None else sample_weight.stride(0), *pair_of_strides(frame_mask),
                 float(rule.huber_c if huber else 0.0), float(rule.eps), float(rule.coefficient),
+            ),
+        )  # fmt: skip
+
+
+class ValuePlan:
+    """Workspace and launch of :func:`decoupled_kernel`, the second read of a decoupled loss."""
+
+    def __init__(self, call: Objective, sums_at: tuple[int, ...]) -> None:
+        latents, rule = (
+            (call.real, call.fake, call.fake_uncond, call.augment_real, call.augment_uncond),
+            call.convention,
+        )
+        tile, strides, (samples, frames, channels, height, width) = _cut(
+            latents, call.mask, call.layout, (1, 1), TILE_BYTES
+        )
+        segments, programs = len(rule.segments(frames)) - 1, channels * tile.splits
+        totals = int(TOTALS.value) * samples
+        workspace = Workspace(totals=2 * totals, pieces=totals * frames * programs)
+        self.room = workspace.size
+        columns = next_power_of_2(segments)
+        self.launch = Launcher(
+            decoupled_kernel,
+            samples * frames * programs,
+            (
+                *tile.constants, *_scope(rule), rule.nan, rule.reduction == "sum", rule.weight_on == "direction",
+                WHOLE, columns, max(1, min(next_power_of_2(samples), SUMS_TILE // columns)),
+            ),
+            warps=4,
+            wavefronts=2,
+            fixed=(
+                *sums_at, *workspace.at("pieces"), samples, frames, channels, segments, height, width, *strides,
+                1 if call.sample_weight is None else call.sample_weight.stride(0),
+                _norms_of_a_level(rule, samples, segments), float(rule.coefficient),
             ),
         )  # fmt: skip
 
@@ -169,10 +209,12 @@ class GradientPlan:
             latents, mask, layout, pool, TILE_BYTES if rule else None
         )
         features = channels * pool[0] * pool[1]
-        huber, segments, norm, repair = False, 1, ("batch", 1, False), False
+        huber, segments, norm, repair, level = False, 1, ("batch", 1, False), False, 1
         if rule is not None:
             huber, segments, norm = rule.penalty == "huber", len(rule.segments(frames)) - 1, _scope(rule)
             repair = rule.nan == "to_num"
+            if latents[-1] is not None:
+                level = _norms_of_a_level(rule, samples, segments)
         self.launch = Launcher(
             gradient_kernel,
             samples * frames * channels * pool[0] * tile.splits,
@@ -181,6 +223,6 @@ class GradientPlan:
             wavefronts=2 if rule else None,
             fixed=(
                 frames, channels, features, segments, height, width, *strides, *pair_of_strides(sigma),
-                *pair_of_strides(frame_mask), float(rule.huber_c if rule and huber else 0.0),
+                *pair_of_strides(frame_mask), level, float(rule.huber_c if rule and huber else 0.0),
             ),
         )  # fmt: skip

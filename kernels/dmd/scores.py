@@ -5,6 +5,8 @@ With k the guidance scale in the cond form, c, u the predictions and σ, x_t of 
     d = (f - c) + k_f (f - f_u) - k (c - u)      r = c + k (c - u)         predictions of x0
     d ← -σ d                                     r ← x_t - σ r             velocities
 
+A decoupled loss has d₁ = (f - c) + k_f (f - f_u) and d₂ = k (u₂ - c₂), the guidance of a second noise level.
+
 Differences come first, in float32, so that a critic that tracks the teacher keeps its digits. A tensor is described by
 a tuple (pointer to the plane, stride of a line, stride of a column); an absent one has the pointer None.
 """
@@ -37,6 +39,12 @@ def difference(
     if sigma is not None:
         d = -sigma * d
     return d, c, push
+
+
+@triton.jit
+def augmentation(cond, uncond, real_scale, line, column, inside, VEC: tl.constexpr):
+    """d₂ = k (u₂ - c₂)."""
+    return real_scale * (load(uncond, line, column, inside, VEC) - load(cond, line, column, inside, VEC))
 
 
 @triton.jit

@@ -1,0 +1,169 @@
+"""Value, mean|g| and factors of a decoupled DMD loss, once the moments pass has found its norms (arXiv 2511.22677).
+
+    g = nan(d₁/N₁) + nan(d₂/N₂)      d₁ = (f - c₁) + k_f (f - f_u)      d₂ = k (u₂ - c₂)
+
+The halves cancel, and the policy repairs each of them, so neither Σ g² nor Σ|g| follows from sums that know no norm:
+the predictions are read a second time. The student is not; whether it is finite, and what is selected, the moments
+pass has counted.
+"""
+
+import triton
+import triton.language as tl
+
+from ..blocks import FAKE_SCALE, REAL_SCALE, number, takes_last
+from .algebra import LEAST_NORM, MOMENTS, SCALE, add_segments, weigh
+from .gradient import direction, norm_of_frame
+from .scores import augmentation, difference, selection
+
+TOTALS = tl.constexpr(2)
+"""g² times SCALE², and |g|/SCALE."""
+
+
+@triton.jit
+def lost_digits(norm):
+    """Whether a norm is so small that its sum lost digits."""
+    return (norm > 0.0) & (norm < LEAST_NORM)
+
+
+@triton.jit
+def finish_value(
+    sums, totals, factors, sample_weight, weight_stride, samples, segments, coefficient,
+    NAN: tl.constexpr, SUM: tl.constexpr, WEIGHT_SQUARED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """(loss, mean|g|) from the moments' sums [B, MOMENTS, segments] and totals [B, TOTALS]; stores factors [B]."""
+    s = tl.arange(0, BLOCK_S)[None, :]
+    count = tl.zeros([BLOCK_B, BLOCK_S], tl.float64)
+    for start in range(0, samples, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)[:, None]
+        inside = (b < samples) & (s < segments)
+        count += tl.load(sums + (b * MOMENTS + 3) * segments + s, mask=inside, other=0.0)
+    all_count = tl.sum(tl.sum(count, 1), 0)
+
+    loss = tl.zeros([BLOCK_B], tl.float64)
+    magnitude = tl.zeros([BLOCK_B], tl.float64)
+    for start in range(0, samples, BLOCK_B):
+        row = start + tl.arange(0, BLOCK_B)
+        b = row[:, None]
+        inside = (b < samples) & (s < segments)
+        wild = tl.sum(tl.load(sums + (b * MOMENTS + 5) * segments + s, mask=inside, other=0.0), 1) > 0.0
+        square = tl.load(totals + row * TOTALS, mask=row < samples, other=0.0) / SCALE / SCALE
+        size = tl.load(totals + row * TOTALS + 1, mask=row < samples, other=0.0) * SCALE
+        more = weigh(
+            square, size, wild, row, factors, sample_weight, weight_stride, samples, all_count, coefficient,
+            False, NAN, SUM, WEIGHT_SQUARED, BLOCK_B,
+        )  # fmt: skip
+        loss += more[0]
+        magnitude += more[1]
+    mean = tl.sum(magnitude, 0) / tl.maximum(all_count, 1.0)
+    return (coefficient * tl.sum(loss, 0)).to(tl.float32), mean.to(tl.float32)
+
+
+@triton.jit(
+    do_not_specialize=["sums_at", "pieces_at", "samples", "frames", "channels", "segments"],
+    do_not_specialize_on_alignment=[
+        "sample_weight", "norms", "terms", "factors", "moments", "workspace", "counters", "numbers",
+    ],
+)  # fmt: skip
+def decoupled_kernel(
+    real, fake, fake_uncond, augment_real, augment_uncond,  # [B, F, C, H, W], any strides; fake_uncond or None
+    mask,  # like the latents, or None
+    sample_weight,  # [B] or None
+    norms,  # [2, ...] as the moments pass left them
+    terms,  # [5], the DMD loss and mean|g| still 0
+    factors,  # [B]
+    moments,  # the workspace of the moments pass
+    workspace,  # totals [B, TOTALS] in float64, then their pieces [TOTALS, B, F, programs of a frame]
+    counters,  # [B + 1], zero before and after
+    numbers,  # [6] or None: the values that follow
+    temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
+    sums_at, pieces_at, samples, frames, channels, segments, height, width,
+    r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, v_b, v_f, v_c, v_h, v_w,
+    a_b, a_f, a_c, a_h, a_w, w_b, w_f, w_c, w_h, w_w, m_b, m_f, m_c, m_h, m_w, weight_b, level_norms, coefficient,
+    SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
+    FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, NAN: tl.constexpr,
+    SUM: tl.constexpr, WEIGHT_SQUARED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Grid [B·F·C·SPLITS]. Strides of b, f, c, h are in units of VEC elements, but for the mask's."""
+    pid = tl.program_id(0)
+    programs = channels * SPLITS
+    per_sample = frames * programs
+    sample = pid // per_sample
+    split = pid % SPLITS
+    channel = pid // SPLITS % channels
+    frame = pid // programs % frames
+    b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
+
+    real_plane = (real + (b * r_b + f * r_f + c * r_c) * VEC, r_h, r_w)
+    fake_plane = (fake + (b * f_b + f * f_f + c * f_c) * VEC, f_h, f_w)
+    cond_plane = (augment_real + (b * a_b + f * a_f + c * a_c) * VEC, a_h, a_w)
+    uncond_plane = (augment_uncond + (b * w_b + f * w_f + c * w_c) * VEC, w_h, w_w)
+    fake_uncond_plane = (None, 0, 0)
+    mask_plane = (None, 0, 0)
+    if fake_uncond is not None:
+        fake_uncond_plane = (fake_uncond + (b * v_b + f * v_f + c * v_c) * VEC, v_h, v_w)
+    if mask is not None:
+        mask_plane = (mask + b * m_b + f * m_f + c * m_c, m_h, m_w)
+    norm = norm_of_frame(norms, sample, frame, segments, SCOPE, BLOCK, FIRST_ALONE)
+    second_norm = norm_of_frame(norms + level_norms, sample, frame, segments, SCOPE, BLOCK, FIRST_ALONE)
+    real_scale = number(numbers, REAL_SCALE, real_scale)
+    fake_scale = number(numbers, FAKE_SCALE, fake_scale)
+
+    i = tl.arange(0, TILE_W)[None, :]
+    left = 0
+    STEP: tl.constexpr = TILE_W if FLAT else TILE_H
+    if FLAT:
+        size = height * width
+        run = tl.cdiv(tl.cdiv(size, TILE_W), SPLITS) * TILE_W
+        start, stop = split * run, tl.minimum(size, split * run + run)
+    else:
+        left = split % COLUMN_TILES * TILE_W
+        lines = tl.cdiv(height, SPLITS // COLUMN_TILES)
+        start = split // COLUMN_TILES * lines
+        stop = tl.minimum(height, start + lines)
+
+    square = tl.zeros([TILE_H, TILE_W], tl.float32)
+    magnitude = tl.zeros([TILE_H, TILE_W], tl.float32)
+    for first in range(start, stop, STEP):
+        if FLAT:
+            line = tl.zeros([1, 1], tl.int64)
+            column = (first + i).to(tl.int64)
+            inside = i // VEC < (stop - first) // VEC
+        else:
+            line = (first + tl.arange(0, TILE_H)[:, None]).to(tl.int64)
+            column = (left + i).to(tl.int64)
+            inside = (line < stop) & (i // VEC < (width - left) // VEC)
+        d, _cond, _push = difference(
+            real_plane, fake_plane, (None, 0, 0), fake_uncond_plane, None, real_scale, fake_scale,
+            line, column, inside, VEC,
+        )  # fmt: skip
+        g = direction(d, norm, 0.0, False, NAN == "to_num")
+        d = augmentation(cond_plane, uncond_plane, real_scale, line, column, inside, VEC)
+        g += direction(d, second_norm, 0.0, False, NAN == "to_num")
+        g = tl.where(selection(mask_plane, line, column, inside), g, 0.0)
+        scaled = g * SCALE
+        square += scaled * scaled
+        magnitude += tl.abs(g) * (1.0 / SCALE)
+
+    stride = samples.to(tl.int64) * frames * programs
+    pieces = workspace + pieces_at
+    piece = pieces + b * per_sample + f * programs + pid % programs
+    size_here = tl.sum(tl.sum(magnitude, 1), 0)
+    lost = (lost_digits(norm) | lost_digits(second_norm)) & (size_here > 0.0)
+    tl.store(piece, tl.where(lost, float("nan"), tl.sum(tl.sum(square, 1), 0)))
+    tl.store(piece + stride, size_here)
+
+    if takes_last(counters + sample, per_sample):
+        totals = workspace.to(tl.pointer_type(tl.float64), bitcast=True)
+        add_segments(
+            pieces + b * per_sample, stride, programs, frames, 1, totals + sample * TOTALS, TOTALS, WHOLE, False, 256
+        )
+        if takes_last(counters + samples, samples):
+            sums = (moments + sums_at).to(tl.pointer_type(tl.float64), bitcast=True)
+            dmd_loss, mean_g = finish_value(
+                sums, totals, factors, sample_weight, weight_b, samples, segments, coefficient,
+                NAN, SUM, WEIGHT_SQUARED, BLOCK_S, BLOCK_B,
+            )  # fmt: skip
+            tl.store(terms, dmd_loss + tl.load(terms))
+            tl.store(terms + 1, dmd_loss)
+            tl.store(terms + 4, mean_g)
