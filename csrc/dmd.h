@@ -80,6 +80,20 @@ struct Element {
   double student, real, fake, real_uncond, fake_uncond, noisy;
 };
 
+// NaN to 0, infinities to the largest numbers of float32. Internal linkage: files for one instruction set include it.
+template <class T>
+CODMD_HD static inline T to_number(T g) {
+  g = g != g ? T(0) : g;
+  g = g > T(kLargestFloat) ? T(kLargestFloat) : g;
+  return g < -T(kLargestFloat) ? -T(kLargestFloat) : g;
+}
+
+// The two norms of an element under a decoupled loss, g = repaired(d / matching) + repaired(a / augmentation) with
+// d = (f - c) + k_f (f - f_u) and a = k (u2 - c2) (arXiv 2511.22677).
+struct NormPair {
+  float matching, augmentation;
+};
+
 // Sums over the elements of a frame, a segment or a sample; all but `distance` over the selected ones.
 struct Moments {
   double distance;            // |x - r|
@@ -117,6 +131,24 @@ struct Moments {
     }
     penalty += rule.penalty(d);
     magnitude += std::fabs(d);
+  }
+
+  // One selected element of a decoupled loss in double: g^2 as the penalty, |g| as the magnitude. The distances are
+  // not of this sum.
+  CODMD_HD void add_decoupled(const DmdRule& rule, double d, double augmentation, const NormPair& norms) {
+    if (leaves_float(d) || leaves_float(augmentation)) ++wild;
+    double first = d / double(norms.matching), second = augmentation / double(norms.augmentation);
+    if (rule.nan == NanPolicy::to_num) {
+      first = to_number(first);
+      second = to_number(second);
+    }
+    const double g = first + second;
+    if (g != g) {
+      ++nans;
+      return;
+    }
+    penalty += g * g;
+    magnitude += std::fabs(g);
   }
 };
 
@@ -159,6 +191,12 @@ struct SampleValue {
     magnitude += size;
   }
 
+  // The same of a decoupled loss, whose sums are those of g itself.
+  CODMD_HD void add_segment(const DmdRule& rule, const Moments& sums, const NormPair& norms) {
+    if (norms.matching < 0.0f || norms.augmentation < 0.0f) wild = true;
+    add_segment(rule, sums, 1.0f);
+  }
+
   CODMD_HD void finish(const DmdRule& rule) {
     if (wild) value = NAN;
     dropped = rule.nan == NanPolicy::zero_sample && value != value;
@@ -187,7 +225,7 @@ CODMD_HD inline void write_loss(const DmdRule& rule, double value, double magnit
   out[1] = count ? float(magnitude / double(count)) : 0.0f;
 }
 
-// The three below have internal linkage: files for one instruction set include them.
+// The two below have internal linkage: files for one instruction set include them.
 //
 // Where the reciprocal of a norm is exact enough: neither comes near the ends of float32's range. Multiplying by it
 // costs one rounding and saves the division.
@@ -199,13 +237,6 @@ CODMD_HD static inline float huber_slope(float d, float c) {
   float s = d / c;
   s = s > limit ? limit : s < -limit ? -limit : s;
   return s / std::sqrt(s * s + 1.0f) + (d - d);
-}
-
-// NaN to 0, infinities to the largest numbers.
-CODMD_HD static inline float to_number(float g) {
-  g = g != g ? 0.0f : g;
-  g = g > kLargestFloat ? kLargestFloat : g;
-  return g < -kLargestFloat ? -kLargestFloat : g;
 }
 
 // g without its factor: repaired d / norm, or d / sqrt(d^2 + c^2) / norm.

@@ -213,7 +213,8 @@ struct Call {
   DmdRule rule;
   Numbers numbers;
 
-  // `tensors`: student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask.
+  // `tensors`: student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask,
+  // augment_real, augment_uncond.
   Call(PyObject* tensors, PyObject* sizes, bool channels_first, int64_t dtype, PyObject* grid_sizes, PyObject* fields,
        PyObject* values, Pass pass)
       : axes(sizes, channels_first),
@@ -237,7 +238,7 @@ struct Call {
     }
     if (is_objective) rule = rule_of(fields);
 
-    const Items items(tensors, "tensors", 10);
+    const Items items(tensors, "tensors", 12);
     const bool forward = pass == Pass::forward, whole = grid.every_pixel();
     scores.shape = shape;
     scores.dtype = static_cast<DType>(dtype);
@@ -252,6 +253,10 @@ struct Call {
     scores.sample_weight = Buffer(items[8], "sample_weight").floats_or_null(shape.batch);
     frame_mask.data = static_cast<const uint8_t*>(
         axes.by_frame(items[9], "frame_mask", Code::boolean, frame_mask.stride));
+    scores.augment_real = axes.tensor(items[10], "augment_real", code, items[11] != Py_None);
+    scores.augment_uncond = axes.tensor(items[11], "augment_uncond", code, items[10] != Py_None);
+    if (scores.decoupled() && (!is_objective || scores.real_uncond.data || scores.sigma || rule.norm_divides_loss))
+      refuse("augment_real", "it goes with an objective of squares over norms, without real_uncond and sigma");
   }
 
   Scores relation() const {
@@ -266,7 +271,7 @@ struct Call {
     Found result{};
     if (pass == Pass::forward) result.terms = Buffer(items[0], "terms").floats(is_objective ? 5 : 3);
     if (is_objective) {
-      result.norms = Buffer(items[1], "norms").floats(rule.norms(s));
+      result.norms = Buffer(items[1], "norms").floats((scores.decoupled() ? 2 : 1) * rule.norms(s));
       result.factors = Buffer(items[2], "factors").floats(s.batch);
     }
     if (!related) return result;

@@ -74,14 +74,16 @@ struct Scores {
 };
 
 // The latents of the distribution matching loss. With sigma, predictions are velocities and x0 = noisy - sigma v.
+// With augment_real and augment_uncond the loss is decoupled; neither real_uncond nor sigma is there then.
 struct DmdScores {
   Shape shape;
   DType dtype;
-  Tensor student, real, fake, real_uncond, fake_uncond, noisy;
+  Tensor student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond;
   const float* sigma;  // [B, F] by strides, or null
   int64_t sigma_stride[2];
   Tensor mask;                 // bytes, or null
   const float* sample_weight;  // [B], or null
+  CODMD_HD bool decoupled() const { return augment_real.data != nullptr; }
 };
 
 // A number of the call, or of a device tensor that kernels load instead.
@@ -103,7 +105,7 @@ struct Numbers {
 
 // What a forward pass finds; null where it is not wanted, and a term without its gradient is 0. terms: [3] = total,
 // batch, frame of a relation, [5] = total, dmd, batch, frame, mean|g| of an objective. norms: [B], [1] or
-// [B, segments]; factors [B]: dL/dx = factor G(f - r, norm). frame_grad: [B, F, K] for a grid, [B, F, F] (the matrices
+// [B, segments], and so a second time for the second level of a decoupled loss; factors [B]: dL/dx = factor G(f - r, norm). frame_grad: [B, F, K] for a grid, [B, F, F] (the matrices
 // M / B) for every pixel; batch_grad: [B, K]. rows [B, 3K + 1]: the stage before a gather.
 struct Found {
   float *terms, *norms, *factors, *frame_grad, *batch_grad, *rows;

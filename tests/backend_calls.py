@@ -46,8 +46,9 @@ def relation_call(
 def objective_call(
     convention: Convention = BLOCKS, related: bool = True, shape: tuple[int, ...] = (3, 5, 4, 6, 7),
     dtype: torch.dtype = torch.float32, scale: float = 1.0, pool: Grid = (2, 3), plain: bool = False,
+    decoupled: bool = False,
 ) -> Objective:  # fmt: skip
-    """With every optional tensor, or, where ``plain``, with unguided predictions alone."""
+    """With every optional tensor that goes with it, or, where ``plain``, with unguided predictions alone."""
     generator = torch.Generator().manual_seed(1)
     student, real, fake = (scaled(v, scale, dtype) for v in latents(shape, perturbation=0.3))
     others = [scaled(torch.randn(shape, generator=generator), scale, dtype) for _ in range(3)]
@@ -56,9 +57,13 @@ def objective_call(
     weight = torch.rand(shape[0], generator=generator) + 0.5
     optional = (None,) * 6 if plain else (*others, sigma, mask, weight)
     valid = None if plain else frame_mask(*shape[:2])
+    augment: tuple[Tensor | None, Tensor | None] = (None, None)
+    if decoupled:
+        optional, augment = (None, others[1], None, None, mask, weight), (others[0], others[2])
     numbers = Numbers(0.1, 0.6, 1.3, 0.2, 2.5, 0.5)
-    rest = None, None, "bfchw", convention
-    return Objective(student, real, fake, *optional, valid, *rest, related, pool, True, True, numbers)
+    return Objective(
+        student, real, fake, *optional, valid, *augment, "bfchw", convention, related, pool, True, True, numbers
+    )
 
 
 def scaled(latents: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -19,12 +19,14 @@ from pathlib import Path
 import pytest
 from cuda_toolkit import ROOT, load_nvcc
 
-# GradientPass is compiled with and without the distribution matching term.
-PER_DTYPE = {"RelationPass": 3, "DmdPass": 3, "GradientPass": 6, "GramPass": 3, "MeanPass": 3, "MixPass": 3}
+# GradientPass is compiled without the distribution matching term, with it, and with that of a decoupled loss.
+PER_DTYPE = {
+    "RelationPass": 3, "DmdPass": 3, "DecoupledPass": 3, "GradientPass": 9, "GramPass": 3, "MeanPass": 3, "MixPass": 3,
+}  # fmt: skip
 ONCE = ("FinishPass", "GatheredPass", "DmdFinishPass", "UnitPass", "DivergencePass", "MatrixPass", "TermsPass")
 # Registers that leave room for the blocks a multiprocessor should hold: the pooling pass and the write of its gradient
 # are bound by memory alone.
-BUDGETS = {"RelationPass": 64, "GradientPass": 80, "UnitPass": 64}
+BUDGETS = {"RelationPass": 64, "GradientPass": 96, "UnitPass": 64}
 LARGEST_BUDGET = 128
 CXX = os.environ.get("CXX", "g++")
 
@@ -157,25 +159,30 @@ def place(device=DEVICE):
     return device, 132, STREAM
 
 
-def call_of(pool, rule=None, latents=3):
+def call_of(pool, rule=None, latents=3, augment=None):
     """A bfloat16 call's leading arguments."""
-    tensors = (*(LATENT,) * latents, *(None,) * (10 - latents))
+    tensors = (*(LATENT,) * latents, *(None,) * (10 - latents), augment, augment)
     return tensors, SHAPE, False, 1, pool, rule, NUMBERS
 
 
-def forward(module, pool, device=DEVICE, rule=None, latents=3):
+def forward(module, pool, device=DEVICE, rule=None, latents=3, augment=None):
     found = (FLOATS, *(FLOATS if rule else None,) * 2, FLOATS, FLOATS, None)
-    module.forward(place(device), memory, *call_of(pool, rule, latents), found)
+    module.forward(place(device), memory, *call_of(pool, rule, latents, augment), found)
 
 
-def backward(module, pool, rule=None, latents=3):
+def backward(module, pool, rule=None, latents=3, augment=None):
     found = (None, *(FLOATS if rule else None,) * 2, FLOATS, FLOATS, None)
-    module.gradient(place(), LATENT, (FLOATS, None, None, None), *call_of(pool, rule, latents), found)
+    module.gradient(place(), LATENT, (FLOATS, None, None, None), *call_of(pool, rule, latents, augment), found)
 
 
 def both_terms(module, pool):
     forward(module, pool, rule=RULE, latents=4)
     backward(module, pool, rule=RULE, latents=4)
+
+
+def decoupled(module, pool):
+    forward(module, pool, rule=RULE, augment=LATENT)
+    backward(module, pool, rule=RULE, augment=LATENT)
 
 
 @pytest.mark.slow
@@ -189,8 +196,10 @@ def both_terms(module, pool):
         (backward, (1, 1), ["GradientPass"]),
         (backward, (0, 0), ["MixPass"]),
         (both_terms, (3, 2), ["DmdPass", "DmdFinishPass", "FinishPass", "GradientPass"]),
+        (decoupled, (3, 2), ["DmdPass", "DmdFinishPass", "DmdPass", "DmdFinishPass", "DecoupledPass", "DmdFinishPass",
+                             "FinishPass", "GradientPass"]),
     ],
-    ids=["pooled", "many features", "spread", "mix", "both terms"],
+    ids=["pooled", "many features", "spread", "mix", "both terms", "decoupled"],
 )  # fmt: skip
 def test_every_kernel_goes_to_the_stream_and_device_asked_for_and_the_callers_device_stays(
     recording, call, pool, kernels
@@ -234,7 +243,7 @@ def test_latents_are_read_sixteen_bytes_at_a_time(toolkit, tmp_path):
         return [body for name, body in entries if kernel_of(name) == kernel]
 
     passes, writes = bodies("relation", "RelationPass"), bodies("dmd", "GradientPass")
-    assert (len(passes), len(writes)) == (3, 6)
+    assert (len(passes), len(writes)) == (3, 9)
     assert all(len(re.findall(r"ld\.global\.nc\.v4\.[ubf]32", body)) == 3 for body in passes)
     assert all(re.search(r"st\.global\.v4\.[ubf]32", body) for body in writes)
 
@@ -265,6 +274,7 @@ def test_turing_is_built_when_asked_for(toolkit, tmp_path):
     assert {(kernel, arch) for kernel, arch, _, _ in found} == {
         ("DmdPass", 75),
         ("DmdFinishPass", 75),
+        ("DecoupledPass", 75),
         ("GradientPass", 75),
     }
     assert not [report for report in found if report[2]], "spills"

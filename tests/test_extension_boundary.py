@@ -14,8 +14,9 @@ from codmd.ops.backends import cuda, raw
 
 TENSORS = (
     "student", "real", "fake", "real_uncond", "fake_uncond", "noisy", "sigma", "mask", "sample_weight", "frame_mask",
+    "augment_real", "augment_uncond",
 )  # fmt: skip
-STRIDED = (*TENSORS[:8], "frame_mask", "out")
+STRIDED = (*TENSORS[:8], *TENSORS[9:], "out")
 FOUND = ("terms", "norms", "factors", "frame_grad", "batch_grad", "rows")
 CALLS = {
     "relation": relation_call(),
@@ -23,6 +24,8 @@ CALLS = {
     "objective": objective_call(),
     "objective of one norm": objective_call(fastvideo, plain=True),
     "dmd alone": objective_call(related=False),
+    "decoupled": objective_call(decoupled=True),
+    "decoupled of one norm": objective_call(fastvideo, decoupled=True),
 }
 
 
@@ -224,7 +227,7 @@ def test_buffers_do_not_follow_the_default_dtype_or_device(run, name, dtype):
 
 
 def test_flat_pieces_of_one_allocation_hold_the_same_results(run):
-    for name in ("objective", "objective of one norm", "dmd alone"):
+    for name in ("objective", "objective of one norm", "dmd alone", "decoupled"):
         call = CALLS[name]
         apart, flat = forward(run, call), forward(run, call, separate=False)
         assert flat.terms.untyped_storage().data_ptr() == flat.factors.untyped_storage().data_ptr()
@@ -257,7 +260,7 @@ def test_the_cpu_does_not_take_numbers_of_a_device():
 
 
 def test_tensors_cross_in_the_order_of_the_contract():
-    assert type(CALLS["objective"])._fields[:10] == TENSORS
+    assert type(CALLS["objective"])._fields[:12] == TENSORS
     described = raw.arguments(CALLS["objective"])[0]
     assert [entry[0] for entry in described] == [tensor.data_ptr() for tensor in CALLS["objective"][:10]]
     assert len(ONE) == 4

@@ -62,6 +62,58 @@ def test_the_dmd_loss_is_right_at_every_scale_of_the_latents(run, convention, sc
 
 
 @pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("convention", [self_forcing, THREES, NAMED["fastvideo"]], ids=range(3))
+def test_the_decoupled_loss_is_right_at_every_scale_of_the_latents(run, convention, scale):
+    call = objective_call(convention, related=False, scale=scale, decoupled=True)
+    found, (terms, grad) = forward(run, call), truth(call)
+    assert_right(found.terms, terms)
+    assert_right(gradient(run, call, found), grad)
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("name", [name for name, rule in NAMED.items() if rule.fusable and not rule.undecouplable])
+def test_the_decoupled_loss_and_its_relation_follow_the_reference(run, name, dtype, rounding):
+    for pool, shape in (((2, 3), (3, 5, 4, 6, 7)), ((1, 1), (2, 3, 2, 16, 40))):
+        call = objective_call(NAMED[name], dtype=dtype, shape=shape, pool=pool, decoupled=True)
+        strided = {k: v.transpose(3, 4).contiguous().transpose(3, 4) for k, v in call._asdict().items()
+                   if k in ("student", "fake", "augment_uncond")}  # fmt: skip
+        terms, grad = truth(call)
+        for same in (call, call._replace(**strided), call._replace(mask=None)):
+            if same.mask is None:
+                terms, grad = truth(same)
+            found = forward(run, same)
+            assert_right(found.terms, terms, 1e-5)
+            assert_right(gradient(run, same, found), grad, rounding)
+
+
+@pytest.mark.parametrize("nan", ["to_num", "zero_sample", "keep"])
+def test_either_half_of_a_decoupled_loss_keeps_to_the_nan_policy(run, nan):
+    convention = replace(self_forcing, nan=nan)
+    for name, value in (("fake", torch.nan), ("augment_uncond", torch.nan), ("augment_uncond", torch.inf)):
+        call = objective_call(convention, decoupled=True, related=False)._replace(mask=None)
+        odd = getattr(call, name).clone()
+        odd[1, 2, 3] = value
+        call = call._replace(**{name: odd})
+        found, exact = forward(run, call), forward(reference, call)
+        for ours, theirs in (
+            (found.terms[:4], exact.terms[:4]),
+            (found.factors, exact.factors),
+            (gradient(run, call, found), gradient(reference, call, exact)),
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8, equal_nan=True)
+
+
+def test_one_level_of_a_decoupled_loss_that_float32_cannot_hold_is_not_a_loss_of_zero(run):
+    call = objective_call(self_forcing, related=False, decoupled=True)
+    far = torch.full_like(call.student, LARGEST)
+    for change in ({"augment_real": -far, "augment_uncond": far}, {"augment_real": -far, "student": far}):
+        odd = call._replace(**change)
+        found = forward(run, odd)
+        assert not found.terms[:2].isfinite().any()
+        assert not gradient(run, odd, found)[odd.mask].isfinite().any()
+
+
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("pool", POOLS)
 def test_the_relation_is_right_or_not_finite_at_every_scale_of_the_latents(run, pool, scale):
     call = relation_call(pool, scale=scale)

@@ -11,7 +11,8 @@ namespace codmd {
 // The relation alone. With found.rows, the stage before a gather: everything but the batch term.
 void relation(const Scores& scores, const Numbers& numbers, int threads, const Found& found);
 
-// The distribution matching loss and, with `related`, the pooled relation of the guided predictions, from one read.
+// The distribution matching loss and, with `related`, the pooled relation of the guided predictions, from one read;
+// a decoupled loss reads f, c1 and c2 twice, for its norms and for its direction.
 // `mask` and `grid` are the relation's.
 void objective(const DmdScores& scores, const DmdRule& rule, bool related, const FrameMask& mask, const Grid& grid,
                const Numbers& numbers, int threads, const Found& found);

@@ -37,7 +37,13 @@ struct DmdLoops {
   void (*gradient)(const float* d, const uint8_t* mask, int64_t n, float norm, float factor, float base,
                    float huber_c, bool to_num, float* out);
 
-  // The two above in one loop over the latents themselves. Index: DType (no float16).
+  // The sum of |x - r|.
+  float (*distance)(const float* x, const float* r, int64_t n);
+  // d := g of a decoupled loss, with a = scale (u - c) of the second level. NaN where a d or an a is not finite, else 0.
+  float (*decouple)(float* d, const float* c, const float* u, float scale, codmd::NormPair norms, bool to_num,
+                    int64_t n);
+
+  // moments and gradient in one loop over the latents themselves. Index: DType (no float16).
   DmdSums (*run_moments[2])(const DmdRun& run, int64_t n);
   void (*run_gradient[2])(const DmdRun& run, int64_t n, float inverse_norm, float factor, float base, bool to_num,
                           void* out);

@@ -115,6 +115,38 @@ void gradient(const float* d, const uint8_t* mask, int64_t n, float norm, float 
   }
 }
 
+float distance(const float* x, const float* r, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < n; ++k) sum += std::fabs(x[k] - r[k]);
+  return sum;
+}
+
+template <bool kToNum, bool kDivide>
+float decouple_of(float* d, const float* c, const float* u, float scale, codmd::NormPair norms, int64_t n) {
+  const float first = 1.0f / norms.matching, second = 1.0f / norms.augmentation;
+  float odd = 0;
+#pragma omp simd reduction(+ : odd)
+  for (int64_t k = 0; k < n; ++k) {
+    const float dv = d[k], av = scale * (u[k] - c[k]);
+    odd += (dv - dv) + (av - av);
+    float g = kDivide ? dv / norms.matching : dv * first;
+    float a = kDivide ? av / norms.augmentation : av * second;
+    if (kToNum) {
+      g = codmd::to_number(g);
+      a = codmd::to_number(a);
+    }
+    d[k] = g + a;
+  }
+  return odd;
+}
+
+float decouple(float* d, const float* c, const float* u, float scale, codmd::NormPair norms, bool to_num, int64_t n) {
+  if (codmd::has_normal_inverse(norms.matching) && codmd::has_normal_inverse(norms.augmentation))
+    return (to_num ? decouple_of<true, false> : decouple_of<false, false>)(d, c, u, scale, norms, n);
+  return (to_num ? decouple_of<true, true> : decouple_of<false, true>)(d, c, u, scale, norms, n);
+}
+
 template <class T, bool kGuided, bool kFlow>
 DmdSums run_moments_of(const DmdRun& run, int64_t n) {
   const T *x = static_cast<const T*>(run.student), *f = static_cast<const T*>(run.fake);
@@ -187,6 +219,6 @@ void run_gradient(const DmdRun& run, int64_t n, float inverse_norm, float factor
 
 #define CODMD_DMD_LOOPS                                                                       \
   {                                                                                           \
-    guide, from_flow, moments, gradient, {run_moments<float>, run_moments<bf16>},             \
-        {run_gradient<float>, run_gradient<bf16>}                                             \
+    guide, from_flow, moments, gradient, distance, decouple,                                  \
+        {run_moments<float>, run_moments<bf16>}, {run_gradient<float>, run_gradient<bf16>}    \
   }

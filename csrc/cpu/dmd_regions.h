@@ -39,7 +39,7 @@ class Chunks {
               neighbours(scores.noisy) && (!also || neighbours(*also));
     one_run_ = grid.height * grid.width == 1 && mask_dense && dense(scores.student) && dense(scores.fake) &&
                dense(scores.real) && dense(scores.real_uncond) && dense(scores.fake_uncond) && dense(scores.noisy) &&
-               (!also || dense(*also));
+               dense(scores.augment_real) && dense(scores.augment_uncond) && (!also || dense(*also));
   }
 
   // Whether run() may stand for fetch(): pixels lie side by side and nothing but one guidance is asked for.
@@ -105,6 +105,40 @@ class Chunks {
     }
   }
 
+  // The sum of |x - c2| over n pixels of a decoupled loss.
+  double second_distance(const PlaneIndex& p, int64_t y, int64_t x, int64_t n) {
+    read(scores_.student, p, y, x, n, student);
+    read(scores_.augment_real, p, y, x, n, augment_real_);
+    const float sum = loops_.distance(student, augment_real_, n);
+    if (sum <= kLargestFloat) return double(sum);
+    double exact = 0;
+    for (int64_t k = 0; k < n; ++k) exact += std::fabs(double(student[k]) - double(augment_real_[k]));
+    return exact;
+  }
+
+  // d := g of n pixels of a decoupled loss; NaN where a half of it is not finite before the division, else 0.
+  float fetch_decoupled(const PlaneIndex& p, int64_t y, int64_t x, int64_t n, const NormPair& norms, bool to_num) {
+    fetch(p, y, x, n, false);
+    read(scores_.augment_real, p, y, x, n, augment_real_);
+    read(scores_.augment_uncond, p, y, x, n, augment_uncond_);
+    return loops_.decouple(d, augment_real_, augment_uncond_, real_scale_, norms, to_num, n);
+  }
+
+  // Penalty and magnitude of g of the n pixels of the last fetch_decoupled, in double, from the latents themselves.
+  void add_decoupled(const DmdRule& rule, const NormPair& norms, const PlaneIndex& p, int64_t y, int64_t x, int64_t n,
+                     Moments& moments) {
+    read(scores_.fake, p, y, x, n, d);
+    const bool critic_guided = optional(scores_.fake_uncond, p, y, x, n, fake_uncond_);
+    const uint8_t* selected = mask(p, y, x, n);
+    for (int64_t k = 0; k < n; ++k) {
+      if (selected && !selected[k]) continue;
+      double difference = double(d[k]) - double(r[k]);
+      if (critic_guided) difference += double(fake_scale_) * (double(d[k]) - double(fake_uncond_[k]));
+      const double change = double(augment_uncond_[k]) - double(augment_real_[k]);
+      moments.add_decoupled(rule, difference, double(real_scale_) * change, norms);
+    }
+  }
+
   // The mask's bytes of n pixels, or null where everything is selected.
   const uint8_t* mask(const PlaneIndex& p, int64_t y, int64_t x, int64_t n) {
     if (!scores_.mask.data) return nullptr;
@@ -165,6 +199,8 @@ class Chunks {
   alignas(64) float real_uncond_[kDmdChunk];
   alignas(64) float fake_uncond_[kDmdChunk];
   alignas(64) float noisy_[kDmdChunk];
+  alignas(64) float augment_real_[kDmdChunk];
+  alignas(64) float augment_uncond_[kDmdChunk];
   alignas(64) uint8_t mask_[kDmdChunk];
 };
 

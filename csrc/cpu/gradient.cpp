@@ -18,6 +18,7 @@ void gradient(const DmdScores& scores, const DmdRule& rule, const FrameMask& mas
 
   const ValidRows valid(mask, s.batch, s.frames);
   const auto store = passes().store[int(scores.dtype)];
+  const bool to_num = rule.nan == NanPolicy::to_num;
   const auto fill = passes().fill[int(scores.dtype)];
   const int64_t planes = s.rows() * s.channels, features = grid.features(s);
   parallel(useful_threads(threads, (dmd ? 4 : 1) * s.bytes(scores.dtype)), [&](const Worker& worker) {
@@ -28,8 +29,10 @@ void gradient(const DmdScores& scores, const DmdRule& rule, const FrameMask& mas
       const PlaneIndex p = plane_of(s, item);
       const bool counts = mask.valid(p.b, p.f);
       const float factor = dmd && found.factors[p.b] != 0.0f ? float(dmd_scale * double(found.factors[p.b])) : 0.0f;
-      const float norm = factor != 0.0f ? found.norms[rule.norm_of(p.b, p.f, s.frames)] : 1.0f;
-      const bool direct = chunks.direct() && rule.huber_c == 0 && has_normal_inverse(norm);
+      const float* norms = factor != 0.0f ? found.norms + rule.norm_of(p.b, p.f, s.frames) : nullptr;
+      const float norm = norms ? norms[0] : 1.0f;
+      const NormPair pair{norm, norms && scores.decoupled() ? norms[rule.norms(s)] : 1.0f};
+      const bool direct = chunks.direct() && !scores.decoupled() && rule.huber_c == 0 && has_normal_inverse(norm);
       for (int64_t region = 0; region < regions; ++region) {
         const int64_t k = p.c * regions + region;
         double share = 0;
@@ -43,11 +46,15 @@ void gradient(const DmdScores& scores, const DmdRule& rule, const FrameMask& mas
             fill({target, 0, out.stride[4]}, 1, n, base);
           } else if (direct) {
             chunks.loops().run_gradient[int(scores.dtype)](chunks.run(p, y, x), n, 1.0f / norm, factor, base,
-                                                           rule.nan == NanPolicy::to_num, target);
+                                                           to_num, target);
+          } else if (scores.decoupled()) {
+            chunks.fetch_decoupled(p, y, x, n, pair, to_num);
+            chunks.loops().gradient(chunks.d, chunks.mask(p, y, x, n), n, 1.0f, factor, base, 0.0f, false, values);
+            store(values, n, target, out.stride[4]);
           } else {
             chunks.fetch(p, y, x, n, false);
             chunks.loops().gradient(chunks.d, chunks.mask(p, y, x, n), n, norm, factor, base, float(rule.huber_c),
-                                    rule.nan == NanPolicy::to_num, values);
+                                    to_num, values);
             store(values, n, target, out.stride[4]);
           }
         });

@@ -230,6 +230,7 @@ struct DmdFinishPass {
   const float* sample_weight;  // [B], or null
   Numbers numbers;
   const UnitMoments* moments;  // [B, F, units]
+  const float* second;         // norms of a decoupled loss's second level where the moments are those of g, or null
   Moments* by_frame;           // [B, F]
   SampleValue* by_sample;      // [B]
   float *loss, *terms;  // [2] = loss, mean|g|; [5], or null where a later pass writes the terms
@@ -291,7 +292,10 @@ CODMD_UNROLL
           if (rule.scope != NormScope::batch)
             norms[at] = rule.first_alone && start == 0 ? 1.0f
                                                        : norm_of_sum(rule, own.distance, (f - start) * frame_size);
-          value.add_segment(rule, own, norms[at]);
+          if (second)
+            value.add_segment(rule, own, NormPair{norms[at], second[at]});
+          else
+            value.add_segment(rule, own, norms[at]);
           counts[t].at[0] += uint64_t(own.selected);
         }
         value.finish(rule);

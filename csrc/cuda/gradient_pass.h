@@ -4,7 +4,7 @@
 // write of the latents, rounded once.
 #pragma once
 
-#include "dmd_pass.h"
+#include "decoupled_pass.h"
 
 namespace codmd::cuda {
 
@@ -28,14 +28,19 @@ struct FeatureGradient {
   }
 };
 
-// upstream * factor * G(d, norm) plus the relation's share. Reads neither student nor noisy; without kDmd, no latents.
-template <class T, bool kDmd>
+// What moves a pixel beside the relation: nothing, d / norm, or the two quotients of a decoupled loss.
+enum class Moved { none, plain, decoupled };
+
+// upstream * factor * G plus the relation's share. Reads neither student nor noisy; without the DMD term, no latents.
+template <class T, Moved kMoved>
 struct GradientPass {
   static constexpr const char* kName = "gradient_pass";
+  static constexpr bool kDmd = kMoved != Moved::none;
   static constexpr int kBlocksPerMultiprocessor = kDmd ? 2 : 4;
 
   Cut cut;
   Predictions predictions;
+  Augmentation augmentation;
   Selection selection;
   DmdRule rule;
   const float *norms, *factors;
@@ -46,28 +51,35 @@ struct GradientPass {
   CODMD_DEVICE void operator()(Block& block) const {
     const Unit unit = cut.at(block.index(), kVector<T>);
     const float share = relation.at(cut, unit);
-    float own = 0.0f, factor = 0.0f, norm = 1.0f;
+    float own = 0.0f, factor = 0.0f;
+    NormPair norm{1.0f, 1.0f};
     if constexpr (kDmd) {
       own = factors[unit.b];
       if (own != 0.0f) factor = upstream() * own;
-      norm = norms[rule.norm_of(unit.b, unit.f, cut.shape.frames)];
+      const float* at = norms + rule.norm_of(unit.b, unit.f, cut.shape.frames);
+      norm.matching = at[0];
+      if constexpr (kMoved == Moved::decoupled) norm.augmentation = at[rule.norms(cut.shape)];
     }
     const bool active = own != 0.0f;
-    const Direction direction(rule, norm);
-    const PredictionViews<T> views(predictions, unit);
+    const DecoupledViews<T> views(predictions, augmentation, unit, rule, norm);
     const uint8_t* selected = selection.start(unit);
     T* to = static_cast<T*>(const_cast<void*>(out.data)) + out.offset(unit.b, unit.f, unit.c, unit.y, unit.x);
     block.each([&](int t) {
       each_chunk<T>(cut, unit, out, t, [&](int64_t row, int64_t column, auto count) {
         constexpr int n = decltype(count)::value;
         float d[n], r[n];
-        if constexpr (kDmd) {
-          if (active) views.read(row, column, d, r, false, count);
+        if constexpr (kMoved == Moved::plain) {
+          if (active) views.matching.read(row, column, d, r, false, count);
+        } else if constexpr (kMoved == Moved::decoupled) {
+          if (active) views.read_halves(row, column, d, r, count);
         }
 CODMD_UNROLL
         for (int i = 0; i < n; ++i) {
           const bool moved = kDmd && active && selection.at(selected, row, column + i);
-          d[i] = moved ? factor * direction(d[i]) + share : share;
+          if constexpr (kMoved == Moved::decoupled)
+            d[i] = moved ? factor * views.direction(d[i], r[i]) + share : share;
+          else
+            d[i] = moved ? factor * views.first(d[i]) + share : share;
         }
         store<T>(to + row * out.stride[3] + column * out.stride[4], d, count);
       });

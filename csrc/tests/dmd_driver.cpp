@@ -85,7 +85,7 @@ struct Case {
   Shape shape;
   DType dtype;
   int64_t gap;
-  bool guided, critic_guided, flow, masked;
+  bool guided, critic_guided, flow, masked, decoupled;
   NormScope scope;
   Grid grid;
   int threads;
@@ -95,7 +95,7 @@ void run(const Case& one) {
   const Shape& s = one.shape;
   Block x(s, one.dtype, one.gap, 1), f(s, one.dtype, one.gap, 1000003), c(s, one.dtype, one.gap, 2000003),
       u(s, one.dtype, one.gap, 3000017), fu(s, one.dtype, one.gap, 4000037), noisy(s, one.dtype, one.gap, 5000011),
-      out(s, one.dtype, one.gap, 6000011);
+      c2(s, one.dtype, one.gap, 7000003), u2(s, one.dtype, one.gap, 8000009), out(s, one.dtype, one.gap, 6000011);
   std::vector<float> sigma(size_t(s.batch * s.frames));
   for (size_t i = 0; i < sigma.size(); ++i) sigma[i] = 0.5f + 0.4f * float(uniform(77 + i));
   std::vector<uint8_t> mask(size_t(s.batch * s.frames * s.channels * s.height * s.width));
@@ -107,6 +107,7 @@ void run(const Case& one) {
   if (one.guided) scores.real_uncond = u.latent();
   if (one.critic_guided) scores.fake_uncond = fu.latent();
   if (one.flow) scores.noisy = noisy.latent(), scores.sigma = sigma.data();
+  if (one.decoupled) scores.augment_real = c2.latent(), scores.augment_uncond = u2.latent();
   scores.sigma_stride[0] = s.frames, scores.sigma_stride[1] = 1;
   if (one.masked) scores.mask.data = mask.data();
   const int64_t sizes[5] = {s.batch, s.frames, s.channels, s.height, s.width};
@@ -117,7 +118,7 @@ void run(const Case& one) {
   rule.scope = one.scope, rule.block = 1, rule.coefficient = 0.5;
 
   const int64_t features = one.grid.features(s);
-  std::vector<float> terms(5), norms(size_t(rule.norms(s))), factors(size_t(s.batch)),
+  std::vector<float> terms(5), norms(size_t((one.decoupled ? 2 : 1) * rule.norms(s))), factors(size_t(s.batch)),
       frame_grad(size_t(s.batch * s.frames * features)), pooled(size_t(s.batch * (3 * features + 1))),
       batch_grad(size_t(s.batch * features), 0.25f);
   float* frames = s.frames > 1 ? frame_grad.data() : nullptr;
@@ -142,10 +143,14 @@ void run(const Case& one) {
         for (int64_t ch = 0; ch < s.channels; ++ch)
           for (int64_t y = 0; y < s.height; ++y)
             for (int64_t xx = 0; xx < s.width; ++xx, ++at) {
-              const double norm = double(norms[one.scope == NormScope::batch   ? 0
-                                               : one.scope == NormScope::block ? size_t(b * s.frames + fr)
-                                                                               : size_t(b)]);
-              body(difference(b, fr, ch, y, xx) / norm, !one.masked || mask[at], out.at(b, fr, ch, y, xx));
+              const size_t level = one.scope == NormScope::batch   ? 0
+                                   : one.scope == NormScope::block ? size_t(b * s.frames + fr)
+                                                                   : size_t(b);
+              double g = difference(b, fr, ch, y, xx) / double(norms[level]);
+              if (one.decoupled)
+                g += 2.5 * (u2.at(b, fr, ch, y, xx) - c2.at(b, fr, ch, y, xx)) /
+                     double(norms[size_t(rule.norms(s)) + level]);
+              body(g, !one.masked || mask[at], out.at(b, fr, ch, y, xx));
             }
   };
   each([&](double g, bool in, double) { loss += in ? g * g : 0, selected += in; });
@@ -174,10 +179,11 @@ int main() {
     for (const Shape& shape : shapes)
       for (DType dtype : {DType::f32, DType::bf16, DType::f16})
         for (int bits = 0; bits < 16; ++bits, ++cases) {
-          const bool guided = bits & 1, critic = bits & 2, flow = bits & 4, masked = bits & 8;
+          const bool decoupled = (bits & 5) == 5;
+          const bool guided = bits & 1 && !decoupled, critic = bits & 2, flow = bits & 4 && !decoupled, masked = bits & 8;
           const NormScope scope = NormScope(cases % 3);
           const Grid grid = shape.height > 2 && bits % 3 == 1 ? Grid{2, 3} : Grid{1, 1};
-          run({shape, dtype, 1 + cases % 2, guided, critic, flow, masked, scope, grid, 1 + cases % 3});
+          run({shape, dtype, 1 + cases % 2, guided, critic, flow, masked, decoupled, scope, grid, 1 + cases % 3});
         }
   }
   std::printf("%d cases, %d failed checks\n", cases, failures);

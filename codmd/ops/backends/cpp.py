@@ -13,7 +13,7 @@ from torch import Tensor
 from codmd.ops.backends import raw
 from codmd.ops.contract import Call, Found, Objective, Pending, Relation, Upstream
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _C: Any = None
 load_error: str | None = None
@@ -39,7 +39,10 @@ def relation(call: Relation) -> Found:
 
 
 def objective(call: Objective, separate: bool) -> Found:
-    """The DMD loss, and the relation where ``related``, of one process."""
+    """The DMD loss, and the relation where ``related``, of one process.
+
+    A decoupled loss is two sweeps in one call: x, f, c₁ and c₂ for the norms, f, c₁, c₂ and u₂ for the direction.
+    """
     return _forward(call, False, separate).found
 
 

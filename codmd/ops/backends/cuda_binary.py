@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 NAME = "_C_cuda"
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 REBUILD = (
     "run `pip install` again with nvcc at hand (CUDA_HOME or PATH) and CODMD_FORCE_CUDA=1, which says why it "

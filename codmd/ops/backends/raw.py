@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codmd.conventions import Convention
-from codmd.ops.contract import Call, Found, Grid, Relation, Upstream
+from codmd.ops.contract import Call, Found, Grid, Objective, Relation, Upstream
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.uint8: 4, torch.int32: 5}
 _WHOLE: Grid = (0, 0)
@@ -35,14 +35,14 @@ def arguments(call: Call) -> tuple[Any, ...]:
     frame_mask, student = described(call.frame_mask), call.student
     if isinstance(call, Relation):
         latents = described(student), described(call.real), described(call.fake)
-        tensors: tuple[Described, ...] = (*latents, None, None, None, None, None, None, frame_mask)
+        tensors: tuple[Described, ...] = (*latents, None, None, None, None, None, None, frame_mask, None, None)
         return _options(tensors, student, call, call.pool or _WHOLE, None)
     if call.augment_real is not None:
         raise ValueError('augment_real: the extensions do not compute the decoupled loss; use backend="reference"')
     tensors = (
         described(student), described(call.real), described(call.fake), described(call.real_uncond),
         described(call.fake_uncond), described(call.noisy), described(call.sigma), described(call.mask),
-        described(call.sample_weight), frame_mask,
+        described(call.sample_weight), frame_mask, described(call.augment_real), described(call.augment_uncond),
     )  # fmt: skip
     return _options(tensors, student, call, call.pool if call.related else None, call.convention)
 
@@ -52,11 +52,12 @@ def gradient_arguments(out: Tensor, call: Call, whole: bool) -> tuple[Any, ...]:
     frame_mask = described(call.frame_mask)
     if isinstance(call, Relation):
         student = described(call.student) if whole else None
-        tensors: tuple[Described, ...] = (student, None, None, None, None, None, None, None, None, frame_mask)
+        tensors: tuple[Described, ...] = (student, *(None,) * 8, frame_mask, None, None)
         return _options(tensors, out, call, call.pool or _WHOLE, None)
     tensors = (
         None, described(call.real), described(call.fake), described(call.real_uncond), described(call.fake_uncond),
-        None, described(call.sigma), described(call.mask), None, frame_mask,
+        None, described(call.sigma), described(call.mask), None, frame_mask, described(call.augment_real),
+        described(call.augment_uncond),
     )  # fmt: skip
     return _options(tensors, out, call, call.pool if call.related else None, call.convention)
 
@@ -103,7 +104,7 @@ def outputs(call: Call, gathered: bool, separate: bool) -> Outputs:
         batch_grad, batch = _room(batch_shape, device)
         rows, staged = _room(rows_shape, device) if gathered else (batch_grad, None)
         return Outputs(Found(terms, None, None, frame_grad, batch_grad), rows, (own, None, None, frame, batch, staged))
-    shapes = (5,), _norms(call.convention, samples, frames), (samples,), frame_shape, batch_shape, rows_shape
+    shapes = (5,), _norms(call, samples, frames), (samples,), frame_shape, batch_shape, rows_shape
     pieces, written = (_apart if separate else _flat)(shapes, device)
     terms, norms, factors, frame_grad, batch_grad, rows = pieces
     return Outputs(Found(terms, norms, factors, frame_grad, batch_grad), rows, written)
@@ -163,10 +164,12 @@ def _options(
     return tensors, like.shape, call.layout == "bcfhw", CODES.get(like.dtype, -1), grid, rule, numbers(call)
 
 
-def _norms(convention: Convention, samples: int, frames: int) -> tuple[int, ...]:
-    if convention.norm_scope == "block":
-        return samples, len(convention.segments(frames)) - 1
-    return (1,) if convention.norm_scope == "batch" else (samples,)
+def _norms(call: Objective, samples: int, frames: int) -> tuple[int, ...]:
+    levels = () if call.augment_real is None else (2,)
+    scope = call.convention.norm_scope
+    if scope == "block":
+        return *levels, samples, len(call.convention.segments(frames)) - 1
+    return (*levels, 1) if scope == "batch" else (*levels, samples)
 
 
 def _unless_empty(tensor: Tensor) -> Described:
