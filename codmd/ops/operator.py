@@ -54,11 +54,6 @@ def once_differentiable(function: Function) -> Function:
     return backward  # type: ignore[return-value]
 
 
-def _select(backend: str, tensor: Tensor, call: Any) -> Backend:
-    """The backend of a call; a decoupled one runs on the reference."""
-    return backends.select("reference" if getattr(call, "augment_real", None) is not None else backend, tensor)
-
-
 _SCHEMA: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", Grid: "int[]", Grid | None: "int[]?",
     Convention: "str", Numbers | Tensor: "Tensor",
@@ -138,7 +133,7 @@ class Operator:
 
     def eager_forward(self, ctx: Any, call: Any, gather: Gather, backend: str) -> Found:
         student = call.student
-        run = _select(backend, student, call)
+        run = backends.select(backend, student)
         found = self.find(run, call, gather, False)
         ctx.save_for_backward(*[call[at] for at in self._kept])
         # Neither an input nor, but for the terms' base, an output of the graph: ctx may hold it and makes no cycle.
@@ -189,7 +184,7 @@ class Operator:
         def forward(*values: Any) -> tuple[Tensor, ...]:
             *fields, group, batch_grad, backend = values
             call = self.call(*self._decoded(fields))
-            found = self.find(_select(backend, call.student, call), call, Gather(group, batch_grad), True)
+            found = self.find(backends.select(backend, call.student), call, Gather(group, batch_grad), True)
             return tuple(getattr(found, field) for field in self.found)
 
         def fake(*values: Any) -> tuple[Tensor, ...]:
@@ -246,8 +241,7 @@ class Operator:
             kept, numbers, parts, out, (*encoded, backend) = taken(grad_terms, values)
             held = Found(grad_terms, None, None, out, out)._replace(**dict(zip(found, parts, strict=True)))
             options = self._decoded([*encoded, numbers], self.tensors)
-            decoupled = "augment_real" in self.types and kept[-1] is not None
-            run = backends.select("reference" if decoupled else backend, out)
+            run = backends.select(backend, out)
             self.write_gradient(run, out, grad_terms.unbind(), kept, options, held)
             return out
 

@@ -37,8 +37,6 @@ def arguments(call: Call) -> tuple[Any, ...]:
         latents = described(student), described(call.real), described(call.fake)
         tensors: tuple[Described, ...] = (*latents, None, None, None, None, None, None, frame_mask, None, None)
         return _options(tensors, student, call, call.pool or _WHOLE, None)
-    if call.augment_real is not None:
-        raise ValueError('augment_real: the extensions do not compute the decoupled loss; use backend="reference"')
     tensors = (
         described(student), described(call.real), described(call.fake), described(call.real_uncond),
         described(call.fake_uncond), described(call.noisy), described(call.sigma), described(call.mask),
