@@ -28,7 +28,10 @@ from interpreted import INTERPRETED
 pytest.importorskip("triton")
 
 if INTERPRETED:
+    import triton
+    import triton.language as tl
     from codmd.kernels import backend, launch, tickets, tiling
+    from codmd.kernels.pooled.algebra import feature_norms, relation_tile, validity
     from codmd.kernels.whole import plans as whole_plans
     from codmd.kernels.whole import together
     from triton_calls import fresh_plans, gradient, relation_call
@@ -74,11 +77,12 @@ if INTERPRETED:
         return [max(column) for column in zip(*errors, strict=True)]
 
     def assert_as_accurate_as_pytorch(student, real, fake, temperature=0.1, pool="mean", **kwargs):
-        """Error against float64 at most twice that of PyTorch in the same dtype, plus one rounding of S/temperature.
+        """Error against float64 at most twice that of PyTorch in the same dtype, plus three roundings of S over τ.
 
-        A loss that is exactly 0 comes out as the square of that rounding.
+        They are those of a product's sum, of the norms' product and of their quotient. A loss that is exactly 0 comes
+        out as the square of that rounding.
         """
-        inputs, rounding = (student, real, fake), 1e-6 + 3e-8 / temperature
+        inputs, rounding = (student, real, fake), 1e-6 + 9e-8 / temperature
         kwargs |= {"temperature": temperature, "upstream": UPSTREAM}
         expected = truth(*inputs, pool=pool, **kwargs)
         found = loss_and_gradient(triton_loss, *inputs, pool=pool, **kwargs)
@@ -483,3 +487,39 @@ if INTERPRETED:
     def test_features_far_from_one_give_the_relation_of_their_directions(scale, pool):
         student, real, fake = (v.detach() * scale for v in latents((2, 3, 2, 2, 3)))
         assert_as_accurate_as_pytorch(student, real, fake, pool=pool)
+
+    @triton.jit
+    def tile_kernel(table, similarity, difference, count, features):
+        i = tl.arange(0, 16)[:, None] + tl.zeros([16, 16], tl.int32)
+        j = tl.arange(0, 16)[None, :]
+        i_valid = validity(table, i, count, 1, count, features)
+        j_valid = validity(table, j, count, 1, count, features)
+        i_norms = feature_norms(table, i, i_valid, 1, count, features)
+        j_norms = feature_norms(table, j, j_valid, 1, count, features)
+        s, delta = relation_tile(table, i, j, i_valid, j_valid, i_norms, j_norms, 1, count, features, 16, 16)
+        tl.store(similarity + i * 16 + j, s)
+        tl.store(difference + i * 16 + j, delta)
+
+    def test_a_vector_is_similar_to_itself_exactly():
+        """S_ii = 1 and Δ_ii = 0: a rounding there, over a small τ, would shift the whole row's KL."""
+        table = torch.cat([torch.randn(3 * 7, 16, generator=torch.Generator().manual_seed(0)), torch.ones(1, 16)])
+        similarity, difference = torch.empty(16, 16), torch.empty(16, 16)
+        tile_kernel[(1,)](table, similarity, difference, 16, 7)
+        assert similarity.diagonal().eq(1).all()
+        assert difference.diagonal().eq(0).all()
+        x, r, d = (part.t().double() for part in table[:-1].chunk(3))
+        unit = [torch.nn.functional.normalize(v) for v in (x, r, r + d)]
+        torch.testing.assert_close(similarity.double(), unit[0] @ unit[0].t(), rtol=0, atol=3e-7)
+        torch.testing.assert_close(
+            difference.double(), unit[2] @ unit[2].t() - unit[1] @ unit[1].t(), rtol=0, atol=1e-6
+        )
+
+    @pytest.mark.parametrize("frames", [5, 35])
+    def test_whole_vectors_that_do_not_move_have_no_difference_to_themselves(frames):
+        """At τ = 1e-4 a rounding of Δ_ii alone would leave a loss where p = q but for it."""
+        student, real, _ = (v.detach() for v in latents((1, frames, 3, 3, 5)))
+        turned = real.roll(1, 2) * 1.7
+        fake = torch.where(torch.arange(frames)[:, None, None, None] == 0, real, turned)
+        call = relation_call((student, real, fake), None, temperature=1e-4)
+        exact = truth(student, real, fake, pool=None, temperature=1e-4)[0]
+        assert relative_error(backend.relation(call).terms, exact) < 1e-4

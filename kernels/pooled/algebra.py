@@ -41,7 +41,7 @@ def validity(base, index, count, stride_i, stride_k, features):
 
 @triton.jit
 def feature_norms(base, index, valid, stride_i, stride_k, features):
-    """1/n_x, 1/n_r, (‖f‖ - ‖r‖)/n_f without cancellation, 1/n_f, and whether ‖x‖ and ‖r‖, ‖f‖ reach the floor.
+    """n_x, 1/n_r, (‖f‖ - ‖r‖)/n_f without cancellation, 1/n_f, and whether ‖x‖ and ‖r‖, ‖f‖ reach the floor.
 
     Where ‖r‖ or ‖f‖ does not, the third is 1, for e = f/n_f - r̂ as it stands.
     """
@@ -60,7 +60,7 @@ def feature_norms(base, index, valid, stride_i, stride_k, features):
     n_x, n_r, n_f = at_least_floor(x_norm), at_least_floor(r_norm), at_least_floor(f_norm)
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
     change = tl.where(clamped, 1.0, dd / tl.maximum(r_norm + f_norm, NORM_FLOOR) / n_f)
-    return tl.div_rn(1.0, n_x), tl.div_rn(1.0, n_r), change, tl.div_rn(1.0, n_f), x_norm >= NORM_FLOOR, clamped == 0
+    return n_x, 1.0 / n_r, change, 1.0 / n_f, x_norm >= NORM_FLOOR, clamped == 0
 
 
 @triton.jit
@@ -84,9 +84,10 @@ def relation_tile(
         d, dj = (d + i_whole * r) * i_f, (dj + j_whole * rj) * j_f
         r, rj = r * i_r, rj * j_r
         e, ej = d - r * i_change, dj - rj * j_change
-        similarity += (x * i_x) * (xj * j_x)
+        similarity += x * xj
         difference += e * (rj + ej) + r * ej
-    return unit_diagonal(similarity, difference, i == j, x_free, i_free)
+    # One IEEE division: τ divides its rounding too.
+    return unit_diagonal(tl.div_rn(similarity, i_x * j_x), difference, i == j, x_free, i_free)
 
 
 @triton.jit
@@ -134,8 +135,8 @@ def row_block(
     kl, q_minus_p = divergence_rows(similarity, difference, i_valid, j_valid, temperature)
     g = q_minus_p / (temperature * tl.maximum(n, 1.0))
     # Over one norm each, not over both: 1/(n_i n_j) would leave float32's range.
-    store_tile(by_column, i, j, count, count, g * j_norms[0])
-    store_tile(by_row, i, j, count, count, g * i_norms[0])
+    store_tile(by_column, i, j, count, count, g / j_norms[0])
+    store_tile(by_row, i, j, count, count, g / i_norms[0])
     tl.store(row_radial + i, tl.sum(g * similarity, 1, keep_dims=True), mask=i < count)
     return kl, tl.sum(g * similarity, 0, keep_dims=True)
 
@@ -174,7 +175,7 @@ def relation_in_one_block(
     for start in range(0, count, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)[:, None]
         valid = unless_alone(validity(base, i, count, stride_i, stride_k, features), n)
-        inverse, _, _, _, free, _ = feature_norms(base, i, valid, stride_i, stride_k, features)
+        n_x, _, _, _, free, _ = feature_norms(base, i, valid, stride_i, stride_k, features)
         radial = tl.load(row_radial + i, mask=i < count, other=0.0)
         radial = tl.where(free, radial + tl.load(column_radial + i, mask=i < count, other=0.0), 0.0)
         for first in range(0, features, BLOCK_K):
@@ -185,5 +186,7 @@ def relation_in_one_block(
             value += outer_products(
                 by_row, count, 1, count, i, base, stride_i, stride_k, features, k, 0, count, BLOCK_I, BLOCK_K
             )
-            store_gradient(base, value, radial, inverse, i, k, 0, count, stride_i, stride_k, features, grad, grad_scale)
+            store_gradient(
+                base, value, radial, 1.0 / n_x, i, k, 0, count, stride_i, stride_k, features, grad, grad_scale
+            )
     return kl / tl.maximum(n, 1.0)

@@ -72,7 +72,7 @@ def add_shares(
         i = first_row + start + tl.arange(0, BLOCK_I)[:, None]
         inside = i < first_row + rows
         valid = validity(base, i, first_row + rows, stride_i, stride_k, features)
-        inverse, _, _, _, free, _ = feature_norms(base, i, valid, stride_i, stride_k, features)
+        n_x, _, _, _, free, _ = feature_norms(base, i, valid, stride_i, stride_k, features)
         radial = tl.load(row_radial + i, mask=inside, other=0.0)
         for block in tl.range(0, blocks, loop_unroll_factor=UNROLL):
             radial += tl.load(column_radial + block * count + i, mask=inside, other=0.0)
@@ -85,7 +85,7 @@ def add_shares(
             for block in tl.range(0, blocks, loop_unroll_factor=UNROLL):
                 value += tl.load(transposed + block * share + line + k, mask=mask, other=0.0)
             store_gradient(
-                base, value, radial, inverse, i, k, first_row, rows, stride_i, stride_k, features, grad, grad_scale
+                base, value, radial, 1.0 / n_x, i, k, first_row, rows, stride_i, stride_k, features, grad, grad_scale
             )
 
 
