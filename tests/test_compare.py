@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny_wan
 from chromium import browse, find_browser
 from clips import encode, pan
 
@@ -118,6 +119,16 @@ def test_people_read_the_whole_prompt_that_codmd_sample_recorded(folders, tmp_pa
     assert sorted(shown.values()) == sorted(2 * prompts)
     assert not any(LONG in name for name in shown)
     assert LONG not in page  # "<b>" in it cannot become an element
+
+
+def test_people_read_the_whole_prompt_of_what_codmd_sample_made(tmp_path):
+    pipeline = tiny_wan.write_pipeline(tmp_path / "wan")
+    (tmp_path / "prompts.txt").write_text(f"{LONG.strip()}\na cat\n")
+    size = ["--frames", "9", "--height", "32", "--width", "48", "--prompts", str(tmp_path / "prompts.txt")]
+    for name, sigmas in (("a", "1,0.5"), ("b", "1,0.7")):
+        assert main(["sample", str(pipeline), "--out", str(tmp_path / name), "--sigmas", sigmas, *size]) == 0
+    page = make_page((tmp_path / "a", tmp_path / "b"), tmp_path / "p.html")
+    assert {pair["prompt"] for pair in study_of(page)["pairs"]} == {LONG.strip(), "a cat"}
 
 
 def test_two_prompts_of_one_video_are_refused_unless_people_are_told_which(folders, tmp_path, capsys):

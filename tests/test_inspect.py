@@ -364,6 +364,11 @@ def test_a_clip_cut_without_encoding_is_whole_and_its_frames_are_those_after_the
     pixels = read_clip(part).pixels
     assert read_movie(part).shown == len(kept)
     assert (pixels == read_clip(full).pixels[list(kept)]).all()
+
+
+def test_a_cut_clip_that_is_damaged_as_well_is_called_so(tmp_path):
+    full = encode(tmp_path / "full.mp4", pan("coffee", 2, 1, frames=60), output_params=["-g", "12", "-bf", "3"])
+    part = cut(full, tmp_path / "part.mp4", "-ss", "1.3")
     whole = part.read_bytes()
     damaged = tmp_path / "damaged.mp4"
     start = whole.index(b"mdat") + 1000
