@@ -58,8 +58,10 @@ class Block {
     const int64_t i = b * s[0] + f * s[1] + c * s[2] + y * s[3] + x * s[4];
     if (dtype_ == DType::f32) return double(reinterpret_cast<float*>(data_.get())[i]);
     const uint16_t half = reinterpret_cast<uint16_t*>(data_.get())[i];
-    if (dtype_ == DType::f16) return std::ldexp(double((half & 0x3ff) | 0x400), ((half >> 10) & 31) - 25) *
-                                     (half & 0x8000 ? -1 : 1) * ((half & 0x7fff) ? 1 : 0);
+    if (dtype_ == DType::f16) {
+      const int exponent = (half >> 10) & 31, digits = (half & 0x3ff) | (exponent ? 0x400 : 0);
+      return std::ldexp(double(half & 0x8000 ? -digits : digits), (exponent ? exponent : 1) - 25);
+    }
     return std::ldexp(double((half & 0x7f) | 0x80), ((half >> 7) & 255) - 134) * (half & 0x8000 ? -1 : 1) *
            ((half & 0x7fff) ? 1 : 0);
   }
