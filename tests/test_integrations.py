@@ -132,6 +132,23 @@ def test_self_forcing_and_causvid(section, masked):
     check(section, namespace, "original_latent", expected(formula, tensors, 3.0, "cond", "bfchw"))
 
 
+def test_helios():
+    x, f, c, c2 = draw((2, 6, 4, 6, 8), torch.float32)
+    u2 = c2 + 0.2 * c
+    leaf = x.clone().requires_grad_()
+    scope = {
+        "codmd": codmd, "group": None, "layout": "bfchw", "real_guidance_scale": 3.0, "latents": leaf,
+        "pred_real_image_cond_dm": c, "pred_fake_image_cond": f, "pred_real_image_cond": c2,
+        "pred_real_image_uncond": u2,
+    }  # fmt: skip
+    eval(recipe("Helios").replace("relation_weight=0.1", "relation_weight=0.0"), scope).backward()
+    wide = [v.double() for v in (x, f, c, c2, u2)]
+    x, f, c, c2, u2 = wide
+    matching = (f - c) / (x - c).abs().mean((1, 2, 3, 4), keepdim=True)
+    guidance = -3.0 * (c2 - u2) / (x - c2).abs().mean((1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(leaf.grad.double(), (matching + guidance) / x.numel(), rtol=1e-5, atol=1e-10)
+
+
 @pytest.mark.parametrize("section", ["Self-Forcing", "CausVid", "LongLive"])
 def test_the_log_keeps_the_gradient_norm_that_the_trainer_reads(section):
     x, f, c, u = draw((2, 6, 4, 6, 8), torch.float32)
@@ -316,7 +333,7 @@ def test_every_codebase_has_a_recipe_whose_arguments_exist():
     sections = re.findall(r"^## (.+)$", PAGE.read_text(), re.MULTILINE)
     assert sections == [
         "Self-Forcing", "CausVid", "LongLive", "rCM", "FastGen", "ModelOpt", "FastVideo", "LightX2V", "VideoX-Fun",
-        "DiffSynth",
+        "Helios", "DiffSynth",
     ]  # fmt: skip
     for section in sections:
         assert "group=group" in recipe(section)
