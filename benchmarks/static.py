@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.static_budgets import Report, excesses
 from benchmarks.static_cases import CASES
 
 TARGETS = {
@@ -45,24 +45,6 @@ POINTERS = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
-SHARED_BUDGET = 48 * 1024
-"""Bytes of shared memory (LDS) that every architecture grants without asking."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """One kernel on one architecture; ``tickets`` are atomics, ``guarded`` those behind a barrier."""
-
-    kernel: str
-    target: str
-    registers: int
-    spilled: int
-    local: int
-    shared: int
-    wide_loads: int
-    wide_stores: int
-    tickets: int
-    guarded: int
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
@@ -200,8 +182,6 @@ def reports(cases: Iterable[str], targets: Iterable[str]) -> Iterator[tuple[str,
 
 def main() -> int:
     """Print the table; status 1 when something exceeds what :mod:`benchmarks.static_budgets` allows."""
-    from benchmarks.static_budgets import excesses
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")

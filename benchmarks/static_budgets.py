@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from codmd.kernels.launch import TRITON
 
-from benchmarks.static import SHARED_BUDGET, Report
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel on one architecture; ``tickets`` are atomics, ``guarded`` those behind a barrier."""
+
+    kernel: str
+    target: str
+    registers: int
+    spilled: int
+    local: int
+    shared: int
+    wide_loads: int
+    wide_stores: int
+    tickets: int
+    guarded: int
+
+
+SHARED_BUDGET = 48 * 1024
+"""Bytes of shared memory (LDS) that every architecture grants without asking."""
 
 REGISTERS = {
     "pool_kernel": 168,
