@@ -245,6 +245,12 @@ def test_numbers_on_the_device_give_the_results_of_floats(monkeypatch):
             torch.testing.assert_close(gradient(run, loaded, found), gradient(run, call, apart), rtol=1e-6, atol=0)
 
 
+def test_a_decoupled_loss_with_guidance_or_velocities_is_refused(run):
+    call = CALLS["dmd alone"]
+    with pytest.raises(ValueError, match=r"augment_real: it goes with .* without real_uncond and sigma"):
+        forward(run, call._replace(augment_real=call.real, augment_uncond=call.real))
+
+
 def test_the_cpu_does_not_take_numbers_of_a_device():
     from codmd.ops.backends import cpp
 
