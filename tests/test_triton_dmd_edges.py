@@ -387,7 +387,8 @@ if INTERPRETED:
         student, arguments = scores((2, frames, 2, 1, 2))
         call = objective_call(student, arguments, numbers=Numbers(0.1, 0.6, 1.3, 0.3, 3.5, 0.5))
         pending, plain = backend.features(call), reference.features(call)
-        rows = torch.cat([plain.rows, 2 - plain.rows])
+        others = torch.cat([2 - plain.rows[:, :-1], plain.rows[:, -1:]], 1)
+        rows = torch.cat([plain.rows, others])
         found = backend.gathered(call, pending, rows, 2, 2.0)
         for value, expected in zip(found, reference.gathered(call, plain, rows, 2, 2.0), strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
@@ -396,11 +397,11 @@ if INTERPRETED:
         student, arguments = scores((MOST_POOLED + 1, 1, 1, 1, 2))
         call = objective_call(student, {name: arguments[name] for name in ("real", "fake")}, frame=False)
         for value, expected in zip(backend.objective(call, True), reference.objective(call, True), strict=True):
-            assert torch.equal(value, expected)
+            torch.testing.assert_close(value, expected)
         pending, plain = backend.features(call), reference.features(call)
-        assert torch.equal(pending.rows, plain.rows)
+        torch.testing.assert_close(pending.rows, plain.rows)
         found = backend.gathered(call, pending, pending.rows, 0, 1.0)
-        assert torch.equal(found.terms, reference.gathered(call, plain, plain.rows, 0, 1.0).terms)
+        torch.testing.assert_close(found.terms, reference.gathered(call, plain, plain.rows, 0, 1.0).terms)
 
     @pytest.mark.parametrize("shape", [(2, 3, 2, 3, 4), (2, 35, 2, 1, 2)])
     @pytest.mark.parametrize("related", [True, False])
@@ -458,11 +459,3 @@ if INTERPRETED:
                 for backend in ("triton", "reference")
             )
             torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
-
-    def test_a_decoupled_loss_is_the_references():
-        student, arguments = scores((2, 3, 2, 3, 4))
-        call = objective_call(student, {name: arguments[name] for name in ("real", "fake")})
-        call = call._replace(augment_real=arguments["real"], augment_uncond=arguments["real_uncond"])
-        found, expected = backend.objective(call, True), reference.objective(call, True)
-        assert torch.equal(found.terms, expected.terms)
-        assert torch.equal(*(gradient(run_by, call, found, total=1.0) for run_by in (backend, reference)))
