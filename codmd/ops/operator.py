@@ -95,7 +95,8 @@ class Operator:
         self._kept = [tensors.index(field) for field in kept]
         required = [self.types[field] is Tensor for field in tensors]
         places = {at: place for place, at in enumerate(self._kept)}
-        self._absent = [places.get(at, None if required[at] else -1) for at in range(len(tensors))]
+        out, none = len(kept), len(kept) + 1
+        self._sources = [places.get(at, out if required[at] else none) for at in range(len(tensors))]
         self._kept_types = [(field, self.types[field]) for field in kept]
         self._register(name)
 
@@ -126,7 +127,8 @@ class Operator:
         self, run: Backend, out: Tensor, gradients: tuple[Tensor | None, ...], saved: Any, options: Any, found: Found
     ) -> None:
         """The backward pass, from the kept tensors and the options of the call."""
-        tensors = [out if at is None else None if at < 0 else saved[at] for at in self._absent]
+        sources = *saved, out, None
+        tensors = [sources[at] for at in self._sources]
         self._gradient(run, out, self._upstream(*gradients), self.call(*tensors, *options), found)
 
     # Eager calls
