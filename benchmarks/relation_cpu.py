@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def codmd_loss(student: Tensor, real: Tensor, fake: Tensor, pool: Any) -> Tensor
     loss = relation_loss(student, real, fake, pool=pool, backend="cpp")
     assert isinstance(loss, Tensor)
     return loss
+
+
+COMPILER = os.environ.get("CXX", "g++")
+"""What torch.compile builds its CPU code with."""
+
+
+def can_compile() -> bool:
+    """Whether the compiled rival can be measured here."""
+    return shutil.which(COMPILER) is not None
 
 
 @functools.cache
@@ -201,6 +211,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if cpp.load_error:
         parser.exit(1, f"{cpp.load_error}\n")
+    if not can_compile():
+        parser.exit(1, f"torch.compile, the first baseline, needs a C++ compiler; {COMPILER} is not on the PATH\n")
     torch.set_num_threads(arguments.threads)
 
     cases = [

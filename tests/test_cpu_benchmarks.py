@@ -1,5 +1,6 @@
 """`pytest benchmarks`: speed-ups as a table and a picture, and none of a case that fails its accuracy gate."""
 
+import os
 import re
 import subprocess
 import sys
@@ -14,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(bool(cpp.load_error), reason=str(cpp.load_error))
 
 
-def run(tmp_path, *options):
+def run(tmp_path, *options, path=os.environ["PATH"]):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--threads", "1"]
     done = subprocess.run(
-        [*command, "-k", "relation_loss and float32", "--speed-plot", str(tmp_path / "speed.png"), *options],
+        [*command, "-k", "relation_loss and float32", "-rs", "--speed-plot", str(tmp_path / "speed.png"), *options],
         cwd=ROOT,
-        env={"PATH": "", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
+        env={"PATH": path, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
@@ -27,12 +28,13 @@ def run(tmp_path, *options):
     return done, tmp_path / "speed.png"
 
 
-def test_pytest_benchmarks_prints_and_draws_the_speed_ups(tmp_path):
-    done, picture = run(tmp_path)
+@pytest.mark.parametrize("path", [os.environ["PATH"], ""], ids=["compiler", "no compiler"])
+def test_pytest_benchmarks_prints_and_draws_the_speed_ups(tmp_path, path):
+    done, picture = run(tmp_path, path=path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(
-        r"relation_loss, wan-480p, float32 +[\d.]+ ms +[\d.]+x compiled, [\d.]+x eager, [\d.]+x lean", done.stdout
-    )
+    rivals = r"[\d.]+x compiled, " * bool(path) + r"[\d.]+x eager, [\d.]+x lean"
+    assert re.search(rf"relation_loss, wan-480p, float32 +[\d.]+ ms +{rivals}", done.stdout)
+    assert ("needs a C++ compiler" in done.stdout) == (not path)
     assert Image.open(picture).width > 600
 
 
