@@ -4,8 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Without an NVIDIA driver the CUDA extension could not run: the environment is made without it.
-export CODMD_SKIP_CUDA ?= $(if $(shell command -v nvidia-smi),0,1)
 # Two sessions of tests: Triton's interpreter replaces the compiler for a whole process. ARGS picks tests of the first.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(WORKERS),2)
 INTERPRETED := tests/contract $(shell grep -l "^if INTERPRETED" tests/test_triton_*.py)
@@ -38,4 +36,4 @@ $(BIN)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info codmd/*.so
+	rm -rf $(VENV) build dist src/*.egg-info codmd/*.so

@@ -1,8 +1,9 @@
 """Builds the optional extensions ``codmd._C`` (C++) and ``codmd._C_cuda``; everything else is in pyproject.toml.
 
 Environment: ``CODMD_SKIP_EXT=1`` installs without either, ``CODMD_SKIP_CUDA=1`` without the second, which is built
-where nvcc is found. ``CODMD_FORCE_CUDA=1`` fails instead of warning, or of skipping; ``CODMD_CUDA_ARCHS`` and
-``CUDA_HOME`` are read by csrc/nvcc.py, ``CODMD_BUILD_JOBS`` bounds the parallel compiles.
+where nvcc and a GPU are found. ``CODMD_FORCE_CUDA=1`` builds it without a GPU too, and fails instead of warning, or of
+skipping; ``CODMD_CUDA_ARCHS`` and ``CUDA_HOME`` are read by csrc/nvcc.py, ``CODMD_BUILD_JOBS`` bounds the parallel
+compiles.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -54,7 +56,8 @@ UNIX_FLAGS = {
 MSVC_FLAGS = {Path(source).name: ["/arch:AVX512" if "512" in source else "/arch:AVX2"] for source in X86_SOURCES}
 
 CUDA_MODULE = "codmd._C_cuda"
-KERNELS = [f"codmd.{package}" for package in find_packages(include=["kernels", "kernels.*"])]
+LINKED = Path("src/codmd/kernels/__init__.py").is_file()
+"""Whether src/codmd and codmd/kernels are the links they should be; on some systems they come as text files."""
 
 
 def flag(name: str) -> bool:
@@ -148,15 +151,25 @@ def extensions() -> list[Extension]:
             optional=True,
         )
     ]
-    if not flag("CODMD_SKIP_CUDA"):
-        forced = flag("CODMD_FORCE_CUDA")
+    forced = flag("CODMD_FORCE_CUDA")
+    if forced or (nvcc.has_gpu() and not flag("CODMD_SKIP_CUDA")):
         found.append(Extension(CUDA_MODULE, [nvcc.BINDING], depends=depends, language="c++", optional=not forced))
     return found
 
 
+def packages() -> dict[str, Any]:
+    """Where the packages are: in src/, whose path an editable install adds, so that every tool finds them there."""
+    if LINKED:
+        return {"package_dir": {"": "src"}, "packages": find_packages("src")}
+    kernels = find_packages(include=["kernels", "kernels.*"])
+    return {
+        "package_dir": {f"codmd.{package}": package.replace(".", "/") for package in kernels},
+        "packages": [*find_packages(include=["codmd", "codmd.*"]), *(f"codmd.{package}" for package in kernels)],
+    }
+
+
 setup(
-    packages=[*find_packages(include=["codmd", "codmd.*"]), *KERNELS],
-    package_dir={package: package.removeprefix("codmd.").replace(".", "/") for package in KERNELS},
+    **packages(),
     package_data={
         "codmd": ["py.typed", "configs/*.yaml", "configs/*.json"],
         "codmd.models.wan": ["configs/*.json"],

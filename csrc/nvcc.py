@@ -40,6 +40,11 @@ class Toolkit:
         return ["cudart_static"] if WINDOWS else ["cudart_static", "rt", "pthread", "dl"]
 
 
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, or at least the driver's tools."""
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+
+
 def find_toolkit(host_compiler: str | None = None) -> Toolkit:
     """The toolkit of ``CUDA_HOME``, ``CUDA_PATH`` or the PATH.
 

@@ -72,7 +72,7 @@ def features(call: Call) -> Pending:
 
 @_served
 def gathered(call: Call, pending: Pending, rows: Tensor, first: int, scale: float) -> Found:
-    kept = pending.kept
+    kept: Any = pending.kept
     if not isinstance(kept, (Found, dmd.Kept)):
         raise Refused
     vectors, row = rows.shape
@@ -85,7 +85,7 @@ def gathered(call: Call, pending: Pending, rows: Tensor, first: int, scale: floa
     if refused:
         log(f"{vectors} gathered rows of {row}")
         terms = kept.terms.unbind()
-        frame = (terms[2], kept.frame_grad)
+        frame: tuple[Any, ...] = (terms[2], kept.frame_grad)
         if isinstance(call, Objective):
             frame = (terms[3], kept.frame_grad, terms[1], terms[4], kept.norms, kept.factors)
         return reference.gathered(call, Pending(pending.rows, frame), rows, first, scale)

@@ -28,7 +28,7 @@ def number(numbers, place: tl.constexpr, value):
         return value
 
 
-@tl.core.builtin  # type: ignore[misc]
+@tl.core.builtin
 def drain_stores(_semantic: Any = None) -> None:
     """On AMD GPUs: wait until the stores of this wave have left it.
 

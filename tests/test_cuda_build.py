@@ -97,16 +97,21 @@ def test_a_toolkit_without_its_static_runtime_says_what_to_install(tmp_path, mon
         nvcc.find_toolkit()
 
 
-def build_in_place(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``setup.py build_ext`` of a copy of the tree, without a C++ compiler."""
+def build_in_place(folder: Path, gpu: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``setup.py build_ext`` of a copy of the tree, without a C++ compiler; with the driver's tools if ``gpu``."""
+    tools = folder.parent / "tools"
+    tools.mkdir()
+    if gpu:
+        (tools / "nvidia-smi").touch(0o755)
     shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     unset = dict.fromkeys(("CODMD_SKIP_EXT", "CODMD_SKIP_CUDA", "CODMD_CUDA_ARCHS"), "")
+    place = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CC": "false", "CXX": "false"}
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", "lib"],
         cwd=folder,
-        env={**os.environ, **unset, "CC": "false", "CXX": "false", **environment},
+        env={**os.environ, **unset, **place, **environment},
         capture_output=True,
         text=True,
     )
@@ -152,6 +157,16 @@ def test_without_a_wish_nothing_is_said_of_cuda(tmp_path):
     done = build_in_place(folder, CUDA_HOME="/nowhere", CODMD_SKIP_CUDA="1")
     assert done.returncode == 0
     assert "CUDA" not in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(nvcc.has_gpu(), reason="there is a GPU")
+@pytest.mark.parametrize("forced", [False, True], ids=["left out", "forced"])
+def test_without_a_gpu_nvcc_is_not_asked_unless_it_is_forced(forced, tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    home = pretend_toolkit(tmp_path / "cuda", "true")
+    build_in_place(folder, gpu=False, CUDA_HOME=str(home), CODMD_FORCE_CUDA="1" if forced else "0")
+    assert (home / "log").exists() == forced
 
 
 @pytest.mark.parametrize("skip", ["CODMD_SKIP_EXT", "CODMD_SKIP_CUDA"])

@@ -44,7 +44,9 @@ def build(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(setuptools, "setup", said.update)
     monkeypatch.setitem(sys.modules, "codmd_nvcc", nvcc)
+    monkeypatch.setenv("CODMD_FORCE_CUDA", "1")
     runpy.run_path("setup.py")
+    monkeypatch.delenv("CODMD_FORCE_CUDA")
     monkeypatch.setattr(sys.modules["codmd_nvcc"], "WINDOWS", False)
 
     def run(compiler: Recorder, folder: Path):

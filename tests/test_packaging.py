@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -16,9 +18,10 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs 
 
 def source_copy(folder: Path) -> Path:
     """The tracked part of the tree, so that a build leaves nothing behind in it."""
-    for name in ("codmd", "kernels", "csrc"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    left_out = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in ("codmd", "kernels", "csrc", "src"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -29,15 +32,30 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> list[str]:
-    folder = source_copy(tmp_path_factory.mktemp("source"))
-    built = run(
-        sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "out",
-        cwd=folder, CODMD_SKIP_EXT="1",
+def build(folder: Path, *kinds: str) -> Path:
+    """What a build of ``folder`` gives, each of ``kinds`` in a file of its own: a folder."""
+    made = run(
+        sys.executable, "-c",
+        "import sys; from setuptools import build_meta as b; [getattr(b, f'build_{k}')('out') for k in sys.argv[1:]]",
+        *kinds, cwd=folder, CODMD_SKIP_EXT="1",
     )  # fmt: skip
-    assert built.returncode == 0, built.stderr
-    (path,) = (folder / "out").glob("*.whl")
+    assert made.returncode == 0, made.stderr
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return source_copy(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def built(source) -> Path:
+    return build(source, "wheel", "sdist")
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> list[str]:
+    (path,) = built.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         return archive.namelist()
 
@@ -58,6 +76,101 @@ def test_every_python_file_of_the_package_is_in_the_wheel(wheel):
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "codmd").rglob("*.py")}
     expected |= {f"codmd/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     assert expected <= set(wheel)
+
+
+def test_the_source_archive_builds_the_same_wheel_and_holds_no_links(wheel, built, tmp_path):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        assert all(member.isfile() or member.isdir() for member in archive)
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    (again,) = build(source, "wheel").glob("*.whl")
+    with zipfile.ZipFile(again) as archive:
+        assert set(archive.namelist()) == set(wheel)
+
+
+def test_a_tree_whose_links_became_text_builds_the_same_wheel(wheel, tmp_path):
+    folder = source_copy(tmp_path)
+    for link in ("src/codmd", "codmd/kernels"):
+        target = os.readlink(folder / link)
+        (folder / link).unlink()
+        (folder / link).write_text(target)
+    (again,) = build(folder, "wheel").glob("*.whl")
+    with zipfile.ZipFile(again) as archive:
+        assert set(archive.namelist()) == set(wheel)
+
+
+@pytest.fixture(scope="module")
+def editable(source, tmp_path_factory) -> Path:
+    """The Python of an environment that holds an editable install and nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (path,) = build(source, "editable").glob("*editable*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(site)
+    return folder / "bin" / "python"
+
+
+def test_an_editable_install_is_one_path_that_exposes_codmd_alone(editable, source):
+    (path,) = editable.parents[1].glob("lib/python*/site-packages/__editable__*")
+    assert path.suffix == ".pth"
+    folder = Path(path.read_text().strip())
+    assert folder == source / "src"
+    assert {entry.name for entry in folder.iterdir() if not entry.name.endswith(".egg-info")} == {"codmd"}
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "beside a folder called codmd"])
+def test_an_editable_install_imports_the_tree_from(place, editable, source, tmp_path):
+    if place != "elsewhere":
+        (tmp_path / "codmd" / "docs").mkdir(parents=True)
+    script = "import codmd, codmd.kernels; print(codmd.__file__); print(codmd.kernels.__file__)"
+    done = run(str(editable), "-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [Path(line).resolve() for line in done.stdout.splitlines()]
+    assert found == [source / "codmd/__init__.py", source / "kernels/__init__.py"]
+
+
+USER_FILE = """
+import codmd
+from codmd.conventions import replace
+from codmd.kernels.limits import MOST_POOLED
+from torch import Tensor
+
+def step(student: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    codmd.ops.relation_loss(student, real, fake).backward()
+    codmd.ops.dmd_loss(student, real=real, fake=fake, convention=codmd.conventions.rcm).backward()
+    terms = codmd.ops.codmd_loss(student, real=real, fake=fake, return_terms=True)
+    terms.total.backward()
+    codmd.ops.relation_loss(student, real, fake, return_terms=True).total.backward()
+    loss, log = codmd.compat.compute_copula_aware_loss(student, real, fake)
+    distance: float = codmd.metrics.speed_distance(student, real)
+    print(MOST_POOLED, replace, log["copula_batch_loss"].item(), distance)
+    return loss
+"""
+TORCH = """
+from typing import Any
+class Tensor:
+    def backward(self) -> None: ...
+    def item(self) -> float: ...
+def __getattr__(name: str) -> Any: ...
+"""
+
+
+def test_a_type_checker_sees_the_editable_install(editable, tmp_path):
+    """torch is a stub here: mypy takes a minute to read all of it."""
+    (tmp_path / "stubs").mkdir()
+    (tmp_path / "stubs" / "torch.pyi").write_text(TORCH)
+    (tmp_path / "user.py").write_text(USER_FILE)
+    wrong = USER_FILE.replace("fake).backward()", "fake).total.backward()").replace("terms.total.", "terms.")
+    (tmp_path / "wrong.py").write_text(wrong)
+    done = run(
+        sys.executable, "-m", "mypy", "--strict", "--no-incremental", f"--python-executable={editable}",
+        "user.py", "wrong.py", cwd=tmp_path, MYPYPATH="stubs",
+    )  # fmt: skip
+    assert "user.py" not in done.stdout + done.stderr
+    assert '"Tensor" has no attribute "total"' in done.stdout
+    assert '"CodmdTerms" has no attribute "backward"' in done.stdout
 
 
 def test_a_failing_compiler_warns_and_leaves_a_working_build(tmp_path):

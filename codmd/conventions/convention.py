@@ -6,12 +6,12 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal, NamedTuple, get_args, overload
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
 
 from codmd.conventions.rounding import GuidanceForm, Rounding, check_choice, check_flag, check_number, is_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NormScope = Literal["sample", "batch", "block"]
 Guard = Literal["none", "clamp", "add"]
@@ -171,9 +171,9 @@ class Convention:
         cond = scale if self.guidance_form == "cond" else scale - 1
         if self.guided_above is None:
             return cond
-        if isinstance(scale, Tensor):
-            return torch.where(scale > self.guided_above, cond, 0)
-        return cond if scale > self.guided_above else 0.0
+        if isinstance(cond, (int, float)):
+            return cond if scale > self.guided_above else 0.0
+        return cond.where(scale > self.guided_above, 0)
 
     @property
     def undecouplable(self) -> str:

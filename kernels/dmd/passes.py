@@ -53,7 +53,7 @@ def _first(call: Objective, gather: bool, separate: bool) -> tuple[Kept, Tensor 
     rows = torch.empty(plan.rows_shape, dtype=single, device=device) if gather else None
     if separate:
         shapes = plan.norm_shape, plan.samples, plan.frame_grad_shape, plan.batch_grad_shape, plan.workspace.size, TERMS
-        pieces = [torch.empty(shape, dtype=single, device=device) for shape in shapes]
+        pieces = tuple(torch.empty(shape, dtype=single, device=device) for shape in shapes)
     else:
         pieces = torch.empty(plan.room, dtype=single, device=device).unsafe_split_with_sizes(plan.pieces)
     norms, factors, frame_grad, batch_grad, workspace, terms = pieces

@@ -31,10 +31,9 @@ def _first_stage(call: Relation, grams: bool, means: bool, exchanged: bool = Fal
     student, real, fake, frame_mask, layout, _, batch, _, numbers = call
     device, single = student.device, torch.float32
     samples, frames = student.shape[0], student.shape[1 if layout == "bfchw" else 2]
-    terms = matrices = rows = None
+    matrices = rows = None
     nothing = torch.empty(0, dtype=single, device=device)
-    if not grams:
-        terms = torch.zeros(3, dtype=single, device=device)
+    terms = (torch.empty if grams else torch.zeros)(3, dtype=single, device=device)
     if not grams and not means:
         return Found(terms, None, None, nothing, nothing), None
     strides, aligned = (student.stride(), real.stride(), fake.stride()), alignment(student, real, fake)
@@ -53,7 +52,6 @@ def _first_stage(call: Relation, grams: bool, means: bool, exchanged: bool = Fal
     )  # fmt: skip
     plan = PLANS.get(key) or PLANS.of(key, make)
     if grams:
-        terms = torch.empty(3, dtype=single, device=device)
         matrices = torch.empty((samples, frames, frames), dtype=single, device=device)
     if means:
         rows = torch.empty((samples, 3 * (student[0].numel() // frames) + 1), dtype=single, device=device)
