@@ -81,7 +81,7 @@ def gathered(call: Call, pending: Pending, rows: Tensor, first: int, scale: floa
     if isinstance(call, Objective):
         if not long and not refused:
             return dmd.gathered(call, pending, rows, first, scale)
-        kept = dmd.with_relations(call, kept)
+        kept = dmd.with_relations(call, pending.kept)
     if refused:
         log(f"{vectors} gathered rows of {row}")
         terms = kept.terms.unbind()

@@ -171,9 +171,11 @@ class Convention:
         cond = scale if self.guidance_form == "cond" else scale - 1
         if self.guided_above is None:
             return cond
-        if isinstance(cond, (int, float)):
-            return cond if scale > self.guided_above else 0.0
-        return cond.where(scale > self.guided_above, 0)
+        import torch  # not above: the command line names conventions without it
+
+        if isinstance(scale, torch.Tensor):
+            return torch.where(scale > self.guided_above, cond, 0)
+        return cond if scale > self.guided_above else 0.0
 
     @property
     def undecouplable(self) -> str:
