@@ -148,17 +148,18 @@ def describe() -> str:
             f"cuda:{i} {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
             for i in range(torch.cuda.device_count())
         ]
-    else:
-        lines.append("no CUDA device is visible to torch")
     for device in ("cpu", "cuda"):
-        chosen = None
+        here = device == "cpu" or torch.cuda.is_available()
         lines.append(f"\n{device} tensors (float32, bfloat16, float16):")
+        if not here:
+            lines[-1] = "\ncuda tensors: no CUDA device is visible to torch, so nothing runs. With one:"
+        chosen = None
         for name, backend in BACKENDS.items():
             reason = _refusal(name, device, torch.float32)
             if not reason and chosen is None and requested in ("auto", name):
-                chosen, state = name, "runs"
+                chosen, state = name, "runs" if here else "would run"
             elif not reason:
-                state = "available on request"
+                state = "available on request" if here else "would be available on request"
             elif device not in backend.devices and name != "reference":
                 continue
             else:

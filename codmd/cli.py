@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import math
+import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -34,7 +36,12 @@ class CommandError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses `argv` (sys.argv without the program by default), runs the subcommand, returns the exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks: register-python-argcomplete codmd
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return args.run(args)
@@ -46,8 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question that ends an error message: the known word that may be meant; empty without one."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of `codmd` itself: a mistyped command is answered with the one that may be meant."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As `ArgumentParser`'s; its own options take no values, so the first other word is the command."""
+        words = sys.argv[1:] if args is None else args
+        command = next((word for word in words if not word.startswith("-")), None)
+        if command is not None and command not in COMMANDS:
+            self.error(f"got {command!r}; expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+        return super().parse_known_args(args, namespace)
+
+
 class IntermixedParser(argparse.ArgumentParser):
-    """The parser of a subcommand: positional arguments may stand before, between and behind its options."""
+    """The parser of a subcommand: positional arguments may stand before, between and behind its options.
+
+    A mistyped option is answered with the one that may be meant, whatever else is missing.
+    """
 
     _in_pass = False
 
@@ -57,6 +87,12 @@ class IntermixedParser(argparse.ArgumentParser):
         """As `ArgumentParser`'s, intermixed; a parent parser calls no other method of its subcommands."""
         if self._in_pass:  # up to Python 3.11 intermixed parsing is two calls of this method
             return super().parse_known_args(args, namespace)
+        for word in args or ():
+            name = word.partition("=")[0]
+            if name == "--":
+                break
+            if name.startswith("--") and not any(option.startswith(name) for option in self._option_string_actions):
+                self.error(f"no such option: {name}{nearest(name, self._option_string_actions)}")
         self._in_pass = True
         try:
             return self.parse_known_intermixed_args(args, namespace)
@@ -68,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all registered subcommands."""
     from codmd import __version__
 
-    parser = argparse.ArgumentParser(prog="codmd", description="Few-step video distillation with a relation term.")
+    parser = CommandParser(prog="codmd", description="Few-step video distillation with a relation term.")
     parser.add_argument("--version", action="version", version=f"codmd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=IntermixedParser)
     for name, module_name in COMMANDS.items():

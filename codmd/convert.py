@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codmd.cli import CommandError
+from codmd.extras import needing
 
 if TYPE_CHECKING:
     import torch
@@ -53,15 +54,14 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--adapter: only for a training checkpoint; a weight file holds a whole network")
     if args.codmd and args.ema:
         raise CommandError("--ema: only for a training checkpoint; with --codmd give --network generator_ema")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise CommandError(f"{args.out}: exists already; give a new or empty folder")
     try:
-        import torch
+        with needing("train"):
+            import torch
 
-        dtype = None if args.dtype == KEEP else getattr(torch, args.dtype)
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-            raise CommandError(f"{args.out}: exists already; give a new or empty folder")
-        count, loaded_by = write_adapter(args, dtype) if args.adapter else write_network(args, dtype)
-    except ModuleNotFoundError as error:
-        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
+            dtype = None if args.dtype == KEEP else getattr(torch, args.dtype)
+            count, loaded_by = write_adapter(args, dtype) if args.adapter else write_network(args, dtype)
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
     print(f"{args.out}: {count:,} parameters; load it with {loaded_by}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codmd.cli import CommandError, integer_in
+from codmd.extras import needing
 
 if TYPE_CHECKING:
     from codmd.models.embeddings import PromptEncoder
@@ -45,14 +46,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: the prompts or the encoder cannot be read, or the folder cannot be written.
     """
-    try:
+    with needing("train"):
         import torch
         import transformers  # noqa: F401
 
         from codmd import models
         from codmd.distill.data.prompt_files import read_prompts
-    except ModuleNotFoundError as error:
-        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
     try:
         prompts = read_prompts(args.prompts)
         if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):

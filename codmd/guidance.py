@@ -7,6 +7,7 @@ import math
 import sys
 
 from codmd import conventions
+from codmd.cli import nearest
 
 HELP = "convert a guidance scale between codebases"
 
@@ -16,11 +17,8 @@ FORMULAS = {"cond": "cond + s * (cond - uncond)", "uncond": "uncond + s * (cond 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`codmd guidance SCALE --from CONVENTION --to CONVENTION`."""
     parser.add_argument("scale", type=_finite, help="the scale as --from means it")
-    names = tuple(conventions.NAMED)
     for option in ("--from", "--to"):
-        parser.add_argument(
-            option, dest=option.strip("-"), choices=names, required=True, metavar="CONVENTION", help=", ".join(names)
-        )
+        parser.add_argument(option, type=_name, required=True, metavar="CONVENTION", help=", ".join(conventions.NAMED))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,6 +42,13 @@ def formula(convention: conventions.Convention) -> str:
     """How a convention guides, in words of ``cond``, ``uncond`` and ``s``."""
     above = "" if convention.guided_above is None else f" for s > {convention.guided_above:g}, else cond"
     return FORMULAS[convention.guidance_form] + above
+
+
+def _name(text: str) -> str:
+    if text not in conventions.NAMED:
+        known = ", ".join(conventions.NAMED)
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected one of {known}{nearest(text, conventions.NAMED)}")
+    return text
 
 
 def _finite(text: str) -> float:

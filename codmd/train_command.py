@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 from codmd.cli import CommandError
+from codmd.extras import needing
 
 HELP = "distil a video model into a few steps, from a configuration file"
 STOPPED = 128 + signal.SIGTERM
@@ -32,21 +33,25 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: the configuration cannot be used, or the run could not go on; the message says what to do.
     """
-    try:
-        from codmd.distill.config.run_config import find_config, read_config, without_environment
-        from codmd.distill.config.typed import ConfigError
-        from codmd.distill.plan.dry_run import dry_run
-        from codmd.distill.run.integrity import CheckpointError
-        from codmd.distill.run.training import run as run_training
-        from codmd.distill.update.optimizer import NonFiniteRun
-    except ModuleNotFoundError as error:
-        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
-    source, overrides = config_first([args.config, *args.overrides])
+    with needing("train"):
+        return _run(*config_first([args.config, *args.overrides]), args)
+
+
+def _run(source: str, overrides: list[str], args: argparse.Namespace) -> int:
+    from codmd.distill.config.run_config import find_config, read_config, without_environment
+    from codmd.distill.config.typed import ConfigError
+
     try:
         path = find_config(source)
         config = read_config(source, overrides, complete=not args.plan)
     except ConfigError as error:
         raise CommandError(str(error)) from error
+
+    from codmd.distill.plan.dry_run import dry_run
+    from codmd.distill.run.integrity import CheckpointError
+    from codmd.distill.run.training import run as run_training
+    from codmd.distill.update.optimizer import NonFiniteRun
+
     try:
         if args.plan:
             from codmd.distill.plan.page import describe

@@ -1,13 +1,17 @@
 """The command line: every option's error message, and the registry."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from codmd import cli
+import codmd
+from codmd import cli, extras
 from codmd.demo import command
 
 
@@ -75,17 +79,91 @@ def test_a_place_below_a_file_is_refused(capsys, tmp_path):
     assert f"cannot write in {tmp_path / 'file'}" in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(capsys, monkeypatch, tmp_path):
+REQUIRES = [
+    "torch>=2.8",
+    'matplotlib>=3.8; extra == "plot"',
+    'not-there>=0.4; extra == "demo"',
+    'nor_this>=0.4; extra == "demo"',
+    'pytest>=8; extra == "demo"',
+    'codmd[plot]; extra == "demo"',
+    'absent; extra == "train"',
+]
+
+
+def test_all_missing_packages_of_an_extra_are_named_with_the_command_that_fits_the_clone(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(extras.metadata, "requires", lambda name: REQUIRES)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for module in ("codmd.demo.report", "codmd.demo.figures"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 1
-    assert "needs the package matplotlib; install it with: pip install 'codmd[demo]'" in capsys.readouterr().err
+    clone = Path(cli.__file__).resolve().parents[1]
+    command = f"pip install -e {shlex.quote(f'{clone}[demo]')}"
+    expected = f"not installed: matplotlib, nor_this, not-there; install them with: {command}\n"
+    assert expected in capsys.readouterr().err
+    assert extras.requirements("demo") == ["not-there", "nor_this", "pytest", "matplotlib"]
 
 
-def test_no_command_and_an_unknown_one_are_refused(capsys):
-    assert "required: command" in usage_error(capsys)
-    assert "invalid choice: 'distil'" in usage_error(capsys, "distil")
+def test_an_installed_copy_is_told_the_name_of_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(extras, "__file__", str(tmp_path / "site-packages" / "codmd" / "extras.py"))
+    assert extras.install_command("train") == "pip install 'codmd[train]'"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["train", "toy", "distill.wrong=1"], "distill.wrong: unknown; expected one of"),
+        (["sample", "run", "--out", "videos"], "--prompts: not given"),
+        (["inspect", "video.mp4", "--reference", "nowhere"], "--reference nowhere: no such folder"),
+    ],
+)
+def test_the_configuration_is_checked_before_the_packages(capsys, monkeypatch, words, problem):
+    for module in ("diffusers", "imageio", "codmd.distill.run.training", "codmd.inspect.report"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(words) == 1
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: command"),
+        (["xyz"], "got 'xyz'; expected one of convert, compare, demo"),
+        (["trian", "toy"], "did you mean train?"),
+        (["demo", "--sede", "3"], "codmd demo: error: no such option: --sede; did you mean --seed?"),
+        (["sample", "run", "--ot=videos"], "no such option: --ot; did you mean --out?"),
+        (["train", "toy", "--xyz"], "no such option: --xyz\n"),
+        (["guidance", "3", "--from", "self_forcin", "--to", "rcm"], "did you mean self_forcing?"),
+    ],
+)
+def test_what_is_mistyped_is_answered_with_what_may_be_meant(capsys, words, message):
+    assert message in usage_error(capsys, *words)
+
+
+def test_an_abbreviated_option_is_still_taken(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["demo", "--quic", "--hel"])
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["trian"], ["train", "--hlep"], ["guidance", "3", "--from", "x"]])
+def test_help_and_typos_are_answered_without_torch(words, tmp_path):
+    script = "import sys, codmd.cli\ntry: codmd.cli.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == (0 if words == ["--help"] else 2), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("codmd tr", {"train "}), ("codmd demo --seed", {"--seed", "--seeds"}), ("codmd doctor --re", {"--report "})],
+)
+def test_the_shell_completes_commands_and_options(line, expected, tmp_path):
+    out = tmp_path / "completions"
+    environment = {
+        **os.environ, "_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(out), "COMP_LINE": line,
+        "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n",
+    }  # fmt: skip
+    subprocess.run([sys.executable, "-m", "codmd"], env=environment, capture_output=True)
+    assert set(out.read_text().split("\n")) == expected
 
 
 def test_help_names_every_registered_command(capsys):
@@ -96,11 +174,27 @@ def test_help_names_every_registered_command(capsys):
     assert all(name in text for name in cli.COMMANDS)
 
 
-def test_doctor_says_which_backend_serves_the_cpu(capsys):
+def test_doctor_says_which_backend_serves_the_cpu_and_that_no_gpu_is_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["doctor"]) == 0
+    _, cpu, cuda, _ = capsys.readouterr().out.split("\n\n")
+    assert cpu.startswith("cpu tensors")
+    assert " runs\n" in cpu
+    assert cuda.startswith("cuda tensors: no CUDA device is visible to torch, so nothing runs.")
+    assert " runs\n" not in f"{cuda}\n"
+
+
+def test_a_report_holds_what_an_issue_needs(capsys, monkeypatch):
+    monkeypatch.setenv("CODMD_BACKEND", "reference")
+    monkeypatch.setenv("SECRET_TOKEN", "not to be printed")
+    assert cli.main(["doctor", "--report"]) == 0
     text = capsys.readouterr().out
-    assert "cpu tensors" in text
-    assert "runs" in text
+    for part in (codmd.__version__, sys.version.split()[0], f"torch {torch.__version__}", "numpy ", "cpu tensors"):
+        assert part in text
+    assert "CODMD_BACKEND=reference" in text
+    assert "not to be printed" not in text
+    assert text.startswith("```\n")
+    assert text.endswith("```\n")
 
 
 def test_a_module_run_prints_the_version():

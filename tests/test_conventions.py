@@ -361,8 +361,8 @@ def test_the_command_refuses_a_scale_at_which_the_other_codebase_does_not_guide(
     [
         (["much", "--from", "tdm", "--to", "rcm"], "argument scale: got 'much'; expected a finite number"),
         (["nan", "--from", "tdm", "--to", "rcm"], "argument scale: got 'nan'; expected a finite number"),
-        (["1", "--from", "wan", "--to", "rcm"], "argument --from: invalid choice: 'wan' (choose from"),
-        (["1", "--from", "rcm", "--to", "wan"], "argument --to: invalid choice: 'wan' (choose from"),
+        (["1", "--from", "wan", "--to", "rcm"], "argument --from: got 'wan'; expected one of"),
+        (["1", "--from", "rcm", "--to", "wan"], "argument --to: got 'wan'; expected one of"),
         (["1", "--to", "rcm"], "the following arguments are required: --from"),
         (["1", "--from", "rcm"], "the following arguments are required: --to"),
         (["--from", "tdm", "--to", "rcm"], "the following arguments are required: scale"),

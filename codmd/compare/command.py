@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codmd.cli import CommandError, integer_in
+from codmd.extras import needing
 from codmd.files import is_text, read_json, write_whole
 
 if TYPE_CHECKING:
@@ -72,10 +73,8 @@ def _make_page(args: argparse.Namespace) -> int:
 def _tally(args: argparse.Namespace) -> int:
     from .tally import BadAnswers, read_ballots, tally
 
-    try:
+    with needing("plot"):
         from .chart import chart
-    except ModuleNotFoundError as error:
-        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[plot]'") from error
     try:
         ballots = read_ballots(args.paths)
     except BadAnswers as error:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from codmd.cli import CommandError, above, at_least, integer_in
+from codmd.extras import needing
 
 HELP = "distil a toy video teacher with DMD and with CoDMD on the CPU, and write a report"
 FULL = {"seeds": 3, "updates": 1000, "samples": 2000}
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: the output folder cannot be used, a package is missing, or a run failed.
     """
-    try:
+    with needing("demo"):
         from codmd.distill.config.recipe import DistillConfig
         from codmd.distill.update.schedule import sampling_sigmas
         from codmd.output import OutputError, building, check_output
@@ -69,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
         from .study import Options, run_study
         from .summary import console_summary
         from .teacher import TeacherConfig
-    except ModuleNotFoundError as error:
-        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[demo]'") from error
 
     sizes = QUICK if args.quick else FULL
     teacher = TeacherConfig(steps=QUICK_TEACHER_STEPS) if args.quick else TeacherConfig()

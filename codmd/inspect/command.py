@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codmd.cli import CommandError, above, integer_in
+from codmd.extras import needing
 
 if TYPE_CHECKING:
     from .measures import Measurement
@@ -50,14 +51,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         CommandError: no clip can be read, the output folder cannot be used, or a package is missing.
     """
-    try:
+    if args.reference is not None and not args.reference.is_dir():
+        raise CommandError(f"--reference {args.reference}: no such folder")
+    with needing("inspect"):
         from codmd.output import OutputError, building, check_output
 
         from .report import verdict, write_report
-    except ModuleNotFoundError as error:
-        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[inspect]'") from error
-    if args.reference is not None and not args.reference.is_dir():
-        raise CommandError(f"--reference {args.reference}: no such folder")
     try:
         check_output(args.out, "inspection")
         inspection = inspect(args)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codmd.cli import CommandError, above, at_least, integer_in
+from codmd.extras import needing
 
 if TYPE_CHECKING:
     import torch
@@ -84,15 +85,16 @@ def run(args: argparse.Namespace) -> int:
         CommandError: an option, a prompt, the weights or the folder cannot be used.
     """
     try:
-        import diffusers  # noqa: F401
-        import imageio  # noqa: F401
-        import imageio_ffmpeg  # noqa: F401
-        import torch
-        import transformers  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise CommandError(f"needs the package {error.name}; install it with: pip install 'codmd[train]'") from error
-    try:
         _check_options(args)
+        with needing("train"):
+            import diffusers  # noqa: F401
+            import imageio  # noqa: F401
+            import imageio_ffmpeg  # noqa: F401
+            import torch
+            import transformers  # noqa: F401
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    try:
         return _run(args)
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error

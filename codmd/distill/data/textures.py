@@ -113,15 +113,10 @@ class Textures:
 
 def _photograph(name: str, zoom: float) -> Tensor:
     """[3, height, width] in [0, 1], averaged down by `zoom`."""
-    try:
-        import imageio.v3 as imageio
+    import imageio.v3 as imageio
 
-        path = resources.files("skimage") / "data" / name
-        pixels = torch.from_numpy(imageio.imread(path.read_bytes())[..., :3].copy())
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"textures need the package {error.name}; install it with: pip install 'codmd[train]'", name=error.name
-        ) from error
+    path = resources.files("skimage") / "data" / name
+    pixels = torch.from_numpy(imageio.imread(path.read_bytes())[..., :3].copy())
     image = pixels.permute(2, 0, 1).float() / 255
     size = [round(side / zoom) for side in image.shape[1:]]
     return F.interpolate(image[None], size=size, mode="area")[0]
