@@ -56,6 +56,8 @@ UNIX_FLAGS = {
 MSVC_FLAGS = {Path(source).name: ["/arch:AVX512" if "512" in source else "/arch:AVX2"] for source in X86_SOURCES}
 
 CUDA_MODULE = "codmd._C_cuda"
+DATA = ["codmd.configs", "codmd.models.wan.configs"]
+"""Folders without Python files; setuptools warns of data in folders that are no packages."""
 LINKED = Path("src/codmd/kernels/__init__.py").is_file()
 """Whether src/codmd and codmd/kernels are the links they should be; on some systems they come as text files."""
 
@@ -160,19 +162,20 @@ def extensions() -> list[Extension]:
 def packages() -> dict[str, Any]:
     """Where the packages are: in src/, whose path an editable install adds, so that every tool finds them there."""
     if LINKED:
-        return {"package_dir": {"": "src"}, "packages": find_packages("src")}
+        return {"package_dir": {"": "src"}, "packages": [*find_packages("src"), *DATA]}
     kernels = find_packages(include=["kernels", "kernels.*"])
     return {
         "package_dir": {f"codmd.{package}": package.replace(".", "/") for package in kernels},
-        "packages": [*find_packages(include=["codmd", "codmd.*"]), *(f"codmd.{package}" for package in kernels)],
+        "packages": [*find_packages(include=["codmd", "codmd.*"]), *(f"codmd.{package}" for package in kernels), *DATA],
     }
 
 
 setup(
     **packages(),
     package_data={
-        "codmd": ["py.typed", "configs/*.yaml", "configs/*.json"],
-        "codmd.models.wan": ["configs/*.json"],
+        "codmd": ["py.typed"],
+        "codmd.configs": ["*.yaml", "*.json"],
+        "codmd.models.wan.configs": ["*.json"],
         "codmd.compare": ["page.html"],
     },
     ext_modules=extensions(),

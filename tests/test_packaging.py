@@ -37,9 +37,10 @@ def build(folder: Path, *kinds: str) -> Path:
     made = run(
         sys.executable, "-c",
         "import sys; from setuptools import build_meta as b; [getattr(b, f'build_{k}')('out') for k in sys.argv[1:]]",
-        *kinds, cwd=folder, CODMD_SKIP_EXT="1",
+        *kinds, cwd=folder, CODMD_SKIP_EXT="1", PYTHONDONTWRITEBYTECODE="",
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
+    assert "warning" not in (made.stdout + made.stderr).lower()
     return folder / "out"
 
 
@@ -69,6 +70,7 @@ def test_the_wheel_holds_kernels_types_and_licence(wheel):
     assert "codmd/kernels/__init__.py" in wheel
     assert "codmd/reference/relation.py" in wheel
     assert "codmd/py.typed" in wheel
+    assert {"codmd/configs/toy.yaml", "codmd/models/wan/configs/wan_tiny.json", "codmd/compare/page.html"} <= set(wheel)
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
 
 

@@ -1,0 +1,39 @@
+"""Links between the Markdown pages lead to files and headings that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "kernels/README.md"]
+LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def links(text: str) -> list[tuple[str, str]]:
+    """(path, anchor) of every relative link outside of code."""
+    prose = re.sub(r"^ *```.*?^ *```|`[^`\n]+`", "", text, flags=re.DOTALL | re.MULTILINE)
+    return LINK.findall(prose)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as code hosts make them."""
+    titles = re.findall(
+        r"^#+ (.*)$", re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for path, anchor in links(page.read_text("utf-8")):
+        target = page if not path else page.parent / path
+        assert target.exists(), f"{path} of {page}"
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), f"{path}#{anchor} of {page}"
+
+
+def test_a_broken_link_is_seen():
+    assert links("see [a](b.md#c-d), [e](https://f.org) and `[g](h)`") == [("b.md", "c-d")]
+    assert anchors("# A `b`: c\n```\n# no heading\n```\n") == {"a-b-c"}
