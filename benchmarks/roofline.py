@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from codmd.kernels.launch import Launch
+from codmd.kernels.limits import MOST_WHOLE
 
 from benchmarks import static_cases
 from benchmarks.shapes import SHAPES
@@ -45,23 +48,38 @@ class Row:
         return self.required / CEILINGS[device] * 1e6
 
 
-def row(op: str, shape: str, required: int, launches: list[Launch]) -> Row:
-    backward = sum(launch.name in BACKWARD for launch in launches[-1:])
-    return Row(op, shape, required, traffic(launches).moved, len(launches) - backward, backward)
+def required_bytes(op: str, shape: tuple[int, ...]) -> int:
+    """Bytes that an operator must move at a shape, bfloat16, forward and backward."""
+    numel = math.prod(shape)
+    if op.startswith("relation_loss"):
+        return relation_bytes(numel, 2, whole=op.endswith("pool=None"))
+    return codmd_bytes(numel, 2, predictions=3)
+
+
+def served(op: str, shape: tuple[int, ...]) -> bool:
+    """Whether the kernels take an operator at a shape: whole latents of up to 128 frames and samples."""
+    return not op.endswith("pool=None") or max(shape[:2]) <= MOST_WHOLE
+
+
+OPERATORS: dict[str, Callable[[tuple[int, ...]], list[Launch]]] = {
+    "relation_loss": static_cases.relation_launches,
+    "relation_loss, pool=None": partial(static_cases.relation_launches, pool=None),
+    "dmd_loss": partial(static_cases.codmd_launches, relation=False),
+    "codmd_loss": static_cases.codmd_launches,
+}
+"""What records the launches of an operator at a shape."""
 
 
 def rows() -> list[Row]:
     """Every operator at every shape."""
     found = []
     for name, shape in EVERY_SHAPE.items():
-        numel = torch.Size(shape).numel()
-        found.append(row("relation_loss", name, relation_bytes(numel, 2), static_cases.relation_launches(shape)))
-        if max(shape[:2]) <= 128:
-            whole = static_cases.relation_launches(shape, pool=None)
-            found.append(row("relation_loss, pool=None", name, relation_bytes(numel, 2, whole=True), whole))
-        for op, relation in (("dmd_loss", False), ("codmd_loss", True)):
-            launches = static_cases.codmd_launches(shape, relation=relation)
-            found.append(row(op, name, codmd_bytes(numel, 2, predictions=3), launches))
+        for op, record in OPERATORS.items():
+            if served(op, shape):
+                launches = record(shape)
+                backward = sum(launch.name in BACKWARD for launch in launches[-1:])
+                moved = traffic(launches).moved
+                found.append(Row(op, name, required_bytes(op, shape), moved, len(launches) - backward, backward))
     return found
 
 
@@ -112,6 +130,7 @@ of several frames than one program holds. The 14B model has the latents of the 1
   bytes for each pixel of a sample (x, r and d written and read, x read and its gradient written, that read backward)
   beside the 10 bytes for each pixel of a frame: 36/(10 x frames), 0.088 at 41 frames, and one launch more.
 * What the compiler makes of every kernel (registers, spills, vector accesses): `python -m benchmarks.static`.
+* How long that code would take, modelled from it: `python -m benchmarks.latency`. No measurement.
 * Host time a call: `python -m benchmarks.launch`; without a GPU down to a CUDA driver that does nothing.
 * Measuring: `python -m benchmarks.gpu_suite` on a GPU writes the results file that fills the empty columns. A row whose
   accuracy gate fails shows no speed.

@@ -47,7 +47,7 @@ POINTERS = {
 }
 
 
-def _specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
     """Signature, constants and divisibility attributes, by the rules of Triton's own launcher."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
@@ -145,18 +145,22 @@ def links_for_amd() -> bool:
         return False
 
 
+def compiled_for(launch: Launch, target: str) -> Any:
+    """Triton's ``CompiledKernel`` of one recorded launch for ``target``."""
+    source = ASTSource(launch.launcher.kernel, *specialise(launch))
+    gpu = TARGETS[target]
+    return triton.compile(source, target=gpu, options=launch.launcher.options(gpu.backend))
+
+
 def compile_ahead(launch: Launch, target: str) -> Report:
     """Compile one recorded launch for ``target`` and read off what it uses."""
-    signature, constants, attributes = _specialise(launch)
-    source = ASTSource(launch.launcher.kernel, signature, constants, attributes)
-    gpu = TARGETS[target]
-    compiled = triton.compile(source, target=gpu, options=launch.launcher.options(gpu.backend))
-    return (_nvidia if gpu.backend == "cuda" else _amd)(launch, target, compiled)
+    read = _nvidia if TARGETS[target].backend == "cuda" else _amd
+    return read(launch, target, compiled_for(launch, target))
 
 
 def _configuration(launch: Launch, target: str) -> str:
     """Two launches of the same configuration compile to the same code."""
-    return repr((launch.name, _specialise(launch), launch.launcher.options(TARGETS[target].backend), target))
+    return repr((launch.name, specialise(launch), launch.launcher.options(TARGETS[target].backend), target))
 
 
 def _compile_case(case: str, number: int, target: str) -> Report:
