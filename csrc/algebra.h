@@ -36,8 +36,20 @@ struct Norms {
   T fake;     // max(|f|, 1e-12)
   T change;   // fake - real, without the cancellation
   bool clamped;  // |x| lies under the floor: the norm is a constant there
-  bool scores_clamped;  // |r| or |f| does
+  bool scores_apart;  // |r| or |f| does, or |f| lies far under |r|: Delta is the plain difference of similarities
 };
+
+// The least |f|/|r| at which f = r + d keeps digits, by the way in which d was rounded and f is used.
+constexpr double kLeastFloat = 0x1p-12;    // features of a float32 d
+constexpr double kLeastGram = 0x1p-6;      // Grams of a float32 d, which square the ratio
+constexpr double kLeastDouble = 0x1p-40;   // features of a d in double
+
+// A float32 d that rounding made -r moves by one rounding, where f is not zero: |r + d| tells such an f from a zero.
+CODMD_HD inline float kept_apart(float r, float d, bool zero) {
+  return r + d == 0.0f && !zero ? d * 0x1.fffffep-1f : d;
+}
+
+CODMD_HD inline float difference_of(float r, float f) { return kept_apart(r, f - r, f == 0.0f); }
 
 // NaN where the norm is not a number of T: a quotient by infinity would be a finite wrong number.
 template <class T>
@@ -47,18 +59,18 @@ CODMD_HD inline T at_least_floor(T norm) {
 }
 
 // `own` is row i with itself; |f_i|^2 is summed from f itself, which keeps its digits when real and difference nearly
-// cancel.
+// cancel. NaN where |f| is less than `least` |r|, but for a zero.
 template <class T>
-CODMD_HD inline Norms<T> norms(const Inner<T>& own) {
+CODMD_HD inline Norms<T> norms(const Inner<T>& own, double least) {
   using std::sqrt;
   const T x = sqrt(own.xx), a = sqrt(own.rr), b = sqrt(own.ff);
   Norms<T> result;
   result.student = at_least_floor(x);
   result.real = at_least_floor(a);
-  result.fake = at_least_floor(b);
+  result.fake = b > T(0) && b < T(least) * a ? T(NAN) : at_least_floor(b);
   result.clamped = x < T(1e-12);
-  result.scores_clamped = a < T(1e-12) || b < T(1e-12);
-  result.change = result.scores_clamped ? result.fake - result.real : (T(2) * own.rd + own.dd) / (a + b);
+  result.scores_apart = a < T(1e-12) || b < T(1e-12) || b < T(kLeastGram) * a;
+  result.change = result.scores_apart ? result.fake - result.real : (T(2) * own.rd + own.dd) / (a + b);
   return result;
 }
 
@@ -68,11 +80,11 @@ CODMD_HD inline T cosine(const Inner<T>& pair, const Norms<T>& i, const Norms<T>
   return pair.xx / (i.student * j.student);
 }
 
-// Delta_ij of rows known by their inner products. Where a norm is clamped it is the plain difference of two
-// similarities: |f_i| - |r_i| would swamp it.
+// Delta_ij of rows known by their inner products. Where a norm is clamped or |f| far under |r| it is the plain difference
+// of two similarities: |f_i| - |r_i| would swamp it.
 template <class T>
 CODMD_HD inline T score_difference(const Inner<T>& pair, const Norms<T>& i, const Norms<T>& j) {
-  if (i.scores_clamped || j.scores_clamped) return pair.ff / i.fake / j.fake - pair.rr / i.real / j.real;
+  if (i.scores_apart || j.scores_apart) return pair.ff / i.fake / j.fake - pair.rr / i.real / j.real;
   const T rf = pair.rr + pair.rd;
   const T left = ((pair.dr + pair.dd) - (i.change / i.real) * rf) / i.fake;
   const T right = (pair.rd - (j.change / j.real) * pair.rr) / j.fake;
@@ -88,7 +100,7 @@ CODMD_HD inline T unit_score_difference(const Inner<T>& units) {
 // One component of e_i.
 template <class T>
 CODMD_HD inline T unit_change(T r, T d, const Norms<T>& norm) {
-  if (norm.scores_clamped) return (r + d) / norm.fake - r / norm.real;
+  if (norm.scores_apart) return (r + d) / norm.fake - r / norm.real;
   return (d - r / norm.real * norm.change) / norm.fake;
 }
 

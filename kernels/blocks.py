@@ -9,6 +9,9 @@ from .launch import INTERPRETING
 
 INTERPRETED = tl.constexpr(INTERPRETING)
 NORM_FLOOR = tl.constexpr(1e-12)
+LEAST_OF_FEATURES = tl.constexpr(2**-12)
+LEAST_OF_GRAMS = tl.constexpr(2**-6)
+"""The least ‖f‖/‖r‖ at which f = r + d of a float32 d keeps digits; Grams square it."""
 
 TEMPERATURE = tl.constexpr(0)
 BATCH_WEIGHT = tl.constexpr(1)
@@ -82,6 +85,33 @@ def norm_of(square):
 def at_least_floor(norm):
     """max(norm, NORM_FLOOR); a NaN stays."""
     return tl.maximum(norm, NORM_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def square_of(value):
+    """value²; float32's least normal number where a square other than zero would leave its range."""
+    return tl.where(value != 0.0, tl.maximum(value * value, 1.1754943508222875e-38, tl.PropagateNan.ALL), 0.0)
+
+
+@triton.jit
+def kept_apart(r, d, zero):
+    """d, which moves by one rounding where rounding made it -r although f is not ``zero``.
+
+    ‖r + d‖ then tells an f far under r from a zero; see :func:`unless_lost`.
+    """
+    return tl.where((r + d == 0.0) & (zero == 0), d * 0.9999999403953552, d)
+
+
+@triton.jit
+def difference_of(r, f):
+    """d = f - r, :func:`kept_apart`."""
+    return kept_apart(r, f - r, f == 0.0)
+
+
+@triton.jit
+def unless_lost(f_norm, r_norm, least):
+    """‖f‖; NaN where f = r + d has no digits left, below ``least``·‖r‖. Far under the floor f counts as zero there."""
+    return tl.where((f_norm > 1e-16) & (f_norm < least * r_norm), float("nan"), f_norm)
 
 
 @triton.jit

@@ -66,6 +66,21 @@ def truth(student: Tensor, real: Tensor, fake: Tensor, upstream=(1.0, 0.0, 0.0),
     return loss_and_gradient(reference.relation_loss, *wide, upstream=upstream, **kwargs)
 
 
+def plain_relation(
+    student: Tensor, real: Tensor, fake: Tensor, upstream=(1.0, 0.0, 0.0), temperature: float = 0.1,
+    batch_weight: float = 1.0, frame_weight: float = 1.0, pool="mean",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The relation as it is usually written, in float64: of the features of fake themselves, not of fake - real."""
+
+    def terms(student: Tensor) -> tuple[Tensor, ...]:
+        features = [reference.frame_features(v.double(), pool=pool) for v in (student, real, fake)]
+        frame = reference.relation_divergence_plain(*features, temperature).mean()
+        batch = reference.relation_divergence_plain(*(v.mean(1) for v in features), temperature)
+        return batch_weight * batch + frame_weight * frame, batch, frame
+
+    return loss_and_gradient(terms, student.double(), upstream=upstream)
+
+
 def same_dtype(
     student: Tensor, real: Tensor, fake: Tensor, upstream=(1.0, 0.0, 0.0), **kwargs
 ) -> tuple[Tensor, Tensor]:

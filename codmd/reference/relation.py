@@ -85,16 +85,32 @@ def relation(features: Tensor) -> Tensor:
     return einsum(units, units, "... i k, ... j k -> ... i j")
 
 
+def difference_of(real: Tensor, fake: Tensor) -> Tensor:
+    """d = fake - real, :func:`kept_apart`."""
+    return kept_apart(real, fake - real, fake == 0)
+
+
+def kept_apart(real: Tensor, difference: Tensor, zero: Tensor | bool = False) -> Tensor:
+    """``difference``, which moves by one rounding where rounding made it -real although fake is not ``zero``.
+
+    ‖real + difference‖ then tells a fake far under real, whose digits are lost, from a zero.
+    """
+    hidden = (real + difference == 0) & ~torch.as_tensor(zero, device=real.device)
+    return torch.where(hidden, difference * (1 - torch.finfo(difference.dtype).eps / 2), difference)
+
+
 def unit_difference(real: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
     """(r̂, e): the unit vectors of ``real`` and how ``difference = fake - real`` changes them, e = f̂ - r̂.
 
     e = (d - r̂·(‖f‖ - ‖r‖)) / ‖f‖, where ‖f‖ - ‖r‖ = d·(f + r) / (‖f‖ + ‖r‖) does not cancel. Where a norm is
-    below the floor, e is f̂ - r̂ as it stands.
+    below the floor, e is f̂ - r̂ as it stands. NaN where f = r + d has fewer than eleven bits left, but for a zero.
     """
     scale = power_of_two(torch.maximum(real.abs(), difference.abs()), -1)
     real, difference, floor = real / scale, difference / scale, NORM_FLOOR / scale
     fake = real + difference
     norm_real, norm_fake = real.norm(dim=-1, keepdim=True), fake.norm(dim=-1, keepdim=True)
+    least = 2**11 * torch.finfo(real.dtype).eps
+    norm_fake = torch.where((norm_fake > 0) & (norm_fake < least * norm_real), torch.nan, norm_fake)
     floor_real, floor_fake = norm_real.clamp(min=floor), norm_fake.clamp(min=floor)
     unit_real = real / floor_real
     growth = (difference * (fake + real)).sum(-1, keepdim=True) / (norm_real + norm_fake).clamp(min=floor)
@@ -258,7 +274,7 @@ def relation_loss(
     features = (
         frame_features(student, layout, pool),
         frame_features(real, layout, pool),
-        frame_features(fake - real, layout, pool),
+        frame_features(difference_of(real, fake), layout, pool),
     )
     zero = features[0].new_zeros(())
     batch = batch_term(*features, temperature, frame_mask) if batch_weight else zero

@@ -13,14 +13,14 @@ Features::Features(const Shape& shape, const FrameMask& mask, const Grid& grid)
 RowProducts Features::of_frames(int64_t b) const {
   RowProducts products;
   products.x = x.data(), products.r = r.data(), products.d = d.data();
-  products.row = valid.rows_of(b), products.features = size;
+  products.row = valid.rows_of(b), products.features = size, products.least = kLeastDouble;
   return products;
 }
 
 RowProducts Features::of_samples() const {
   RowProducts products;
   products.x = psi_[0].data(), products.r = psi_[1].data(), products.d = psi_[2].data();
-  products.row = valid.sample.data(), products.features = size;
+  products.row = valid.sample.data(), products.features = size, products.least = kLeastDouble;
   return products;
 }
 
@@ -72,6 +72,10 @@ Terms Features::relate(double temperature, int threads, const Found& found) {
   for (int64_t b = 0; row && b < shape.batch; ++b) {
     for (const auto& psi : psi_)
       for (int64_t k = 0; k < size; ++k) *row++ = float(psi[size_t(b * size + k)]);
+    for (int64_t k = 0; k < size; ++k) {
+      const size_t at = size_t(b * size + k);
+      row[k - size] = kept_apart(row[k - 2 * size], row[k - size], psi_[1][at] + psi_[2][at] == 0.0);
+    }
     *row++ = float(valid.count(b));
   }
   return terms;

@@ -34,13 +34,13 @@ void exact_gram(const float* rows, int64_t pitch, int64_t n, int64_t length, dou
       for (int64_t k = 0; k < length; ++k) gram[i * n + j] += double(rows[i * pitch + k]) * double(rows[j * pitch + k]);
 }
 
+}  // namespace
+
 double square_of(const float* row, int64_t length) {
   double sum = 0;
   for (int64_t k = 0; k < length; ++k) sum += double(row[k]) * double(row[k]);
   return sum;
 }
-
-}  // namespace
 
 int64_t padded(int64_t n) { return (n + kLane - 1) / kLane * kLane; }
 
@@ -74,10 +74,12 @@ void GramSums::clear() {
 
 bool GramSums::in_range() const {
   const auto holds = [](double square) { return square > 1e-24 && square < 1e34; };
-  for (int64_t i = 0; i < rows_; ++i)
-    if (!holds(students_[size_t(i * rows_ + i)]) || !holds(scores_[size_t(i * 2 * rows_ + i)]) ||
-        !holds(fake_squared_[size_t(i)]))
+  for (int64_t i = 0; i < rows_; ++i) {
+    const double real = scores_[size_t(i * 2 * rows_ + i)], fake = fake_squared_[size_t(i)];
+    if (!holds(students_[size_t(i * rows_ + i)]) || !holds(real) || !holds(fake) ||
+        fake < kLeastGram * kLeastGram * real)
       return false;
+  }
   return true;
 }
 

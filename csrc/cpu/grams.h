@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Long features (every pixel): Grams streamed over chunks of pixels, float32 within a chunk and double across. Where
-// squares leave float32's range or a norm is clamped, the stream is read again with `exact`: in double throughout, and
-// with the products of the rows of fake.
+// squares leave float32's range, a norm is clamped or fake far under real, the stream is read again with `exact`: in
+// double throughout, and with the products of the rows of fake.
 #pragma once
 
 #include <vector>
@@ -40,11 +40,13 @@ class GramSums {
   void add_fake_squared(int64_t row, double value) { fake_squared_[size_t(row)] += value; }
   void merge(const GramSums& other);
   void clear();
-  // Whether every square was large and small enough for float32 chunks, and no norm is clamped.
+  // Whether every square was large and small enough for float32 chunks, no norm is clamped and no fake far under real.
   bool in_range() const;
 
-  RowProducts products() const {
+  // `least` as in norms() of algebra.h; 0 for rows that were read from fake itself.
+  RowProducts products(double least) const {
     RowProducts result;
+    result.least = least;
     result.students = students_.data(), result.scores = scores_.data();
     result.fake_pairs = fakes_.data(), result.fake_squared = fake_squared_.data();
     return result;
@@ -54,6 +56,8 @@ class GramSums {
   int64_t rows_;
   std::vector<double> students_, scores_, fakes_, fake_squared_;
 };
+
+double square_of(const float* row, int64_t length);
 
 // fake := fake - real, `kept` a copy of fake with `exact`; returns |fake|^2.
 double subtract(const float* real, float* fake, int64_t length, bool exact, float* kept);

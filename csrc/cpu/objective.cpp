@@ -2,6 +2,7 @@
 //
 // The distribution matching loss and the features of its guided predictions, from one read of the latents. A decoupled
 // loss needs its norms before its direction: the first sweep reads x, f, c1 and c2, the second f, c1, c2 and u2.
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -44,6 +45,15 @@ void read_planes(const DmdScores& scores, const DmdRule& rule, const Numbers& nu
         means[2] += double(sums.difference);
       });
       if (!features) continue;
+      if (std::fabs(means[1] + means[2]) < kLeastFloat * std::fabs(means[1])) {
+        // Of a fake far under real float32's difference keeps few digits.
+        Moments read_before;
+        means[0] = means[1] = means[2] = 0;
+        chunks.each(region, [&](int64_t y, int64_t x, int64_t n) {
+          chunks.add_exact(rule, p, y, x, n, read_before, means);
+        });
+        if (means[1] + means[2] == 0.0) means[2] = std::nextafter(means[2], 0.0);
+      }
       const size_t at = size_t(item * regions + region);
       const double area = chunks.area(region);
       features->x[at] = means[0] / area;

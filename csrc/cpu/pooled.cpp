@@ -3,6 +3,8 @@
 // The relation of features pooled over a grid of regions: the pass that reads the three latents.
 #include "relation.h"
 
+#include <cmath>
+
 #include "features.h"
 #include "passes.h"
 
@@ -27,6 +29,12 @@ Plane plane(const Tensor& latent, DType dtype, int64_t b, int64_t f, int64_t c, 
   return {address(latent, dtype, b, f, c, region.y, region.x), latent.stride[3], latent.stride[4]};
 }
 
+// fake - real, one rounding off where real hides a fake that is not zero.
+double difference_of(double real, double fake) {
+  const double difference = fake - real;
+  return real + difference == 0.0 && fake != 0.0 ? std::nextafter(difference, 0.0) : difference;
+}
+
 void reduce(const Scores& scores, const Worker& worker, Features& features) {
   const Shape& shape = scores.shape;
   const Grid& grid = scores.grid;
@@ -47,6 +55,13 @@ void reduce(const Scores& scores, const Worker& worker, Features& features) {
         sum_region(plane(scores.student, scores.dtype, b, f, c, region),
                    plane(scores.real, scores.dtype, b, f, c, region),
                    plane(scores.fake, scores.dtype, b, f, c, region), region.rows, region.columns, sums);
+        if (std::fabs(sums[1] + sums[2]) < kLeastFloat * std::fabs(sums[1])) {
+          // A sum of fake that rounding to fake - real would cost its digits, from fake itself.
+          double fakes[3];
+          const Plane fake = plane(scores.fake, scores.dtype, b, f, c, region);
+          sum_region(fake, fake, fake, region.rows, region.columns, fakes);
+          sums[2] = difference_of(sums[1], fakes[0]);
+        }
         const double area = double(region.rows * region.columns);
         features.x[at] = sums[0] / area;
         features.r[at] = sums[1] / area;

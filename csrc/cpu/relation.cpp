@@ -52,13 +52,13 @@ void gathered(const Gathered& all, const Numbers& numbers, int threads, float* t
     }
     RowProducts products;
     products.x = copies[0].data(), products.r = copies[1].data(), products.d = copies[2].data();
-    products.row = present.data(), products.features = features;
+    products.row = present.data(), products.features = features, products.least = kLeastFloat;
     relation.emplace_back(int(n), products);
   } else {
     sums.assign(size_t(threads), GramSums(n));
     matrix.resize(size_t(n * n));
     buffers.resize(per_worker * size_t(threads));
-    relation.emplace_back(int(n), sums[0].products());
+    relation.emplace_back(int(n), sums[0].products(kLeastFloat));
   }
 
   RelationTeam team(relation, numbers.temperature(), threads);

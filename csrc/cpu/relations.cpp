@@ -33,7 +33,7 @@ double RowProducts::fakes(int n, int i, int j) const {
 Norms<double> RowProducts::norms(int n, int i) const {
   Inner<double> own = pair(n, i, i);
   own.ff = fakes(n, i, i);
-  return codmd::norms(own);
+  return codmd::norms(own, least);
 }
 
 double Relation::divergence() const {
@@ -51,7 +51,7 @@ void Relation::diverge(int row, double temperature, double* scratch) {
   for (int j = 0; j < n_; ++j) {
     const Norms<double>&left = norms_[size_t(row)], &right = norms_[size_t(j)];
     Inner<double> pair = products_.pair(n_, row, j);
-    if (left.scores_clamped || right.scores_clamped) pair.ff = products_.fakes(n_, row, j);
+    if (left.scores_apart || right.scores_apart) pair.ff = products_.fakes(n_, row, j);
     similarity[j] = cosine(pair, left, right);
     shift[j] = score_difference(pair, left, right);
   }

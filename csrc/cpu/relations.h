@@ -17,6 +17,7 @@ struct RowProducts {
   const double *x = nullptr, *r = nullptr, *d = nullptr;
   const int32_t* row = nullptr;
   int64_t features = 0;
+  double least = 0;  // of norms() in algebra.h
   // Upper triangles: students [n, n], scores [2n, 2n] of the rows r then d, fakes [n, n]; |f_i|^2 [n].
   const double *students = nullptr, *scores = nullptr, *fake_pairs = nullptr, *fake_squared = nullptr;
 

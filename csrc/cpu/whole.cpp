@@ -79,8 +79,8 @@ class Stream {
     return true;
   }
 
-  RowProducts frame_products(int64_t b) const { return workers_[0].frames[size_t(b - begin_)].products(); }
-  RowProducts batch_products() const { return workers_[0].batch[0].products(); }
+  RowProducts frame_products(int64_t b) const { return workers_[0].frames[size_t(b - begin_)].products(0); }
+  RowProducts batch_products() const { return workers_[0].batch[0].products(0); }
 
  private:
   struct PerWorker {
@@ -119,14 +119,21 @@ class Stream {
     float* fake = own.psi_scores.data() + (2 * own.psi_rows + slot) * kChunk;
     if (batch_ && rows == 0) return;
     for (float* row : {student, real, difference}) std::fill(row, row + length, 0.0f);
+    if (own.exact) std::fill(fake, fake + length, 0.0f);
     for (int64_t i = 0; i < rows; ++i) {
       const float share = 1.0f / float(rows);
       passes().accumulate(share, own.student.data() + i * kChunk, student, length);
       passes().accumulate(share, own.scores.data() + i * kChunk, real, length);
       passes().accumulate(share, own.scores.data() + (rows + i) * kChunk, difference, length);
+      if (own.exact) passes().accumulate(share, own.scores.data() + (2 * rows + i) * kChunk, fake, length);
     }
-    if (!batch_) return;
-    own.batch[0].add_fake_squared(slot, fake_squared(real, difference, length, own.exact, fake));
+    if (!batch_) {
+      for (int64_t k = 0; k < length; ++k)
+        difference[k] = kept_apart(real[k], difference[k], own.exact && fake[k] == 0.0f);
+      return;
+    }
+    own.batch[0].add_fake_squared(
+        slot, own.exact ? square_of(fake, length) : fake_squared(real, difference, length, false, fake));
   }
 
   void keep(const PerWorker& own, int64_t b, int64_t slot, int64_t first, int64_t n) const {

@@ -5,6 +5,7 @@
 // critic that tracks the teacher keeps its digits. With sigma, predictions are velocities and x0 = noisy - sigma v.
 #pragma once
 
+#include "../algebra.h"
 #include "../dmd.h"
 #include "feature_row.h"
 
@@ -164,6 +165,8 @@ struct DmdPass {
       student_view.read(row, column, x, count);
       views.read(row, column, d, r, true, count);
       if (pool) {
+CODMD_UNROLL
+        for (int i = 0; i < n; ++i) d[i] = kept_apart(r[i], d[i], false);
         sums.features.at[0] += sum_of<n>(x);
         sums.features.at[1] += sum_of<n>(r);
         sums.features.at[2] += sum_of<n>(d);

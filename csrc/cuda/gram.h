@@ -93,7 +93,14 @@ struct GramProducts {
   CODMD_DEVICE Norms<float> norm(int64_t i) const {
     Inner<float> own = pair(i, i);
     own.ff = grams.ff[i];
-    return norms(own);
+    return norms(own, kLeastGram);
+  }
+  // Whether the scores are so small throughout that their squares left float32; zeros are not.
+  CODMD_DEVICE bool too_small() const {
+    float largest = 0.0f;
+    for (int64_t i = 0; !unit_norms && i < n; ++i)
+      if (valid(i)) largest = fmaxf(largest, fmaxf(grams.rr[i * n + i], grams.dd[i * n + i]));
+    return largest > 0.0f && largest < 1e-30f;
   }
   CODMD_DEVICE Related relate(int64_t i, int64_t j) const {
     const Inner<float> own = pair(i, j);
@@ -121,6 +128,11 @@ struct GramProducts {
     return own.clamped ? -own.student : own.student;
   }
 };
+
+// A number other than zero whose square is one: below sqrt(FLT_MIN) its place is taken by that.
+CODMD_HD inline float squarable(float value) {
+  return value != 0.0f && fabsf(value) < 0x1p-63f ? copysignf(0x1p-63f, value) : value;
+}
 
 template <class T>
 struct GramPass {
@@ -217,7 +229,10 @@ CODMD_UNROLL
         read_pixels<T>(rows, real, b, row, pixel, r);
         read_pixels<T>(rows, other, b, row, pixel, d);
 CODMD_UNROLL
-        for (int e = 0; e < vector; ++e) d[e] = is_difference ? d[e] : d[e] - r[e];
+        for (int e = 0; e < vector; ++e) {
+          d[e] = squarable(is_difference ? d[e] : difference_of(r[e], d[e]));
+          r[e] = squarable(r[e]);
+        }
       }
       float* to = staged + piece * vector * line + (at < kPanel ? at : 3 * kPanel + at - kPanel);
 CODMD_UNROLL

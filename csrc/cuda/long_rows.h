@@ -45,7 +45,7 @@ CODMD_UNROLL
         for (int e = 0; e < vector; ++e) {
           sum[0][e] += x[e];
           sum[1][e] += r[e];
-          sum[2][e] += is_difference ? d[e] : d[e] - r[e];
+          sum[2][e] += is_difference ? d[e] : difference_of(r[e], d[e]);
         }
       }
       if (pixel == 0) row[3 * features] = count;
@@ -91,7 +91,8 @@ struct UnitPass {
       if (t < 5) shared[t] = total[t];
     });
     block.sync();
-    const Norms<float> norm = norms(Inner<float>{shared[0], shared[1], shared[2], shared[2], shared[3], shared[4]});
+    const Norms<float> norm = norms(Inner<float>{shared[0], shared[1], shared[2], shared[2], shared[3], shared[4]},
+                                   kLeastFloat);
     block.each([&](int t) {
       for (int64_t k = t; valid && k < features; k += kThreads) {
         const float r = from[features + k];
@@ -126,8 +127,8 @@ struct DivergencePass {
     const int64_t first = (block.index() - b * each) * kWarps;
     const GramProducts products{grams_at(grams, b, n), validity, unit_norms, b, n};
     const int64_t count = count_valid(products, n);
-    diverge_rows(block, products, n, count, first, temperature(), similarity + b * n * n, excess + b * n * n,
-                 divergence + b * n);
+    diverge_rows(block, products, n, count, first, products.too_small() ? NAN : temperature(),
+                 similarity + b * n * n, excess + b * n * n, divergence + b * n);
     block.each([&](int t) {
       if (first == 0 && t == 0) counts[b] = float(count);
     });

@@ -67,7 +67,8 @@ CODMD_DEVICE float make_unit(float* row, int features) {
     sums.at[3] += d * d;
     sums.at[4] += (r + d) * (r + d);
   });
-  const Norms<float> norm = norms(Inner<float>{sum.at[0], sum.at[1], sum.at[2], sum.at[2], sum.at[3], sum.at[4]});
+  const Norms<float> norm = norms(Inner<float>{sum.at[0], sum.at[1], sum.at[2], sum.at[2], sum.at[3], sum.at[4]},
+                                 kLeastFloat);
   for (int k = 0; k < features; ++k) {
     const float r = row[features + k];
     row[features + k] = r / norm.real;

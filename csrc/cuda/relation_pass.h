@@ -42,7 +42,7 @@ struct RelationPass {
       r.read(row, column, b, count);
       f.read(row, column, c, count);
 CODMD_UNROLL
-      for (int i = 0; i < n; ++i) c[i] -= b[i];
+      for (int i = 0; i < n; ++i) c[i] = difference_of(b[i], c[i]);
       sums.at[0] += sum_of<n>(a);
       sums.at[1] += sum_of<n>(b);
       sums.at[2] += sum_of<n>(c);

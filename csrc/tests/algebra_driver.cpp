@@ -65,7 +65,7 @@ struct Problem {
       for (int k = i * features; k < (i + 1) * features; ++k) squared += (r[k] + d[k]) * (r[k] + d[k]);
       codmd::Inner<T> own = pair(i, i);
       own.ff = squared;
-      norms.push_back(codmd::norms(own));
+      norms.push_back(codmd::norms(own, codmd::kLeastFloat));
     }
     std::vector<T> similarity(n * n), excess(n * n), q(n), log_q(n);
     T sum = 0;

@@ -9,7 +9,16 @@ both levels' norms; value and factors need a second read (:mod:`.decoupled`).
 import triton
 import triton.language as tl
 
-from ..blocks import FAKE_SCALE, REAL_SCALE, TEMPERATURE, number, ordered_sum, store_objective_terms, takes_last
+from ..blocks import (
+    FAKE_SCALE,
+    REAL_SCALE,
+    TEMPERATURE,
+    kept_apart,
+    number,
+    ordered_sum,
+    store_objective_terms,
+    takes_last,
+)
 from ..pooled.algebra import relation_in_one_block
 from ..pooled.pool import finish_sample, store_regions
 from .algebra import MOMENTS, SCALE, add_segments, finish_loss, pseudo_huber_root, store_norms
@@ -181,7 +190,7 @@ def moments_kernel(
         if RELATION:
             sum_x += x
             sum_r += r
-            sum_d += d
+            sum_d += kept_apart(r, d, False)
 
     stride = samples.to(tl.int64) * frames * programs
     piece = workspace + moments_at + b * per_sample + f * programs + pid % programs

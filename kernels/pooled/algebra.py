@@ -16,7 +16,16 @@ Offsets inside a table are int32; the launcher refuses larger tables.
 import triton
 import triton.language as tl
 
-from ..blocks import NORM_FLOOR, at_least_floor, norm_of, store_tile, unit_diagonal, unless_alone
+from ..blocks import (
+    LEAST_OF_FEATURES,
+    NORM_FLOOR,
+    at_least_floor,
+    norm_of,
+    store_tile,
+    unit_diagonal,
+    unless_alone,
+    unless_lost,
+)
 from ..divergence import divergence_rows
 
 UNROLL = tl.constexpr(2)
@@ -56,7 +65,8 @@ def feature_norms(base, index, valid, stride_i, stride_k, features):
         rr += r * r
         ff += f * f
         dd += d * (f + r)
-    x_norm, r_norm, f_norm = norm_of(xx), norm_of(rr), norm_of(ff)
+    x_norm, r_norm = norm_of(xx), norm_of(rr)
+    f_norm = unless_lost(norm_of(ff), r_norm, LEAST_OF_FEATURES)
     n_x, n_r, n_f = at_least_floor(x_norm), at_least_floor(r_norm), at_least_floor(f_norm)
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
     change = tl.where(clamped, 1.0, dd / tl.maximum(r_norm + f_norm, NORM_FLOOR) / n_f)

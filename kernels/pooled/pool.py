@@ -9,7 +9,7 @@ term; the block that completes the last sample computes the batch term and the t
 import triton
 import triton.language as tl
 
-from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms, takes_last
+from ..blocks import TEMPERATURE, difference_of, frame_validity, number, ordered_sum, store_terms, takes_last
 from .algebra import relation_in_one_block
 
 
@@ -19,7 +19,7 @@ def load_triple(student, real, fake, at_x, at_r, at_f, mask):
     x = tl.load(student + at_x, mask=mask, other=0.0).to(tl.float32)
     r = tl.load(real + at_r, mask=mask, other=0.0).to(tl.float32)
     f = tl.load(fake + at_f, mask=mask, other=0.0).to(tl.float32)
-    return x, r, f - r
+    return x, r, difference_of(r, f)
 
 
 @triton.jit

@@ -11,7 +11,17 @@ and the loss, G, and M with ∂L/∂x = M x as in ``codmd.reference``. The matri
 import triton
 import triton.language as tl
 
-from ..blocks import NORM_FLOOR, at_least_floor, frame_validity, norm_of, store_tile, unit_diagonal, unless_alone
+from ..blocks import (
+    LEAST_OF_GRAMS,
+    NORM_FLOOR,
+    at_least_floor,
+    frame_validity,
+    norm_of,
+    store_tile,
+    unit_diagonal,
+    unless_alone,
+    unless_lost,
+)
 from ..divergence import divergence_rows
 
 
@@ -34,7 +44,7 @@ def triangle(i, j, count):
 
 @triton.jit
 def gram_norms(grams, i, count):
-    """1/n_x, a, b, k of vectors i, and whether ‖x‖, ‖f‖ and both scores reach the floor; shaped like ``i``."""
+    """1/n_x, a, b, k of vectors i; whether ‖x‖ reaches the floor, f = r + d has digits, ‖r‖ and ‖f‖ reach the floor."""
     inside = i < count
     diagonal = triangle(i, i, count)
     half = count * (count + 1) // 2
@@ -42,10 +52,22 @@ def gram_norms(grams, i, count):
     x_norm = norm_of(tl.load(grams + diagonal, mask=inside, other=1.0))
     r_norm = norm_of(tl.load(grams + half + diagonal, mask=inside, other=1.0))
     f_norm = norm_of(tl.load(grams + 3 * half + i, mask=inside, other=1.0))
+    f_kept = f_norm >= LEAST_OF_GRAMS * r_norm
+    f_norm = unless_lost(f_norm, r_norm, LEAST_OF_GRAMS)
     a, b = at_least_floor(r_norm), at_least_floor(f_norm)
     k = t / tl.maximum(r_norm + f_norm, NORM_FLOOR)
     clamped = (r_norm < NORM_FLOOR) | (f_norm < NORM_FLOOR)
-    return tl.div_rn(1.0, at_least_floor(x_norm)), a, b, k, x_norm >= NORM_FLOOR, f_norm >= NORM_FLOOR, clamped == 0
+    return tl.div_rn(1.0, at_least_floor(x_norm)), a, b, k, x_norm >= NORM_FLOOR, f_kept, clamped == 0
+
+
+@triton.jit
+def too_small(grams, j, j_valid, count):
+    """Whether the scores are so small throughout that their squares left float32; zeros are not."""
+    half = count * (count + 1) // 2
+    squares = tl.load(grams + half + triangle(j, j, count), mask=j_valid, other=0.0)
+    squares = tl.maximum(squares, tl.load(grams + 3 * half + j, mask=j_valid, other=0.0))
+    largest = tl.max(tl.max(squares, 1), 0)
+    return (largest > 0.0) & (largest < 1e-30)
 
 
 @triton.jit
@@ -64,14 +86,15 @@ def relation_of_grams(
     j_valid = frame_validity(frame_mask, sample, j, count, mask_b, mask_f)
     n = tl.sum(tl.sum(j_valid.to(tl.float32), 1), 0)
     j_valid = unless_alone(j_valid, n)
-    j_x, j_a, j_b, j_k, _j_x_free, j_f_free, j_free = gram_norms(grams, j, count)
+    temperature = tl.where(too_small(grams, j, j_valid, count), float("nan"), temperature)
+    j_x, j_a, j_b, j_k, _j_x_free, j_f_kept, j_free = gram_norms(grams, j, count)
     kl = 0.0
     column_sum = tl.zeros([1, BLOCK_J], tl.float32)
     for start in range(0, count, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)[:, None]
         spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
         i_valid = unless_alone(frame_validity(frame_mask, sample, spread, count, mask_b, mask_f), n)
-        i_x, i_a, i_b, i_k, x_free, i_f_free, i_free = gram_norms(grams, spread, count)
+        i_x, i_a, i_b, i_k, x_free, i_f_kept, i_free = gram_norms(grams, spread, count)
         at = triangle(tl.minimum(spread, j), tl.maximum(spread, j), count)
         inside = (spread < count) & (j < count)
         x = tl.load(grams + at, mask=inside, other=0.0)
@@ -80,8 +103,8 @@ def relation_of_grams(
         similarity = (x * i_x) * j_x
         r_cosine = r / i_a / j_a
         difference = (t - r_cosine * (i_k * j_a + i_b * j_k)) / i_b / j_b
-        # Below the floor r + d has no digit left: such a fake vector counts as zero (a NaN norm stays NaN).
-        f_cosine = tl.where(i_f_free & j_f_free, (r + t) / i_b / j_b, 0.0 * i_b * j_b)
+        # An f without digits counts as zero far under the floor, and has a NaN for its norm elsewhere.
+        f_cosine = tl.where(i_f_kept & j_f_kept, (r + t) / i_b / j_b, 0.0 * i_b * j_b)
         difference = tl.where(i_free & j_free, difference, f_cosine - r_cosine)
         similarity, difference = unit_diagonal(similarity, difference, spread == j, x_free, i_free)
         block_kl, q_minus_p = divergence_rows(similarity, difference, i_valid, j_valid, temperature)
@@ -97,7 +120,7 @@ def relation_of_grams(
         i = start + tl.arange(0, BLOCK_I)[:, None]
         spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
         inside = (spread < count) & (j < count)
-        i_x, _i_a, _i_b, _i_k, free, _i_f_free, _i_free = gram_norms(grams, spread, count)
+        i_x, _i_a, _i_b, _i_k, free, _i_f_kept, _i_free = gram_norms(grams, spread, count)
         h = tl.load(scratch + spread * count + j, mask=inside, other=0.0)
         h += tl.load(scratch + j * count + spread, mask=inside, other=0.0)
         radial = tl.load(row_radial + spread, mask=inside, other=0.0)

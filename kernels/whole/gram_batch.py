@@ -10,7 +10,7 @@ Each leaves upper triangles, and the last program of a group of splits adds the 
 import triton
 import triton.language as tl
 
-from ..blocks import frame_validity, takes_last
+from ..blocks import difference_of, frame_validity, square_of, takes_last
 from .algebra import add_pieces, triangle
 from .stream import tile_address
 
@@ -99,13 +99,13 @@ def score_grams(
         f_at = tile_address(fake, tile, per_run, run_lines, 0, f_b, f_c, f_h, VEC)
         r = load_samples(r_at, b, i, valid, start + lane, inside, r_b * VEC, r_f * VEC, r_w)
         f = load_samples(f_at, b, i, valid, start + lane, inside, f_b * VEC, f_f * VEC, f_w)
-        d = f - r
+        d = difference_of(r, f)
         mean_r, mean_d = tl.sum(r, 1) / count, tl.sum(d, 1) / count
         averages_rr = tl.dot(mean_r, tl.trans(mean_r), averages_rr, input_precision="ieee")
         averages_tt = tl.dot(mean_d, tl.trans(mean_r + 0.5 * mean_d), averages_tt, input_precision="ieee")
-        averages_ff += tl.sum((mean_r + mean_d) * (mean_r + mean_d), 1)
+        averages_ff += tl.sum(square_of(mean_r + mean_d), 1)
         if FRAMES:
-            ff += tl.sum(f * f, 2)
+            ff += tl.sum(square_of(f), 2)
             rr = batched_dot(r, r, rr)
             tt = batched_dot(d, 0.5 * (r + f), tt)
     return rr, tt, ff, averages_rr, averages_tt, averages_ff

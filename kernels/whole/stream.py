@@ -7,7 +7,7 @@ f fᵀ = R + T without cancellation. Dots are IEEE float32. The same pass can le
 import triton
 import triton.language as tl
 
-from ..blocks import frame_validity
+from ..blocks import difference_of, frame_validity, square_of
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def score_grams(
                 d = f
                 f = r + d
             else:
-                d = f - r
+                d = difference_of(r, f)
         if pooled is not None:  # noqa: SIM102 (decided at compile time, the next at run time)
             if pair == 0:
                 if GRAMS and BLOCKS == 1:
@@ -120,7 +120,8 @@ def score_grams(
                         valid = frame_validity(frame_mask, sample, row, frames, mask_b, mask_f)
                         rs = load_rows(r_at, row, valid, column, inside, r_f * VEC, r_w)
                         mean_r += tl.sum(rs, 0)
-                        mean_d += tl.sum(load_rows(f_at, row, valid, column, inside, f_f * VEC, f_w) - rs, 0)
+                        fs = load_rows(f_at, row, valid, column, inside, f_f * VEC, f_w)
+                        mean_d += tl.sum(difference_of(rs, fs), 0)
                         valid_rows += tl.sum(valid.to(tl.float32), 0)
                     mean_r, mean_d = mean_r / tl.maximum(valid_rows, 1.0), mean_d / tl.maximum(valid_rows, 1.0)
                 features = runs.to(tl.int64) * length
@@ -141,7 +142,7 @@ def score_grams(
                 rr = tl.dot(r, tl.trans(rj), rr, input_precision="ieee")
                 tt = tl.dot(d, tl.trans(rj + 0.5 * dj), tt, input_precision="ieee")
                 tt = tl.dot(middle, tl.trans(dj), tt, input_precision="ieee")
-            ff += tl.sum(f * f, 1)
+            ff += tl.sum(square_of(f), 1)
     if BLOCKS == 1:
         tt += tl.trans(tt)
     return rr, tt, ff

@@ -123,13 +123,13 @@ def _pool(grid: Grid | None) -> Pool:
 
 def _features(call: Relation) -> Features:
     dtype = reference.compute_dtype(call.student.dtype)
-    latents = call.student, call.real, call.fake.to(dtype) - call.real.to(dtype)
+    latents = call.student, call.real, reference.difference_of(call.real.to(dtype), call.fake.to(dtype))
     x, r, d = (reference.frame_features(v, call.layout, _pool(call.pool)) for v in latents)
     return x, r, d
 
 
 def _pooled(latents: moments.Latents, grid: Grid) -> Features:
-    pooled = latents.student, latents.real, latents.difference
+    pooled = latents.student, latents.real, reference.kept_apart(latents.real, latents.difference)
     x, r, d = (reference.frame_features(v, "bfchw", _pool(grid)) for v in pooled)
     return x, r, d
 
