@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreted import INTERPRETED, needs_interpreter
+from interpreted import INTERPRETED, needs_interpreter, patch_language_once
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -11,6 +11,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="contract: every ambient state, and every case under the interpreter; static: every configuration",
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _language_patched_once():
+    if INTERPRETED:
+        needs_interpreter()
+        patch_language_once()
 
 
 @pytest.fixture(autouse=True)
