@@ -1,4 +1,4 @@
-"""The CUDA extension as nvcc builds it: every kernel for every default architecture, without a GPU.
+"""The CUDA extension as nvcc builds it, without a GPU: every kernel for sm_80 and sm_90, by --every for all by default.
 
 Skipped only where there is no usable nvcc; what the kernels compute is tested in test_cuda_host.py.
 """
@@ -45,12 +45,13 @@ def toolkit():
 
 
 @pytest.fixture(scope="module")
-def compiled(toolkit, tmp_path_factory):
-    """(architectures, [(object, messages)]) of the full build, ptxas talking."""
+def compiled(request, toolkit, tmp_path_factory):
+    """(architectures, [(object, messages)]) of the build, ptxas talking."""
     before = Path.cwd()
     os.chdir(ROOT)
     try:
-        archs = [arch for arch in nvcc.DEFAULT_ARCHS if arch in toolkit.known]
+        wanted = nvcc.DEFAULT_ARCHS if request.config.getoption("--every") else (80, 90)
+        archs = [arch for arch in wanted if arch in toolkit.known]
         folder = tmp_path_factory.mktemp("cuda")
         return archs, nvcc.compile_sources(toolkit, archs, str(folder), "-Xptxas=-v")
     finally:
