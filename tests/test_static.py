@@ -37,7 +37,7 @@ SAMPLE = (
 
 @pytest.fixture(scope="module", params=static.TARGETS)
 def compiled(request):
-    """(case, report) of every kernel on one architecture, of the sample on sm_90; of all cases and sm_100 by ``--every``."""
+    """(case, report) of every kernel on one architecture, the sample on sm_90; by ``--every`` all cases, and sm_100."""
     target, every = request.param, request.config.getoption("--every")
     if target == "sm_100" and not every:
         pytest.skip("by --every; sm_90 has the same instructions")
