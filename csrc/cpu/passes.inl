@@ -24,22 +24,19 @@ struct Vectors {
 };
 
 inline Vectors operator+(const Vectors& a, const Vectors& b) {
-  return {V::add(a.student, b.student), V::add(a.real, b.real), V::add(a.third, b.third)};
+  return {V::multiplier_add(a.student, b.student), V::multiplier_add(a.real, b.real), V::add(a.third, b.third)};
 }
 
-// Sums of 4 W elements, W to a vector, in two roundings.
+// Sums of 2 W elements, W to a vector. Half of the additions go through the multipliers: with all of them on the adders
+// the pass waits for these and not for memory.
 template <class T>
-inline Vectors add_four(const T* x, const T* r, const T* f) {
-  constexpr int W = V::kWidth;
-  V::Float xs[4], rs[4], fs[4];
-  for (int half = 0; half < 2; ++half) {
-    V::load_two(x + half * 2 * W, xs[2 * half], xs[2 * half + 1]);
-    V::load_two(r + half * 2 * W, rs[2 * half], rs[2 * half + 1]);
-    V::load_two(f + half * 2 * W, fs[2 * half], fs[2 * half + 1]);
-  }
-  for (int i = 0; i < 4; ++i) fs[i] = V::sub(fs[i], rs[i]);
-  return {V::add(V::add(xs[0], xs[1]), V::add(xs[2], xs[3])), V::add(V::add(rs[0], rs[1]), V::add(rs[2], rs[3])),
-          V::add(V::add(fs[0], fs[1]), V::add(fs[2], fs[3]))};
+inline Vectors add_pair(const T* x, const T* r, const T* f) {
+  V::Float xs[2], rs[2], fs[2];
+  V::load_two(x, xs[0], xs[1]);
+  V::load_two(r, rs[0], rs[1]);
+  V::load_two(f, fs[0], fs[1]);
+  return {V::multiplier_add(xs[0], xs[1]), V::multiplier_add(rs[0], rs[1]),
+          V::add(V::sub(fs[0], rs[0]), V::sub(fs[1], rs[1]))};
 }
 
 inline void add_to(RegionSums& sums, const Vectors& values) {
@@ -54,15 +51,18 @@ inline V::Float third_of(Half, V::Float real, V::Float fake) {
   return V::sub(fake, real);
 }
 
-// Float64 lanes throughout, so that a mean that nearly cancels keeps its digits. Half precision has few bits: a
-// float32 tree over eight vectors comes first and rounds next to nothing.
+// Float64 lanes throughout, so that a mean that nearly cancels keeps its digits. Half precision has few bits: float32
+// sums over sixteen vectors come first and round next to nothing.
 template <class T>
 inline void reduce_row(const T* x, const T* r, const T* f, int64_t n, RegionSums& sums) {
   constexpr int W = V::kWidth;
   int64_t k = 0;
   if constexpr (sizeof(T) == 2) {
-    for (; k + 8 * W <= n; k += 8 * W)
-      add_to(sums, add_four(x + k, r + k, f + k) + add_four(x + k + 4 * W, r + k + 4 * W, f + k + 4 * W));
+    for (; k + 16 * W <= n; k += 16 * W) {
+      Vectors block = add_pair(x + k, r + k, f + k);
+      for (int64_t at = k + 2 * W; at < k + 16 * W; at += 2 * W) block = block + add_pair(x + at, r + at, f + at);
+      add_to(sums, block);
+    }
     for (; k + W <= n; k += W) {
       const V::Float real = V::load(r + k);
       add_to(sums, {V::load(x + k), real, V::sub(V::load(f + k), real)});

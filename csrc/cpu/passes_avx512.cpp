@@ -60,6 +60,8 @@ struct V {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  // a + b, bit for bit, where the processor multiplies.
+  static Float multiplier_add(Float a, Float b) { return _mm512_fmadd_ps(a, set1(1.0f), b); }
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }

@@ -105,6 +105,7 @@ struct V {
     for (int k = 0; k < kWidth; ++k) from_float(value[k], to[k]);
   }
   static Float add(Float a, Float b) { return a + b; }
+  static Float multiplier_add(Float a, Float b) { return a + b; }
   static Float sub(Float a, Float b) { return a - b; }
   static Float mul(Float a, Float b) { return a * b; }
   static Float fma(Float a, Float b, Float c) { return c + a * b; }
