@@ -10,7 +10,7 @@ from codmd.cli import CommandError, above, at_least, integer_in
 from codmd.extras import needing
 
 HELP = "distil a toy video teacher with DMD and with CoDMD on the CPU, and write a report"
-FULL = {"seeds": 3, "updates": 1000, "samples": 2000}
+FULL = {"seeds": 5, "updates": 600, "samples": 2000}
 QUICK = {"seeds": 1, "updates": 300, "samples": 1000}
 QUICK_TEACHER_STEPS = 1800
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one seed, short training, under a minute: a check, not a result"
     )
-    parser.add_argument("--seed", type=integer_in(0, 2**31), default=1, help="first seed (1)")
+    parser.add_argument("--seed", type=integer_in(0, 2**31), default=51, help="first seed (51)")
     parser.add_argument(
         "--seeds", type=integer_in(1, 100), help=f"number of seeds ({FULL['seeds']}; {QUICK['seeds']} with --quick)"
     )
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frame-weight", type=at_least(0), default=1.0, help="weight of the relation between frames (1)"
     )
     parser.add_argument(
-        "--batch-weight", type=at_least(0), default=1.0, help="weight of the relation between samples (1)"
+        "--batch-weight", type=at_least(0), default=0.0, help="weight of the relation between samples (0)"
     )
     parser.add_argument("--steps", type=integer_in(1, 8), default=4, help="sampling steps of the student (4)")
     parser.add_argument(
