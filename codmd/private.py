@@ -1,4 +1,4 @@
-"""Private interfaces of PyTorch, each with what serves where a release lacks it.
+"""Private interfaces of PyTorch and Triton, each with what serves where a release lacks it.
 
 They save host time before a kernel, or see what no public function shows. ``tests/test_private.py`` holds each to its
 fallback.
@@ -58,12 +58,47 @@ def group_of_name(name: str) -> dist.ProcessGroup:
     return _groups[name] if _resolve_group is None else _resolve_group(name)
 
 
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def current_stream(index: int) -> int:
     """Raw handle of the current stream of a CUDA device. Fallback: through a ``torch.cuda.Stream``."""
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return torch.cuda.current_stream(index).cuda_stream if raw is None else raw(index)
+    return torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index)
 
 
-def current_device() -> int:
-    """Index of the current CUDA device. Fallback: the public function, which may initialise CUDA."""
-    return getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)()
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""Index of the current CUDA device. Fallback: the public function, which may initialise CUDA."""
+
+
+def hooked_of(knobs: Any) -> Callable[[], bool]:
+    """Whether a profiler hangs onto Triton's launches, by ``triton.knobs.runtime``.
+
+    Triton calls even empty chains of hooks. Fallback: always, and Triton calls what there is.
+    """
+    if not hasattr(knobs, "launch_enter_hook") or not hasattr(knobs, "launch_exit_hook"):
+        return lambda: True
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    entered, left = getattr(enter, "calls", enter), getattr(leave, "calls", leave)
+    return lambda: bool(knobs.launch_enter_hook is not enter or knobs.launch_exit_hook is not leave or entered or left)
+
+
+def launch_of(compiled: Any, grid: tuple[int, int, int], version: tuple[int, ...]) -> Callable[..., None]:
+    """``launch(stream, arguments)`` of a ``CompiledKernel``, without hooks, by the release of Triton.
+
+    Triton 3.9 for CUDA: its C function, past the Python around it, unless the kernel wants scratch memory. Otherwise
+    the launcher that ``compiled[grid]`` calls. Fallback: ``compiled[grid]``.
+    """
+    if not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
+        return lambda stream, arguments: compiled[grid](*arguments, stream=stream)
+    run: Any = compiled.run
+    x, y, z = grid
+    function, metadata, no_hooks = compiled.function, compiled.packed_metadata, (None, None, None)
+    scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if version != (3, 9) or scratch or getattr(run, "gsan_enabled", True):
+        return lambda stream, arguments: run(x, y, z, stream, function, metadata, *no_hooks, *arguments)
+    launch, no_scratch = run.launch, (None, None)
+    cooperative, dependent = run.launch_cooperative_grid, run.launch_pdl
+    kinds = run.arg_annotations, run.kernel_signature
+    return lambda stream, arguments: launch(
+        x, y, z, stream, function, cooperative, dependent, metadata, *no_hooks, *no_scratch, *kinds, arguments
+    )

@@ -1,8 +1,8 @@
 """Launching kernels with little host time: compiled once, then called with its constants bound.
 
 A :class:`Launcher` belongs to one plan, whose key fixes everything Triton specialises on: dtypes, sizes, strides,
-pointer alignment, the device. So Triton's own argument binder, several times the cost of a launch, is paid once, and
-afterwards the compiled kernel's launcher is called as Triton itself calls it.
+pointer alignment, the device. So Triton's own argument binder, several times the cost of a launch, is paid once;
+afterwards :func:`codmd.private.launch_of` calls the compiled kernel.
 """
 
 from __future__ import annotations
@@ -28,23 +28,17 @@ TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 ASSUMED_MULTIPROCESSORS = 132
 """Used to choose tiles where no device can be asked: under the interpreter and for ahead-of-time compilation."""
 
-_hooks = triton.knobs.runtime
-_ENTER, _EXIT = _hooks.launch_enter_hook, _hooks.launch_exit_hook
-_ENTERED, _EXITED = getattr(_ENTER, "calls", _ENTER), getattr(_EXIT, "calls", _EXIT)
-"""What a profiler hangs onto launches. Triton calls even empty chains of hooks; without any they are left out."""
+_hooked = private.hooked_of(triton.knobs.runtime)
 
 
 class _Interpreted:
     """What :class:`Launcher` uses of a ``CompiledKernel``, run by Triton's interpreter."""
 
-    function = packed_metadata = None
-
     def __init__(self, kernel: Callable[..., None]) -> None:
         self._kernel = kernel
 
-    def run(self, *arguments: Any) -> None:
-        """Arguments of the kernel follow the nine of a launch: grid, stream, function, metadata and hooks."""
-        self._kernel(*arguments[9:])
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments, stream: self._kernel(*arguments)
 
 
 class Launcher:
@@ -61,7 +55,7 @@ class Launcher:
     """
 
     __slots__ = (
-        "_compiled", "_last", "_run", "constants", "fixed", "grid", "kernel", "registers", "warps", "wavefronts",
+        "_compiled", "_last", "_launch", "constants", "fixed", "grid", "kernel", "registers", "warps", "wavefronts",
     )  # fmt: skip
 
     def __init__(
@@ -83,7 +77,7 @@ class Launcher:
         self.fixed = fixed
         self._last = *fixed, *constants
         self._compiled: Any = None
-        self._run: tuple[Callable[..., None], Any, Any] | None = None
+        self._launch: Callable[..., None] | None = None
 
     def options(self, backend: str) -> dict[str, Any]:
         """Options of ``triton.compile`` for ``"cuda"`` or ``"hip"``."""
@@ -103,15 +97,14 @@ class Launcher:
         return self.kernel[self.grid](*arguments, **options)
 
     def __call__(self, stream: int, *arguments: Any) -> None:
-        if self._run is None:
+        if self._launch is None:
             with relaxed_capture():
-                compiled = self._compiled = self.start((*arguments, *self._last))
-            self._run = compiled.run, compiled.function, compiled.packed_metadata
-        elif _hooks.launch_enter_hook is not _ENTER or _hooks.launch_exit_hook is not _EXIT or _ENTERED or _EXITED:
+                self._compiled = self.start((*arguments, *self._last))
+            self._launch = private.launch_of(self._compiled, self.grid, TRITON)
+        elif _hooked():
             self._compiled[self.grid](*arguments, *self._last, stream=stream)
         else:
-            run, function, metadata = self._run
-            run(self.grid[0], 1, 1, stream, function, metadata, None, None, None, *arguments, *self._last)
+            self._launch(stream, (*arguments, *self._last))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Private interfaces of PyTorch and what serves without them give the same answers."""
+"""Private interfaces of PyTorch and Triton, and what serves without them give the same answers."""
 
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ PRIVATE = (
     "_len_torch_function_stack",
     "_storage_Use_Count",
 )
+CUDA = "_cuda_getCurrentRawStream", "_cuda_getDevice"
+"""Absent where PyTorch is built for CPUs."""
 
 
 @pytest.fixture
@@ -26,6 +29,8 @@ def without_private_interfaces(monkeypatch):
     with monkeypatch.context() as lacking:
         for name in PRIVATE:
             lacking.delattr(torch._C, name)
+        for name in CUDA:
+            lacking.delattr(torch._C, name, raising=False)
         importlib.reload(private)
     yield
     importlib.reload(private)
@@ -46,6 +51,24 @@ def test_a_release_without_them_gives_the_same_loss(without_private_interfaces):
     importlib.reload(private)
     for found, expected in zip(fallback, loss_and_gradient(), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_a_release_without_them_asks_the_public_functions_for_stream_and_device(
+    without_private_interfaces, monkeypatch
+):
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", {3: stream}.get)
+    assert private.current_stream(3) == 7
+    assert private.current_device is torch.cuda.current_device
+
+
+def test_a_private_stream_and_device_come_first(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 10 + index, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
+    importlib.reload(private)
+    assert (private.current_stream(1), private.current_device()) == (11, 3)
+    monkeypatch.undo()
+    importlib.reload(private)
 
 
 def test_modes_transforms_and_dual_levels_are_seen():
@@ -84,3 +107,66 @@ def test_base_apply_is_apply():
     x = torch.ones(3, requires_grad=True)
     private.base_apply(Double)(x).sum().backward()
     assert x.grad.tolist() == [2, 2, 2]
+
+
+class Compiled:
+    """A ``CompiledKernel`` of Triton whose launches are written down; ``missing`` attributes of it and its launcher."""
+
+    def __init__(self, scratch: int = 0, missing: str = ""):
+        self.calls: list[tuple] = []
+        self.function, self.packed_metadata = "function", "metadata"
+        self.run = Runner(self.calls, scratch)
+        if missing:
+            delattr(self if hasattr(self, missing) else self.run, missing)
+
+    def __getitem__(self, grid):
+        return lambda *arguments, stream: self.calls.append(("public", grid, stream, arguments))
+
+
+class Runner:
+    def __init__(self, calls, scratch):
+        self.calls = calls
+        self.global_scratch_size, self.profile_scratch_size, self.gsan_enabled = 0, scratch, False
+        self.launch_cooperative_grid, self.launch_pdl = False, True
+        self.arg_annotations, self.kernel_signature = "annotations", "signature"
+        self.launch = lambda *values: calls.append(("launch", *values))
+
+    def __call__(self, *values):
+        self.calls.append(("run", *values))
+
+
+RUN = "run", 5, 1, 1, 9, "function", "metadata", None, None, None, "a", "b"
+LAUNCHES = {
+    "3.9": (
+        {}, (3, 9),
+        ("launch", 5, 1, 1, 9, "function", False, True, "metadata", *[None] * 5, "annotations", "signature",
+         ("a", "b")),
+    ),
+    "scratch": ({"scratch": 64}, (3, 9), RUN),
+    "a sanitizer that is not known": ({"missing": "gsan_enabled"}, (3, 9), RUN),
+    "another release": ({}, (3, 8), RUN),
+    "no metadata": ({"missing": "packed_metadata"}, (3, 9), ("public", (5, 1, 1), 9, ("a", "b"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_a_launch_takes_the_way_that_its_release_has(case):
+    made, version, expected = LAUNCHES[case]
+    compiled = Compiled(**made)
+    private.launch_of(compiled, (5, 1, 1), version)(9, ("a", "b"))
+    assert compiled.calls == [expected]
+
+
+@pytest.mark.parametrize("chains", [True, False])
+def test_hooks_of_a_profiler_are_seen(chains):
+    enter, leave = (SimpleNamespace(calls=[]), SimpleNamespace(calls=[])) if chains else (None, None)
+    knobs = SimpleNamespace(launch_enter_hook=enter, launch_exit_hook=leave)
+    hooked = private.hooked_of(knobs)
+    assert not hooked()
+    if chains:
+        leave.calls.append(print)
+        assert hooked()
+        leave.calls.clear()
+    knobs.launch_enter_hook = print
+    assert hooked()
+    assert private.hooked_of(SimpleNamespace())()
