@@ -98,7 +98,8 @@ def _refusal(name: str, device: str, dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _resolve(requested: str, device: str, dtype: torch.dtype) -> Backend:
+def _resolve(requested: str, place: torch.device, dtype: torch.dtype) -> Backend:
+    device = place.type
     if requested == "auto":
         for name in BACKENDS:
             reason = _refusal(name, device, dtype)
@@ -130,7 +131,7 @@ def select(requested: str, tensor: torch.Tensor) -> Backend:
         requested = os.environ.get("CODMD_BACKEND", "auto") or "auto"
         if requested not in NAMES:
             raise ValueError(f"CODMD_BACKEND={requested!r} is not a backend; allowed: {', '.join(NAMES)}")
-    return _resolve(requested, tensor.device.type, tensor.dtype)
+    return _resolve(requested, tensor.device, tensor.dtype)
 
 
 def check_name(backend: str) -> None:

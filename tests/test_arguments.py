@@ -14,6 +14,7 @@ CASES = [
     (ValueError, r"student must have 5 axes .* got shape \(3, 4, 5, 6\)", {"student": STUDENT[0]}),
     (ValueError, "student must not be empty", {"student": STUDENT[:0]}),
     (TypeError, "real must be a torch.Tensor, got float", {"real": 1.0}),
+    (TypeError, "real must be a torch.Tensor, got NoneType", {"real": None}),
     (ValueError, r"real must have the shape of student \(2, 3, 4, 5, 6\), got \(1,", {"real": REAL[:1]}),
     (TypeError, "fake must have the dtype of student torch.float32, got torch.float16", {"fake": FAKE.half()}),
     (ValueError, "fake must be on the device of student cpu, got meta", {"fake": FAKE.to("meta")}),

@@ -96,7 +96,7 @@ def test_the_reason_is_logged_when_auto_passes_the_extension_over(fresh_choice, 
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: (None, "no Triton") if name == "triton" else load(name))
     with caplog.at_level(logging.INFO, logger="codmd"):
-        assert backends._resolve("auto", "cuda", torch.float32) is not cuda
+        assert backends._resolve("auto", torch.device("cuda"), torch.float32) is not cuda
     said = [record.message for record in caplog.records if record.levelno == logging.INFO]
     assert "codmd: backend cuda is not used for cuda tensors: built for another architecture" in said
 
@@ -104,7 +104,7 @@ def test_the_reason_is_logged_when_auto_passes_the_extension_over(fresh_choice, 
 def test_asking_for_it_by_name_raises_with_the_reason(fresh_choice, monkeypatch):
     monkeypatch.setattr(cuda, "load_error", "built for another architecture")
     with pytest.raises(ValueError, match=r"backend='cuda' cannot be used here: built for another architecture.*doctor"):
-        backends._resolve("cuda", "cuda", torch.float32)
+        backends._resolve("cuda", torch.device("cuda"), torch.float32)
 
 
 def test_doctor_reports_a_file_that_is_no_binary_and_what_to_do(tmp_path):

@@ -16,6 +16,7 @@ from codmd.ops.contract import Grid
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("bfchw", "bcfhw")
+LATENTS = ("student", "real", "fake", "real_uncond", "fake_uncond", "noisy", "augment_real", "augment_uncond")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 Number = float | Tensor
@@ -25,60 +26,65 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def remembered(function: Function) -> Function:
-    """``function`` of hashable values, worked out once for each; compiled code traces the function itself."""
-    lookup = functools.lru_cache(maxsize=512, typed=True)(function)
+    """``function`` of hashable values, worked out once for each; never of tensors, nor in compiled code."""
+
+    @functools.lru_cache(maxsize=512, typed=True)
+    def kept(*arguments: Any) -> Any:
+        if any(isinstance(argument, Tensor) for argument in arguments):
+            raise TypeError("a tensor is not a key")
+        return function(*arguments)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*arguments)
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                return function(*arguments)
-        try:
-            return lookup(*arguments)
-        except TypeError:  # an argument that cannot be a key: the function says what is wrong with it
-            return function(*arguments)
+        if not torch.compiler.is_compiling():
+            try:
+                return kept(*arguments)
+            except TypeError:  # not a key, or a wrong argument: the function says what is wrong with it
+                pass
+        return function(*arguments)
 
     return call  # type: ignore[return-value]
 
 
-def check_latents(student: Tensor, **others: Tensor | None) -> None:
-    """``student`` is a 5-D floating tensor of plain memory; the others match it and require no gradient."""
-    _refuse_transforms()
-    if not plainly_match(student, tuple(others.values())):
-        _explain_latents(student, others)
+def check_latents(latents: tuple[Any, ...]) -> None:
+    """Latents in the order of ``LATENTS``: the student is 5-D, floating and of plain memory.
+
+    The others match it and require no gradient; those after ``fake`` may be None.
+    """
+    if not plainly_match(latents):
+        _explain_latents(latents)
 
 
-def plainly_match(student: Any, others: tuple[Any, ...]) -> bool:
+def plainly_match(latents: tuple[Any, ...]) -> bool:
     """Whether nothing can be wrong: the few attributes that tell so, since this precedes every kernel."""
-    if type(student) not in PLAIN or private.dual_level_active():
+    student, compiling = latents[0], torch.compiler.is_compiling()
+    if type(student) not in PLAIN or private.dual_level_active() or private.transforms_active():
         return False
     try:
         shape, dtype, device = student.shape, student.dtype, student.device
-        if len(shape) != 5 or 0 in shape or dtype not in DTYPES or not _is_memory(student):
+        if len(shape) != 5 or 0 in shape or dtype not in DTYPES:
             return False
-        for other in others:
-            if other is not None and (
-                type(other) is not Tensor
-                or other.shape != shape
-                or other.dtype is not dtype
-                or other.requires_grad
-                or other.device != device
-                or not _is_memory(other)
+        for place, latent in enumerate(latents):
+            if latent is None and place > 2:
+                continue
+            if place and (
+                type(latent) is not Tensor
+                or latent.shape != shape
+                or latent.dtype is not dtype
+                or latent.requires_grad
+                or latent.device != device
             ):
+                return False
+            # The values are what lies at the tensor's address.
+            if not compiling and (latent.data_ptr() == 0 or latent.is_neg()):
                 return False
     except RuntimeError:  # nested tensors have no shape, sparse ones no address
         return False
     return True
 
 
-def _is_memory(tensor: Tensor) -> bool:
-    """Whether the values are what lies at the tensor's address."""
-    return torch.compiler.is_compiling() or (tensor.data_ptr() != 0 and not tensor.is_neg())
-
-
-def _explain_latents(student: Any, others: dict[str, Any]) -> None:
+def _explain_latents(latents: tuple[Any, ...]) -> None:
+    student, *others = latents
     check_memory("student", student)
     if student.dtype not in DTYPES:
         raise TypeError(f"student must be float32, bfloat16, float16 or float64, got {student.dtype}")
@@ -89,8 +95,8 @@ def _explain_latents(student: Any, others: dict[str, Any]) -> None:
         )
     if student.numel() == 0:
         raise ValueError(f"student must not be empty, got shape {tuple(student.shape)}")
-    for name, other in others.items():
-        if other is not None:
+    for name, other in zip(LATENTS[1:], others, strict=False):
+        if other is not None or name in LATENTS[:3]:
             _check_match(name, other, student)
 
 
@@ -215,7 +221,7 @@ def _scalar_tensor(name: str, value: Tensor) -> Number:
     return value
 
 
-def check_pool(pool: Any, layout: str, shape: torch.Size) -> Grid | None:
+def check_pool(pool: Any, shape: torch.Size) -> Grid | None:
     """``"mean"``, ``(rows, columns)`` or ``None``, as a grid."""
     if pool is None:
         return None
@@ -241,8 +247,6 @@ def check_mask(name: str, mask: Any, student: Tensor, marks: str) -> None:
 
 def check_frame_mask(frame_mask: Any, student: Tensor, layout: str) -> None:
     """Boolean ``[B, F]`` on the student's device."""
-    if frame_mask is None:
-        return
     check_mask("frame_mask", frame_mask, student, "marks a valid frame")
     frames = student.shape[1] if layout == "bfchw" else student.shape[2]
     if frame_mask.shape != (student.shape[0], frames):

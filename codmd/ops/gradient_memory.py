@@ -12,10 +12,12 @@ from codmd import private
 from codmd.ops.checks import remembered
 
 
-def gradient_strides(student: Tensor) -> tuple[int, ...]:
-    """:func:`dense_strides` of an eager call."""
-    strides = student.stride()
-    return strides if student.is_contiguous() else _dense_strides(student.shape, strides)
+def gradient_memory(student: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:
+    """What :func:`empty_gradient` makes of an eager call's student: shape, strides, dtype and device."""
+    shape, strides = student.shape, student.stride()
+    if not student.is_contiguous():
+        strides = _dense_strides(shape, strides)
+    return shape, strides, student.dtype, student.device
 
 
 def dense_strides(shape: Any, strides: Any) -> tuple[int, ...]:
@@ -58,7 +60,7 @@ def empty_gradient(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dty
     """
     size = shape.numel() * dtype.itemsize
     owners = private.storage_owners
-    if device.type != "cpu" or size < KEPT_BYTES or owners is None:
+    if size < KEPT_BYTES or owners is None or device.type != "cpu":
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
     try:
         memory = _kept.pop()

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codmd.conventions import Convention
-from codmd.ops import checks, emulation, objective_checks
+from codmd.ops import emulation, objective_checks
 from codmd.ops.checks import Number
-from codmd.ops.contract import Grid, Objective, Upstream
-from codmd.ops.objective_checks import Inputs
-from codmd.ops.operator import Operator, gather_of
+from codmd.ops.contract import Objective, Upstream
+from codmd.ops.objective_checks import Options
+from codmd.ops.operator import Operator, name_of
 from codmd.ops.relation import relation_loss
-from codmd.ops.scheduled import numbers_of
 from codmd.reference.relation import Pool
 
 
@@ -164,52 +163,29 @@ def dmd_loss(
     Source: DMD, arXiv 2311.18828, equations 7 and 8; decoupled: arXiv 2511.22677. The conventions' codebases are listed
     in ``docs/conventions.md``.
     """
-    inputs = objective_checks.check(
-        (student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond), guidance, fake_guidance,
-        convention, mask, sample_weight, layout, prediction, sigma, backend,
-    )  # fmt: skip
+    options = objective_checks.options(convention, layout, guidance, fake_guidance, prediction, backend)
+    latents = student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond
+    call, _ = objective_checks.call_of(options, latents, mask, sample_weight, sigma, prediction)
     if not return_terms:
         if return_real:
             raise ValueError("return_real=True needs return_terms=True: the guided real is one of the terms")
-        return _dmd_loss(inputs, backend)
-    if inputs.convention.fusable:
-        _, loss, _, _, magnitude, norm = OBJECTIVE.terms(_plain(inputs), gather_of(None, "global"), backend)
+        return _dmd_loss(call, options, backend)
+    if call.convention.fusable:
+        _, loss, _, _, magnitude, norm = OBJECTIVE.terms(call, options.gather, backend)
         magnitude, norm = magnitude.detach(), norm if augment_real is None else norm.unbind()[0]
     else:
-        loss, magnitude, norm = emulation.loss_and_terms(inputs, backend, True)
+        loss, magnitude, norm = emulation.loss_and_terms(call, options, backend, True)
     if not return_real:
         return DmdTerms(loss, magnitude, norm, None)
-    guided = emulation.guided(emulation.teacher_prediction, inputs)
+    guided = emulation.guided(emulation.teacher_prediction, call, options)
     return DmdTerms(loss, magnitude, norm, guided.squeeze(1) if student.ndim == 4 else guided)
 
 
-def _dmd_loss(inputs: Inputs, backend: str) -> Tensor:
-    """The loss alone: in one pass, or step by step where the convention asks for it."""
-    if not inputs.convention.fusable:
-        return emulation.loss_and_terms(inputs, backend, False)[0]
-    return OBJECTIVE(_plain(inputs), gather_of(None, "global"), backend)
-
-
-def _plain(inputs: Inputs) -> Objective:
-    """The call without a relation."""
-    return _call(inputs, None, False, (1, 1), False, False, (1.0, 0.0, 0.0, 0.0))
-
-
-def _call(
-    inputs: Inputs,
-    frame_mask: Tensor | None,
-    related: bool,
-    grid: Grid,
-    batch: bool,
-    frame: bool,
-    weights: tuple[Number, Number, Number, Number],
-) -> Objective:
-    return Objective(
-        inputs.student, inputs.real, inputs.fake, inputs.real_uncond, inputs.fake_uncond, inputs.noisy, inputs.sigma,
-        inputs.mask, inputs.sample_weight, frame_mask, inputs.augment_real, inputs.augment_uncond, inputs.layout,
-        inputs.convention, related, grid, batch, frame,
-        numbers_of(inputs.student, *weights, inputs.real_scale, inputs.fake_scale),
-    )  # fmt: skip
+def _dmd_loss(call: Objective, options: Options, backend: str) -> Tensor:
+    """The loss of a call without a relation: in one pass, or step by step where the convention asks for it."""
+    if not call.convention.fusable:
+        return emulation.loss_and_terms(call, options, backend, False)[0]
+    return OBJECTIVE(call, options.gather, backend)
 
 
 # fmt: off
@@ -290,45 +266,28 @@ def codmd_loss(
 
     Source: CoDMD, arXiv 2606.21982, the total objective; DMD, arXiv 2311.18828.
     """
-    inputs = objective_checks.check(
-        (student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond), guidance, fake_guidance,
-        convention, mask, sample_weight, layout, prediction, sigma, backend,
+    options = objective_checks.options(
+        convention, layout, guidance, fake_guidance, prediction, backend, temperature, batch_weight, frame_weight,
+        relation_weight, batch_grad,
     )  # fmt: skip
-    checks.check_frame_mask(frame_mask, inputs.student, inputs.layout)
-    grid = checks.check_pool(pool, inputs.layout, inputs.student.shape)
-    weights = _weights(temperature, batch_weight, frame_weight, relation_weight, batch_grad)
-    temperature, batch_weight, frame_weight, relation_weight = weights
-    if not checks.computed(relation_weight):
-        dmd = _dmd_loss(inputs, backend)
+    latents = student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond
+    call, grid = objective_checks.call_of(options, latents, mask, sample_weight, sigma, prediction, frame_mask, pool)
+    if not call.related:
+        dmd = _dmd_loss(call, options, backend)
         return CodmdTerms(dmd, dmd, dmd.new_zeros(()), dmd.new_zeros(())) if return_terms else dmd
-    if grid is None or not inputs.convention.fusable:
-        dmd = _dmd_loss(inputs, backend)
+    if grid is None or not call.convention.fusable:
+        dmd = _dmd_loss(call._replace(related=False, batch=False, frame=False), options, backend)
         relation = relation_loss(
-            inputs.student,
-            emulation.guided(emulation.teacher_prediction, inputs),
-            emulation.guided(emulation.critic_prediction, inputs),
-            temperature, batch_weight, frame_weight, inputs.layout, grid, frame_mask, group, batch_grad, backend,
+            call.student,
+            emulation.guided(emulation.teacher_prediction, call, options),
+            emulation.guided(emulation.critic_prediction, call, options),
+            temperature, batch_weight, frame_weight, call.layout, grid, frame_mask, group, batch_grad, backend,
             return_terms=True,
         )  # fmt: skip
-        total = dmd + relation_weight * relation.total
+        total = dmd + options.relation_weight * relation.total
         return CodmdTerms(total, dmd, relation.batch, relation.frame) if return_terms else total
-    batch, frame = checks.computed(batch_weight), checks.computed(frame_weight)
-    call, gather = _call(inputs, frame_mask, True, grid, batch, frame, weights), gather_of(group, batch_grad)
+    gather = options.gather if group is None else options.gather._replace(group=name_of(group))
     if not return_terms:
         return OBJECTIVE(call, gather, backend)
     total, dmd, batch_term, frame_term, _, _ = OBJECTIVE.terms(call, gather, backend)
     return CodmdTerms(total, dmd, batch_term, frame_term)
-
-
-@checks.remembered
-def _weights(
-    temperature: Number, batch_weight: Number, frame_weight: Number, relation_weight: Number, batch_grad: str
-) -> tuple[Number, Number, Number, Number]:
-    """The checked numbers in the order of :class:`codmd.ops.contract.Numbers`."""
-    checks.check_one_of("batch_grad", batch_grad, ("global", "local"))
-    return (
-        checks.check_positive("temperature", temperature),
-        checks.check_weight("batch_weight", batch_weight),
-        checks.check_weight("frame_weight", frame_weight),
-        checks.check_weight("relation_weight", relation_weight),
-    )

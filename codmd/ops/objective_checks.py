@@ -10,69 +10,100 @@ from codmd import backends, conventions, reference
 from codmd.conventions import Convention
 from codmd.ops import checks
 from codmd.ops.checks import Number
+from codmd.ops.contract import Gather, Grid, Objective
+from codmd.ops.scheduled import Given, given, placed
 from codmd.reference.dmd import check_augmentation
+from codmd.reference.relation import Pool
 
 LAYOUTS = ("bfchw", "bcfhw", "bchw")
 PREDICTIONS = ("x0", "flow")
-LATENTS = ("student", "real", "fake", "real_uncond", "fake_uncond", "noisy", "augment_real", "augment_uncond")
 
 
-class Inputs(NamedTuple):
-    """Checked arguments. Latents have five axes in ``layout`` and ``sigma`` is ``[B, F]``.
+class Options(NamedTuple):
+    """Checked options, which no latent changes; ``guidance`` and ``fake_guidance`` in the convention's form."""
 
-    The tensors are those of :class:`codmd.ops.contract.Objective`. ``real_scale`` and ``fake_scale`` are in the cond
-    form, ``guidance`` and ``fake_guidance`` in the convention's own.
-    """
-
-    student: Tensor
-    real: Tensor
-    fake: Tensor
-    real_uncond: Tensor | None
-    fake_uncond: Tensor | None
-    noisy: Tensor | None
-    sigma: Tensor | None
-    mask: Tensor | None
-    sample_weight: Tensor | None
-    augment_real: Tensor | None
-    augment_uncond: Tensor | None
-    layout: str
     convention: Convention
-    real_scale: Number
-    fake_scale: Number
+    layout: str
     guidance: Number
     fake_guidance: Number
+    real_scale: Number
+    fake_scale: Number
+    relation_weight: Number
+    related: bool
+    batch: bool
+    frame: bool
+    numbers: Given
+    gather: Gather
+    """Of one process."""
 
 
-def check(
-    latents: tuple[Any, ...],
+@checks.remembered
+def options(
+    convention: str | Convention,
+    layout: str | None,
     guidance: Number,
     fake_guidance: Number | None,
-    convention: str | Convention,
+    prediction: str,
+    backend: str,
+    temperature: Number = 1.0,
+    batch_weight: Number = 0.0,
+    frame_weight: Number = 0.0,
+    relation_weight: Number = 0.0,
+    batch_grad: str = "global",
+) -> Options:
+    """The options of ``codmd_loss``, or of ``dmd_loss``, which has no relation.
+
+    Raises:
+        TypeError, ValueError: one is not as described; the message names it.
+    """
+    rule = conventions.resolve(convention)
+    layout = rule.layout if layout is None else layout
+    checks.check_one_of("layout", layout, LAYOUTS)
+    checks.check_one_of("prediction", prediction, PREDICTIONS)
+    checks.check_one_of("batch_grad", batch_grad, ("global", "local"))
+    backends.check_name(backend)
+    real = checks.check_number("guidance", guidance)
+    fake = real if fake_guidance is None else checks.check_number("fake_guidance", fake_guidance)
+    scales = rule.cond_scale(real), rule.cond_scale(fake)
+    temperature = checks.check_positive("temperature", temperature)
+    batch, frame = checks.check_weight("batch_weight", batch_weight), checks.check_weight("frame_weight", frame_weight)
+    weight = checks.check_weight("relation_weight", relation_weight)
+    related = checks.computed(weight)
+    terms = related and checks.computed(batch), related and checks.computed(frame)
+    numbers = given(temperature, batch, frame, weight, *scales)
+    return Options(rule, layout, real, fake, *scales, weight, related, *terms, numbers, Gather("", batch_grad))
+
+
+def call_of(
+    options: Options,
+    latents: tuple[Any, ...],
     mask: Tensor | None,
     sample_weight: Tensor | None,
-    layout: str | None,
-    prediction: str,
     sigma: Tensor | None,
-    backend: str,
-) -> Inputs:
-    """Raise ``TypeError`` or ``ValueError`` naming the argument, or return the canonical form.
+    prediction: str,
+    frame_mask: Tensor | None = None,
+    pool: Pool = "mean",
+) -> tuple[Objective, Grid | None]:
+    """The call, whose latents have five axes, and the grid that was asked for; None is every pixel.
+
+    A convention that runs step by step gets ``sigma`` and ``sample_weight`` in their own dtypes.
 
     Args:
-        latents: in the order of ``LATENTS``.
+        latents: in the order of ``checks.LATENTS``.
+
+    Raises:
+        TypeError, ValueError: a tensor is not as described; the message names it.
     """
-    rule, layout, (real_scale, fake_scale, real_guidance, fake_guidance) = _options(
-        convention, layout, guidance, fake_guidance, prediction, backend
-    )
+    rule, layout, _, _, real_scale, fake_scale, _, related, batch, frame, numbers, _ = options
     student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond = latents
     if augment_real is not None or augment_uncond is not None:
         check_augmentation(augment_real, augment_uncond, real_uncond, prediction)
         if rule.undecouplable:
             raise ValueError(f"augment_real does not go with this convention: {rule.undecouplable}")
     images = layout == "bchw"
-    others = (real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond)
-    if images or fake is None or real is None or not checks.plainly_match(student, others):
-        given = _latents(latents, layout)
-        student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond = given
+    if images or not checks.plainly_match(latents):
+        canonical = _latents(latents, layout)
+        student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond = canonical
         layout = "bfchw" if images else layout
     if rule.guided_above is not None:
         real_uncond = _read_where_guided(real_uncond, real_scale)
@@ -83,10 +114,13 @@ def check(
         mask = _mask(mask, student, images)
     if sample_weight is not None:
         sample_weight = _sample_weight(sample_weight, student, rule)
-    return Inputs(
-        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, augment_real, augment_uncond,
-        layout, rule, real_scale, fake_scale, real_guidance, fake_guidance,
-    )  # fmt: skip
+    if frame_mask is not None:
+        checks.check_frame_mask(frame_mask, student, layout)
+    grid = checks.check_pool(pool, student.shape)
+    return Objective(
+        student, real, fake, real_uncond, fake_uncond, noisy, sigma, mask, sample_weight, frame_mask, augment_real,
+        augment_uncond, layout, rule, related, grid or (1, 1), batch, frame, placed(numbers, student),
+    ), grid  # fmt: skip
 
 
 def _read_where_guided(uncond: Tensor | None, scale: Number) -> Tensor | None:
@@ -94,29 +128,9 @@ def _read_where_guided(uncond: Tensor | None, scale: Number) -> Tensor | None:
     return uncond if isinstance(scale, Tensor) or scale != 0 else None
 
 
-@checks.remembered
-def _options(
-    convention: str | Convention,
-    layout: str | None,
-    guidance: Number,
-    fake_guidance: Number | None,
-    prediction: str,
-    backend: str,
-) -> tuple[Convention, str, tuple[Number, Number, Number, Number]]:
-    """The convention, the layout, and the scales of :class:`Inputs`; raises where an option is not as described."""
-    rule = conventions.resolve(convention)
-    layout = rule.layout if layout is None else layout
-    checks.check_one_of("layout", layout, LAYOUTS)
-    checks.check_one_of("prediction", prediction, PREDICTIONS)
-    real = checks.check_number("guidance", guidance)
-    fake = real if fake_guidance is None else checks.check_number("fake_guidance", fake_guidance)
-    backends.check_name(backend)
-    return rule, layout, (rule.cond_scale(real), rule.cond_scale(fake), real, fake)
-
-
-def _latents(given: tuple[Any, ...], layout: str) -> tuple[Any, ...]:
+def _latents(latents: tuple[Any, ...], layout: str) -> tuple[Any, ...]:
     """The latents with five axes; raises where one is not as described."""
-    student, real, fake, *_ = given
+    student, real, fake, *_ = latents
     checks.check_memory("student", student)
     axes = 4 if layout == "bchw" else 5
     if student.ndim != axes:
@@ -127,13 +141,13 @@ def _latents(given: tuple[Any, ...], layout: str) -> tuple[Any, ...]:
     for name, value in (("real", real), ("fake", fake)):
         if value is None:
             raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
-    for name, value in zip(LATENTS, given, strict=True):
+    for name, value in zip(checks.LATENTS, latents, strict=True):
         if value is not None:
             checks.check_memory(name, value)
     if layout == "bchw":
-        given = tuple(v.unsqueeze(1) if v is not None and v.ndim == 4 else v for v in given)
-    checks.check_latents(**dict(zip(LATENTS, given, strict=True)))
-    return given
+        latents = tuple(v.unsqueeze(1) if v is not None and v.ndim == 4 else v for v in latents)
+    checks.check_latents(latents)
+    return latents
 
 
 def _sigma(

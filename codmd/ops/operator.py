@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from itertools import islice
+from operator import itemgetter
 from typing import Any, TypeVar, get_type_hints
 
 import torch
@@ -21,7 +22,7 @@ from codmd import backends, conventions, distributed, private
 from codmd.conventions import Convention
 from codmd.ops.checks import PLAIN
 from codmd.ops.contract import Backend, Found, Gather, Grid, Numbers, Objective, Relation, Upstream
-from codmd.ops.gradient_memory import dense_strides, empty_gradient, gradient_strides
+from codmd.ops.gradient_memory import dense_strides, empty_gradient, gradient_memory
 from codmd.ops.scheduled import checked
 from codmd.ops.shapes import found_shapes, norm_shape
 from codmd.reference import compute_dtype
@@ -29,18 +30,21 @@ from codmd.reference import compute_dtype
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def gather_of(group: dist.ProcessGroup | None, batch_grad: str) -> Gather:
-    """The form of ``group`` and ``batch_grad`` that a schema can hold."""
-    if group is None:
-        return Gather("", batch_grad)
+def name_of(group: dist.ProcessGroup) -> str:
+    """What stands for ``group`` in a schema."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
-    return Gather(private.name_of_group(group), batch_grad)
+    return private.name_of_group(group)
 
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether a call must go through the dispatcher: compiled, exported, or on a tensor subclass."""
     return torch.compiler.is_compiling() or type(tensor) not in PLAIN or private.modes_active()
+
+
+def picker(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Those entries of a tuple, as a tuple."""
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
 def once_differentiable(function: Function) -> Function:
@@ -92,11 +96,12 @@ class Operator:
         assert tuple(self.types)[: len(tensors)] == tuple(tensors), "tensors come first"
         self.tensors, self.options = len(tensors), list(self.types)[len(tensors) :]
         self.found = found
-        self._kept = [tensors.index(field) for field in kept]
+        at_kept = [tensors.index(field) for field in kept]
+        self._kept = picker(at_kept)
         required = [self.types[field] is Tensor for field in tensors]
-        places = {at: place for place, at in enumerate(self._kept)}
+        places = {at: place for place, at in enumerate(at_kept)}
         out, none = len(kept), len(kept) + 1
-        self._sources = [places.get(at, out if required[at] else none) for at in range(len(tensors))]
+        self._sources = picker([places.get(at, out if required[at] else none) for at in range(len(tensors))])
         self._kept_types = [(field, self.types[field]) for field in kept]
         self._register(name)
 
@@ -104,12 +109,12 @@ class Operator:
         """The total alone: one output costs an eager call less than all of them."""
         if is_traced(call.student):
             return self._traced(call, gather, backend)[0][0]
-        return _apply_total(call.student, self, call, gather, backend)
+        return _apply_total(call.student, (self, call, gather, backend))
 
     def terms(self, call: Any, gather: Gather, backend: str) -> tuple[Tensor, ...]:
         """All terms, each with its own gradient, then the norms (detached) where it has them."""
         if not is_traced(call.student):
-            return _apply_terms(call.student, self, call, gather, backend)
+            return _apply_terms(call.student, (self, call, gather, backend))
         terms, *rest = self._traced(call, gather, backend)
         return (*terms.unbind(), rest[0].detach()) if "norms" in self.found else terms.unbind()
 
@@ -127,9 +132,8 @@ class Operator:
         self, run: Backend, out: Tensor, gradients: tuple[Tensor | None, ...], saved: Any, options: Any, found: Found
     ) -> None:
         """The backward pass, from the kept tensors and the options of the call."""
-        sources = *saved, out, None
-        tensors = [sources[at] for at in self._sources]
-        self._gradient(run, out, self._upstream(*gradients), self.call(*tensors, *options), found)
+        call = self.call._make((*self._sources((*saved, out, None)), *options))
+        self._gradient(run, out, self._upstream(*gradients), call, found)
 
     # Eager calls
 
@@ -137,19 +141,11 @@ class Operator:
         student = call.student
         run = backends.select(backend, student)
         found = self.find(run, call, gather, False)
-        ctx.save_for_backward(*[call[at] for at in self._kept])
+        ctx.save_for_backward(*self._kept(call))
         # Neither an input nor, but for the terms' base, an output of the graph: ctx may hold it and makes no cycle.
-        ctx.found = found
-        ctx.student = run, student.shape, gradient_strides(student), student.dtype, student.device
-        ctx.options = call[self.tensors :]
+        ctx.held = self, run, found, call[self.tensors :], gradient_memory(student)
         ctx.set_materialize_grads(False)
         return found
-
-    def eager_backward(self, ctx: Any, *gradients: Tensor | None) -> Tensor:
-        run, shape, strides, dtype, device = ctx.student
-        out = empty_gradient(shape, strides, dtype, device)
-        self.write_gradient(run, out, gradients, ctx.saved_tensors, ctx.options, ctx.found)
-        return out
 
     # Traced calls
 
@@ -201,7 +197,7 @@ class Operator:
             *fields, _group, _batch_grad, backend = inputs
             *options, numbers = fields[self.tensors :]
             _terms, *found = output
-            ctx.save_for_backward(*[inputs[at] for at in self._kept], numbers, *found)
+            ctx.save_for_backward(*self._kept(inputs), numbers, *found)
             ctx.student = list(student.shape), list(dense_strides(student.shape, student.stride())), student.dtype
             ctx.options = *options, backend
             ctx.none = [None] * (len(inputs) - 1)
@@ -234,7 +230,7 @@ class Operator:
         def taken(grad_terms: Tensor, values: tuple[Any, ...]) -> tuple[list[Any], Any, list[Any], Tensor, list[Any]]:
             """(kept tensors, numbers, what was found, memory for the gradient, options)."""
             rest = iter(values)
-            kept, numbers = list(islice(rest, len(self._kept))), next(rest)
+            kept, numbers = list(islice(rest, len(self._kept_types))), next(rest)
             parts, (size, stride, dtype) = list(islice(rest, len(found))), islice(rest, 3)
             out = torch.empty_strided(size, stride, dtype=dtype, device=grad_terms.device)
             return kept, numbers, parts, out, list(rest)
@@ -266,28 +262,33 @@ class Operator:
         return call if rule is None else call._replace(convention=conventions.decode(rule))
 
 
+def _eager_backward(ctx: Any, *gradients: Tensor | None) -> Tensor:
+    operator, run, found, options, memory = ctx.held
+    out = empty_gradient(*memory)
+    operator.write_gradient(run, out, gradients, ctx.saved_tensors, options, found)
+    return out
+
+
 class _Total(torch.autograd.Function):
     """The total of an eager call."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, operator: Any, call: Any, gather: Gather, backend: str) -> Tensor:
-        ctx.operator = operator
-        return operator.eager_forward(ctx, call, gather, backend).terms[0]
+    def forward(ctx: Any, student: Tensor, task: tuple[Operator, Any, Gather, str]) -> Tensor:
+        operator, *arguments = task
+        return operator.eager_forward(ctx, *arguments).terms[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, total: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None if total is None else ctx.operator.eager_backward(ctx, total)), None, None, None, None
+    def backward(ctx: Any, total: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if total is None else _eager_backward(ctx, total), None
 
 
 class _Terms(torch.autograd.Function):
     """All terms of an eager call, then the norms where there are any."""
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, operator: Any, call: Any, gather: Gather, backend: str
-    ) -> tuple[Tensor, ...]:
-        ctx.operator = operator
+    def forward(ctx: Any, student: Tensor, task: tuple[Operator, Any, Gather, str]) -> tuple[Tensor, ...]:
+        operator, call, gather, backend = task
         found = operator.eager_forward(ctx, call, gather, backend)
         terms = found.terms.unbind()
         if found.norms is None:
@@ -300,9 +301,9 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
         wanted = any(grad is not None for grad in gradients)
-        return (ctx.operator.eager_backward(ctx, *gradients) if wanted else None), None, None, None, None
+        return _eager_backward(ctx, *gradients) if wanted else None, None
 
 
 _apply_total, _apply_terms = private.base_apply(_Total), private.base_apply(_Terms)

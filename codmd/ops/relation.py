@@ -15,9 +15,9 @@ from torch import Tensor
 from codmd import backends, reference
 from codmd.ops import checks
 from codmd.ops.checks import Number
-from codmd.ops.contract import Relation, Upstream
-from codmd.ops.operator import Operator, gather_of
-from codmd.ops.scheduled import numbers_of
+from codmd.ops.contract import Gather, Relation, Upstream
+from codmd.ops.operator import Operator, name_of
+from codmd.ops.scheduled import Given, given, placed
 from codmd.reference.relation import Pool
 
 
@@ -123,18 +123,14 @@ def relation_loss(
 
     Source: CoDMD, arXiv 2606.21982; gradients and the sound form in ``docs/mathematics.md``.
     """
-    temperature, batch_weight, frame_weight = _options(
-        temperature, batch_weight, frame_weight, layout, batch_grad, backend
-    )
-    checks.check_latents(student, real=real, fake=fake)
-    grid = checks.check_pool(pool, layout, student.shape)
-    checks.check_frame_mask(frame_mask, student, layout)
-    numbers = numbers_of(student, temperature, batch_weight, frame_weight, 1.0, 0.0, 0.0)
-    call = Relation(
-        student, real, fake, frame_mask, layout, grid, checks.computed(batch_weight), checks.computed(frame_weight),
-        numbers,
-    )  # fmt: skip
-    operator, gather = WHOLE if grid is None else POOLED, gather_of(group, batch_grad)
+    batch, frame, numbers, gather = _options(temperature, batch_weight, frame_weight, layout, batch_grad, backend)
+    checks.check_latents((student, real, fake))
+    grid = checks.check_pool(pool, student.shape)
+    if frame_mask is not None:
+        checks.check_frame_mask(frame_mask, student, layout)
+    gather = gather if group is None else gather._replace(group=name_of(group))
+    call = Relation(student, real, fake, frame_mask, layout, grid, batch, frame, placed(numbers, student))
+    operator = WHOLE if grid is None else POOLED
     if return_terms:
         return RelationTerms(*operator.terms(call, gather, backend))
     return operator(call, gather, backend)
@@ -143,16 +139,14 @@ def relation_loss(
 @checks.remembered
 def _options(
     temperature: Number, batch_weight: Number, frame_weight: Number, layout: str, batch_grad: str, backend: str
-) -> tuple[Number, Number, Number]:
-    """The checked numbers; raises where an option is not as described."""
+) -> tuple[bool, bool, Given, Gather]:
+    """Which terms are computed, the numbers, and the gather of one process; raises as :func:`relation_loss`."""
     checks.check_layout(layout)
     checks.check_one_of("batch_grad", batch_grad, ("global", "local"))
     backends.check_name(backend)
-    return (
-        checks.check_positive("temperature", temperature),
-        checks.check_weight("batch_weight", batch_weight),
-        checks.check_weight("frame_weight", frame_weight),
-    )
+    batch, frame = checks.check_weight("batch_weight", batch_weight), checks.check_weight("frame_weight", frame_weight)
+    numbers = given(checks.check_positive("temperature", temperature), batch, frame, 1.0, 0.0, 0.0)
+    return checks.computed(batch), checks.computed(frame), numbers, Gather("", batch_grad)
 
 
 def relation_matrix(latents: Tensor, axis: str = "frame", pool: Pool = "mean", layout: str = "bfchw") -> Tensor:
@@ -173,9 +167,9 @@ def relation_matrix(latents: Tensor, axis: str = "frame", pool: Pool = "mean", l
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     checks.check_layout(layout)
-    checks.check_latents(latents)
+    checks.check_latents((latents,))
     checks.check_one_of("axis", axis, ("frame", "batch"))
-    grid = checks.check_pool(pool, layout, latents.shape)
+    grid = checks.check_pool(pool, latents.shape)
     with torch.autocast(latents.device.type, enabled=False):
         features = reference.frame_features(latents, layout, grid)
         return reference.relation(features if axis == "frame" else reference.batch_features(features))

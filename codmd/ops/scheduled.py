@@ -10,23 +10,34 @@ from torch import Tensor
 from codmd.ops.checks import check_number, check_positive, check_weight
 from codmd.ops.contract import Numbers
 
+Given = Numbers | tuple[float | Tensor, ...]
+"""Checked numbers in the order of :class:`Numbers`; a plain tuple where :func:`placed` has work to do."""
 
-def numbers_of(student: Tensor, *numbers: float | Tensor) -> Numbers | Tensor:
-    """Checked numbers in the order of :class:`Numbers`, in the form that a call holds.
+
+def given(*numbers: float | Tensor) -> Given:
+    """``numbers`` as :class:`Numbers` where all are floats and nothing traces them."""
+    if torch.compiler.is_compiling() or any(isinstance(number, Tensor) for number in numbers):
+        return numbers
+    return Numbers(*numbers)  # type: ignore[arg-type]
+
+
+def placed(numbers: Given, student: Tensor) -> Numbers | Tensor:
+    """``numbers`` in the form that a call of ``student`` holds.
 
     Raises:
         ValueError: a tensor lies neither on the student's device nor on the host.
     """
+    if isinstance(numbers, Numbers):
+        return numbers
+    place = _device_of(student, numbers)
     if torch.compiler.is_compiling():
         # A graph takes a float for a constant; added to a tensor it is an input, whatever its value.
-        place = _device_of(student, numbers) or torch.device("cpu")
+        place = place or torch.device("cpu")
         dtype = torch.float64 if place.type == "cpu" else torch.float32
         return torch.stack([torch.zeros((), dtype=dtype, device=place) + n for n in numbers])
-    for number in numbers:
-        if isinstance(number, Tensor):
-            options: dict[str, Any] = {"dtype": torch.float32, "device": _device_of(student, numbers) or number.device}
-            return torch.stack([_on_device(number, options) for number in numbers])
-    return Numbers(*numbers)  # type: ignore[arg-type]
+    devices = [number.device for number in numbers if isinstance(number, Tensor)]
+    options: dict[str, Any] = {"dtype": torch.float32, "device": place or devices[0]}
+    return torch.stack([_on_device(number, options) for number in numbers])
 
 
 def _on_device(number: float | Tensor, options: dict[str, Any]) -> Tensor:
