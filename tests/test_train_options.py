@@ -191,7 +191,7 @@ def status_of(line):
         ("out=x --dry-run", 1, "out=x: no such file, nor a packaged configuration; expected one of textures_tiny"),
         ("toy --dry-run seed", 1, "override: got 'seed'; expected key=value"),
         ("toy --dry-run sed=1", 1, "sed: unknown; did you mean seed?"),
-        ("toy --dryrun seed=1", 2, "unrecognized arguments: --dryrun seed=1"),
+        ("toy --dryrun seed=1", 2, "no such option: --dryrun; did you mean --dry-run?"),
         ("toy --dry-run seed=1 --plan", 2, "argument --plan: not allowed with argument --dry-run"),
         ("toy --dry-run=yes seed=1", 2, "argument --dry-run: ignored explicit argument 'yes'"),
     ],
