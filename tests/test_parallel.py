@@ -3,76 +3,37 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from process_runs import LOSSES, assert_same_curve, assert_same_student, curve, torchrun, write_embeddings
+from train_cases import train
 from workers import run_processes
 
-from codmd import cli
 from codmd.distill.config.sections import ParallelSettings
 from codmd.distill.config.typed import ConfigError
-from codmd.distill.run.checkpoint import read_student
-from codmd.distill.run.log import read_log
 from codmd.distill.run.parallel import processes
 from codmd.distill.update.optimizer import GuardedAdamW, NonFiniteRun
 
-LOSSES = ("loss", "dmd", "relation_batch", "relation_frame", "critic", "student_grad_norm", "critic_grad_norm")
 TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=32", "model.blocks=2", "distill.batch_size=8",
        "distill.student_lr=1e-3", "distill.critic_lr=1e-3", "distill.grad_clip=0.5", "distill.ema_decay=0.9",
        "distill.critic_updates=2", "log.every=1", "log.tensorboard=false"]  # fmt: skip
-
-
-def alone(*arguments):
-    assert cli.main(["train", *arguments]) == 0
-
-
-def torchrun(count, *arguments):
-    """The command on `count` gloo processes; returns what they printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run(
-        [*launcher, "-m", "codmd", "train", *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
-
-
-def curve(folder):
-    return {line["update"]: [line[name] for name in LOSSES] for line in read_log(folder / "log.jsonl")}
-
-
-def assert_same_curve(actual, expected):
-    assert list(actual) == list(expected)
-    torch.testing.assert_close(
-        torch.tensor(list(actual.values())), torch.tensor(list(expected.values())), rtol=1e-5, atol=1e-5
-    )
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The curve and the student of one process, six updates."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    alone(*TOY, f"out={folder}", "updates=6", "checkpoint.every=4")
+    train(*TOY, f"out={folder}", "updates=6", "checkpoint.every=4")
     return folder
-
-
-def assert_same_student(folder, other, ema=False):
-    actual, expected = read_student(folder, ema), read_student(other, ema)
-    assert set(actual) == set(expected)
-    for name, weight in expected.items():
-        torch.testing.assert_close(actual[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_two_processes_have_the_losses_of_one_and_one_continues_their_checkpoint(one, tmp_path, capsys):
     torchrun(2, *TOY, f"out={tmp_path}", "updates=4", "checkpoint.every=4")
     assert len(list((tmp_path / "checkpoints" / "step_00000004").glob("*.safetensors"))) == 2
-    alone(*TOY, f"out={tmp_path}", "updates=6")
+    train(*TOY, f"out={tmp_path}", "updates=6")
     assert "saved by 2 processes, continued by 1" in capsys.readouterr().err
     assert_same_curve(curve(tmp_path), curve(one))
     assert_same_student(tmp_path, one)
@@ -80,7 +41,7 @@ def test_two_processes_have_the_losses_of_one_and_one_continues_their_checkpoint
 
 
 def test_a_hybrid_mesh_has_the_losses_of_one_and_continues_its_checkpoint(one, tmp_path):
-    alone(*TOY, f"out={tmp_path}", "updates=2")
+    train(*TOY, f"out={tmp_path}", "updates=2")
     printed = torchrun(4, *TOY, f"out={tmp_path}", "updates=6", "parallel.shard_size=2")  # two copies of two shards
     assert "saved by 1 processes, continued by 4" in printed
     assert printed.count("6/6 [") == 1, "the first process alone has a bar"
@@ -90,27 +51,21 @@ def test_a_hybrid_mesh_has_the_losses_of_one_and_continues_its_checkpoint(one, t
 
 def test_two_processes_relate_a_whole_accumulated_batch_as_one_does(tmp_path):
     common = [*TOY, "updates=3", "distill.relation_accumulate=true", "distill.relation_weight=2"]
-    alone(*common, f"out={tmp_path / 'one'}", "distill.micro_batch=4")
+    train(*common, f"out={tmp_path / 'one'}", "distill.micro_batch=4")
     torchrun(2, *common, f"out={tmp_path / 'two'}", "distill.micro_batch=2")
     assert_same_curve(curve(tmp_path / "two"), curve(tmp_path / "one"))
     apart = ["distill.relation_accumulate=false", "distill.micro_batch=4"]
-    alone(*common, f"out={tmp_path / 'apart'}", *apart)
+    train(*common, f"out={tmp_path / 'apart'}", *apart)
     first, other = (curve(tmp_path / name)[2][LOSSES.index("relation_batch")] for name in ("one", "apart"))
     assert first != pytest.approx(other, rel=1e-3), "a relation of 8 samples is not the mean of two of 4"
 
 
 def test_two_processes_train_a_sharded_wan_as_one_does_with_guidance_and_adapters(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    shards = tmp_path / "embeddings"
-    shards.mkdir()
-    for shard, rows in enumerate((3, 4)):
-        embedding = torch.randn(rows, 1, 32, generator=generator)
-        prompts = str([f"prompt {shard} {row}" for row in range(rows)]).replace("'", '"')
-        save_file({"embedding": embedding}, shards / f"{shard}.safetensors", metadata={"prompts": prompts})
+    shards = write_embeddings(tmp_path / "embeddings")
     common = ["wan_tiny", f"data.path={shards}", "model.frames=2", "model.height=4", "model.width=4", "updates=2",
               "distill.critic_updates=2", "log.tensorboard=false"]  # fmt: skip
     for name, options in (("whole", []), ("lora", ["lora.rank=2", "lora.alpha=2"])):
-        alone(*common, *options, f"out={tmp_path / name}_one")
+        train(*common, *options, f"out={tmp_path / name}_one")
         torchrun(2, *common, *options, f"out={tmp_path / name}_two")
         assert_same_curve(curve(tmp_path / f"{name}_two"), curve(tmp_path / f"{name}_one"))
 

@@ -185,6 +185,17 @@ class VideoDenoiser(nn.Module, ABC):
         """Shards every repeated block, then the rest, over `mesh` (1-D: full; 2-D: replicas x shards), in place."""
         raise ValueError(f"{type(self).__name__} cannot be sharded")
 
+    def split_tokens(self, mesh: DeviceMesh) -> None:
+        """Spreads the tokens of every sample over the dimension "ulysses" of `mesh`, in place.
+
+        Every process of it passes the same inputs and gets the whole output; the gradient that it then has of a
+        weight is its own tokens' part, to be summed over them.
+
+        Raises:
+            ValueError: the model has no tokens to split, or the number of processes does not divide them.
+        """
+        raise ValueError(f"{type(self).__name__} has no context parallelism; leave parallel.context at 1")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes configuration and weights, all or nothing, in a form that `load_weights` reads."""
         self.save_state(path, self.state_dict())

@@ -20,12 +20,14 @@ class ShardPolicy:
         reduce_dtype: dtype in which gradients are reduced.
         reshard_after_forward: free the gathered weights between forward and backward.
         offload: keep the shards in host memory and copy them to the device when they are used.
+        gradient_divisor: of the sum of gradients over the mesh; None takes the number of processes, the average.
     """
 
     param_dtype: torch.dtype | None = torch.bfloat16
     reduce_dtype: torch.dtype | None = torch.float32
     reshard_after_forward: bool = True
     offload: bool = False
+    gradient_divisor: int | None = None
 
     def shard(self, module: nn.Module, mesh: DeviceMesh, full_precision: bool = False) -> None:
         """Shards one module, in place; `full_precision` keeps the stored dtype."""
@@ -43,6 +45,13 @@ class ShardPolicy:
         if mesh.device_type == "cpu":
             # gloo in torch 2.8 returns the sum where FSDP asks for the average; so FSDP sums and divides.
             sharded.set_force_sum_reduction_for_comms(True)
+        if self.gradient_divisor is not None:
+            sharded.set_gradient_divide_factor(float(self.gradient_divisor))
+
+
+def divisors(number: int) -> list[int]:
+    """Every whole number that divides it, in order."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 @torch.no_grad()

@@ -111,6 +111,8 @@ class ParallelSettings:
     Attributes:
         shard_size: processes that share one copy of the weights (FSDP2); None for all of them. Fewer than all make
             a hybrid mesh: sharded within groups of that size, replicated between them.
+        context: consecutive processes that hold the same samples: inside the networks each computes its part of the
+            tokens (Ulysses), at the losses each has the whole latents. For videos whose activations fill one GPU.
         compute: dtype of the gathered weights of a sharded network; gradients are reduced in float32.
         reshard: free gathered weights between forward and backward; false is faster and takes the memory.
         offload_teacher: keep the teacher's shards in host memory.
@@ -120,6 +122,7 @@ class ParallelSettings:
     """
 
     shard_size: int | None = None
+    context: int = 1
     compute: Literal["bfloat16", "float32"] = "bfloat16"
     reshard: bool = True
     offload_teacher: bool = False
@@ -128,6 +131,7 @@ class ParallelSettings:
 
     def __post_init__(self) -> None:
         check_count("shard_size", self.shard_size, 1)
+        check_count("context", self.context, 1)
         check_count("threads", self.threads, 1)
         check_number("timeout_minutes", self.timeout_minutes, positive=True)
 

@@ -18,7 +18,7 @@ from codmd.distill.config.run_config import RunConfig
 from codmd.distill.config.sections import ModelSettings
 from codmd.distill.config.typed import ConfigError
 from codmd.distill.run.job import check_paths, open_source, preview_numbers
-from codmd.distill.run.parallel import check_shards
+from codmd.distill.run.parallel import check_processes
 from codmd.models.base import Condition, VideoDenoiser, cat_cond
 
 
@@ -40,9 +40,9 @@ def _described(config: RunConfig) -> str:
     size = int(os.environ.get("WORLD_SIZE", 1))
     teaching = config.mode == "teacher"
     settings = config.model.changed({"weights": config.teacher.weights}, "model") if teaching else config.model
-    check_shards(config.parallel, size)
+    check_processes(config.parallel, size)
     batch = config.teacher if teaching else config.distill
-    micro_batch, accumulate = split_batch(batch.batch_size, batch.micro_batch, size)
+    micro_batch, accumulate = split_batch(batch.batch_size, batch.micro_batch, size // config.parallel.context)
     check_paths(settings)
     _check_writable(config.folder)
     model = build_meta(settings)

@@ -103,15 +103,16 @@ def check_paths(settings: ModelSettings) -> None:
 def _distill_job(config: RunConfig, processes: Processes) -> Job:
     check_paths(config.model)
     recipe = config.distill
-    micro_batch, _ = recipe.micro_batches(processes.size)
+    micro_batch, _ = recipe.micro_batches(processes.data_size)
     roles = build_roles(config, processes)
     source = open_source(config, roles.teacher)  # which encodes the null condition: one text encoder serves both
     positions, conditions = None, None
     if source is not None:
         _encode_once(source, roles.teacher, recipe)
-        positions = Positions(len(source), config.seed, micro_batch, processes.rank, processes.size)
+        positions = Positions(len(source), config.seed, micro_batch, processes.data_rank, processes.data_size)
         conditions = Conditions(source, positions, processes.device)
-    trainer = Distiller(roles.teacher, roles.student, roles.critic, recipe, config.seed, processes.group, conditions)
+    group = processes.data_group
+    trainer = Distiller(roles.teacher, roles.student, roles.critic, recipe, config.seed, group, conditions)
 
     def sample(noise: Tensor, generator: torch.Generator, cond: Condition) -> Tensor:
         return sample_few_step(roles.student, noise, recipe.sigmas, generator, cond)
@@ -129,9 +130,10 @@ def _teacher_job(config: RunConfig, processes: Processes) -> Job:
     model = build_network(network, config, processes)
     source = open_source(config, model)
     assert isinstance(source, Textures), "RunConfig admits no other data for a teacher"
-    rows = settings.micro_batch or settings.batch_size // processes.size
-    positions = Positions(len(source), config.seed, rows, processes.rank, processes.size)
-    trainer = FlowMatching(model, _videos(source, positions, processes.device), settings, config.seed, processes.group)
+    rows = settings.micro_batch or settings.batch_size // processes.data_size
+    positions = Positions(len(source), config.seed, rows, processes.data_rank, processes.data_size)
+    videos = _videos(source, positions, processes.device)
+    trainer = FlowMatching(model, videos, settings, config.seed, processes.data_group)
 
     def sample(noise: Tensor, generator: torch.Generator, cond: Condition) -> Tensor:
         return sample_euler(model, noise, sampling_sigmas(TEACHER_PREVIEW_STEPS, settings.shift), cond)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from codmd.distill.config.sections import ParallelSettings
 from codmd.distill.config.typed import ConfigError
-from codmd.models.sharding import ShardPolicy
+from codmd.models.sharding import ShardPolicy, divisors
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Processes:
     """This process among all of a run.
 
     Attributes:
-        rank, size: of all processes; every one holds samples of its own, so all are data-parallel.
+        rank, size: of all processes.
         device: where this one computes.
         group: all processes; None when there is one.
         mesh: over which networks are sharded (1-D: full; 2-D: replicas x shards); None when there is one process.
+        context: data x ring (1) x ulysses, over all processes: those of one row hold the same samples, those of one
+            column different ones; None where every process has samples of its own.
     """
 
     rank: int
@@ -35,6 +37,22 @@ class Processes:
     device: torch.device
     group: dist.ProcessGroup | None
     mesh: DeviceMesh | None
+    context: DeviceMesh | None = None
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The processes whose samples differ, this one among them: those that data parallelism and relations see."""
+        return self.group if self.context is None else self.context.get_group("data")
+
+    @property
+    def data_rank(self) -> int:
+        """Of this process's samples."""
+        return self.rank if self.context is None else self.context.get_local_rank("data")
+
+    @property
+    def data_size(self) -> int:
+        """Processes with samples of their own."""
+        return self.size if self.context is None else self.context.size(0)
 
     @property
     def first(self) -> bool:
@@ -83,10 +101,11 @@ class Processes:
     def policy(self, settings: ParallelSettings, offload: bool = False) -> ShardPolicy:
         """How `shard_blocks` lays out a network; gradients are reduced in float32."""
         compute = torch.bfloat16 if settings.compute == "bfloat16" else None
-        return ShardPolicy(compute, torch.float32, reshard_after_forward=settings.reshard, offload=offload)
+        divisor = None if self.context is None else self.data_size
+        return ShardPolicy(compute, torch.float32, settings.reshard, offload, divisor)
 
 
-def check_shards(settings: ParallelSettings, size: int) -> int:
+def check_processes(settings: ParallelSettings, size: int) -> int:
     """Processes that share one copy of the weights, of `size` processes.
 
     Raises:
@@ -95,6 +114,11 @@ def check_shards(settings: ParallelSettings, size: int) -> int:
     shards = settings.shard_size or size
     if size % shards:
         raise ConfigError(f"parallel.shard_size: {shards} does not divide {size} processes; null shards over all")
+    if size % settings.context:
+        raise ConfigError(
+            f"parallel.context: {settings.context} does not divide {size} processes; expected one of "
+            f"{', '.join(map(str, divisors(size)))}"
+        )
     if settings.offload_teacher and (size == 1 or not torch.cuda.is_available()):
         raise ConfigError("parallel.offload_teacher: only a network sharded over several GPUs can be offloaded")
     return shards
@@ -110,7 +134,7 @@ def processes(settings: ParallelSettings) -> Iterator[Processes]:
         ConfigError: the settings do not fit the number of processes or their devices.
     """
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    shards = check_shards(settings, size)
+    shards = check_processes(settings, size)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -135,6 +159,11 @@ def _joined(settings: ParallelSettings, size: int, shards: int, device: torch.de
             if shards == size
             else init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=tuple(names))
         )
-        yield Processes(dist.get_rank(), size, device, dist.group.WORLD, mesh)
+        degree, context = settings.context, None
+        if degree > 1:
+            context = init_device_mesh(
+                device.type, (size // degree, 1, degree), mesh_dim_names=("data", "ring", "ulysses")
+            )
+        yield Processes(dist.get_rank(), size, device, dist.group.WORLD, mesh, context)
     finally:
         dist.destroy_process_group()

@@ -70,6 +70,8 @@ def fill(
     model: VideoDenoiser, settings: ModelSettings, config: RunConfig, processes: Processes, offload: bool = False
 ) -> None:
     """Shards `model` over the mesh, then reads its weights: every process its own part."""
+    if processes.context is not None:
+        model.split_tokens(processes.context)
     if processes.mesh is not None:
         model.shard_blocks(processes.mesh, processes.policy(config.parallel, offload))
     if settings.options.weights != RANDOM:

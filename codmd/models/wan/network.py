@@ -25,6 +25,7 @@ from codmd.models.tensor_files import Renamed
 
 from .attention import set_attention, supports_backward
 from .config import build_transformer
+from .context import split_tokens
 from .export import write_adapter_folder, write_diffusers_folder
 from .options import RANDOM, ZEROS, WanOptions
 from .precision import compute_in_float32, float32_modules, store_in_bfloat16
@@ -203,6 +204,10 @@ class WanDenoiser(VideoDenoiser):
         for block in self.transformer.blocks:
             policy.shard(block, mesh)
         policy.shard(self.transformer, mesh)
+
+    def split_tokens(self, mesh: DeviceMesh) -> None:
+        """Ulysses over the dimension "ulysses" of `mesh`, whose size divides heads and tokens; in place."""
+        split_tokens(self.transformer, self.latent_shape, mesh)
 
     def save_state(
         self,

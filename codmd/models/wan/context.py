@@ -1,0 +1,49 @@
+"""Context parallelism of Wan's transformer: Ulysses, as diffusers has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from codmd.models.sharding import divisors
+
+
+def split_tokens(transformer: Any, latent_shape: Sequence[int], mesh: DeviceMesh) -> None:
+    """Every process of the mesh's dimension "ulysses" computes its part of the tokens, in place.
+
+    This is the one call of diffusers' interface, which is marked experimental.
+
+    Args:
+        latent_shape: (F, C, H, W) of one sample.
+        mesh: with the dimensions "ring", of size 1, and "ulysses".
+
+    Raises:
+        ValueError: the processes do not divide the heads or the tokens, or the attention backend cannot be split.
+    """
+    from diffusers import ContextParallelConfig
+    from diffusers.utils import logging
+
+    config, degree = transformer.config, mesh["ulysses"].size()
+    frames, _, height, width = latent_shape
+    sizes = zip((frames, height, width), config.patch_size, strict=True)
+    tokens = torch.Size(size // patch for size, patch in sizes).numel()
+    allowed = [count for count in divisors(config.num_attention_heads) if tokens % count == 0]
+    if degree not in allowed:
+        raise ValueError(
+            f"parallel.context: {degree} processes do not divide {config.num_attention_heads} heads and {tokens} "
+            f"tokens; expected one of {', '.join(map(str, allowed))}"
+        )
+    parallel = ContextParallelConfig(ulysses_degree=degree, mesh=mesh["ring", "ulysses"])
+    # On the CPU diffusers divides by the number of accelerators, 0, to name a device that Ulysses never asks for.
+    count = max(1, torch.accelerator.device_count())
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # diffusers warns at every call that the interface may change
+    try:
+        with mock.patch.object(torch.accelerator, "device_count", return_value=count):
+            transformer.enable_parallelism(config=parallel)
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,85 @@
+"""Context parallelism: processes that share every sample train as one process does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from process_runs import assert_same_curve, assert_same_student, curve, torchrun, write_embeddings
+from torch.distributed.device_mesh import init_device_mesh
+from train_cases import train
+from workers import run_processes
+
+from codmd import models
+from codmd.distill.config.sections import ParallelSettings
+from codmd.distill.config.typed import ConfigError
+from codmd.distill.run.parallel import processes
+
+COMMON = ["wan_tiny", "model.frames=2", "model.height=4", "model.width=8", "distill.batch_size=4",
+          "distill.critic_updates=2", "log.every=1", "log.tensorboard=false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    return [*COMMON, f"data.path={write_embeddings(tmp_path_factory.mktemp('embeddings'))}"]
+
+
+def test_two_pairs_continue_a_run_with_adapters_accumulation_and_recomputation(common, tmp_path):
+    options = [*common, "lora.rank=2", "lora.alpha=2", "model.gradient_checkpointing=true"]
+    one, four = f"out={tmp_path / 'one'}", f"out={tmp_path / 'four'}"
+    for run in (one, four):
+        train(*options, run, "distill.micro_batch=2", "updates=1")
+    train(*options, one, "distill.micro_batch=2", "updates=3")
+    torchrun(4, *options, four, "distill.micro_batch=1", "updates=3", "parallel.context=2", "parallel.shard_size=2")
+    assert_same_curve(curve(tmp_path / "four"), curve(tmp_path / "one"))
+    assert_same_student(tmp_path / "four", tmp_path / "one")
+
+
+def test_two_processes_that_share_every_sample_train_a_whole_network_as_one_does(common, tmp_path, request):
+    if not request.config.getoption("--every"):
+        pytest.skip("by --every; two pairs train adapters alike")
+    for name, count, options in (("one", 1, []), ("two", 2, ["parallel.context=2"])):
+        run = [*common, *options, f"out={tmp_path / name}", "updates=2"]
+        train(*run) if count == 1 else torchrun(count, *run)
+    assert_same_curve(curve(tmp_path / "two"), curve(tmp_path / "one"))
+    assert_same_student(tmp_path / "two", tmp_path / "one")
+
+
+def splits(rank, world):
+    """Output and summed gradients of a split network are those of the whole one; what does not divide is refused."""
+    mesh = init_device_mesh("cpu", (1, 1, world), mesh_dim_names=("data", "ring", "ulysses"))
+    torch.manual_seed(0)
+    whole = models.build("wan", weights="random", config="tiny", frames=3, height=4, width=4, compute="float32")
+    split = models.build("wan", weights="random", config="tiny", frames=3, height=4, width=4, compute="float32")
+    split.load_state_dict(whole.state_dict())
+    split.split_tokens(mesh)
+    inputs = torch.randn(2, *whole.latent_shape), torch.rand(2), torch.randn(2, 5, 32)
+    actual, expected = split(*inputs), whole(*inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for output in (actual, expected):
+        (output * output.detach().cos()).sum().backward()
+    for (name, part), reference in zip(split.named_parameters(), whole.parameters(), strict=True):
+        gradient = torch.zeros_like(part) if part.grad is None else part.grad
+        dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient, reference.grad, rtol=1e-4, atol=1e-5, msg=name)
+    odd = models.build("wan", weights="random", config="tiny", frames=3, height=2, width=2)
+    with pytest.raises(ValueError, match=r"2 processes do not divide 4 heads and 3 tokens; expected one of 1"):
+        odd.split_tokens(mesh)
+
+
+def test_a_split_network_has_the_output_and_the_gradients_of_the_whole_one():
+    run_processes(splits, 2)
+
+
+def test_a_degree_that_does_not_divide_the_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with (
+        pytest.raises(ConfigError, match=r"context: 4 does not divide 6 processes; expected one of 1, 2, 3, 6"),
+        processes(ParallelSettings(context=4)),
+    ):
+        pass
+
+
+def test_a_model_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="ToyDenoiser has no context parallelism"):
+        models.build("toy", weights="random").split_tokens(None)
