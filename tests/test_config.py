@@ -13,13 +13,12 @@ from codmd.distill.config.run_config import PACKAGED, differences, find_config, 
 from codmd.distill.config.typed import ConfigError, convert, structured
 
 GIVEN = ["model.weights=w", "data.path=p", "model.null_embedding=n"]
-PACKAGED_NAMES = ["textures_tiny", "toy", "wan_1.3b", "wan_14b", "wan_tiny"]
+PACKAGED_NAMES = ["textures_tiny", "toy", "wan2.2_ti2v_5b", "wan_1.3b", "wan_14b", "wan_tiny"]
 
 
 def packaged(name, *overrides):
-    return read_config(
-        name, [*(GIVEN if name.startswith("wan_1") else ["data.path=p"] if "wan" in name else []), *overrides]
-    )
+    given = {"toy": [], "textures_tiny": [], "wan_tiny": ["data.path=p"]}.get(name, GIVEN)
+    return read_config(name, [*given, *overrides])
 
 
 def write(tmp_path, text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from plan_cases import wan
 from process_runs import assert_same_curve, assert_same_student, curve, torchrun, write_embeddings
 from torch.distributed.device_mesh import init_device_mesh
 from train_cases import train
@@ -13,6 +14,7 @@ from workers import run_processes
 from codmd import models
 from codmd.distill.config.sections import ParallelSettings
 from codmd.distill.config.typed import ConfigError
+from codmd.distill.plan.footprint import LiveBytes, flash_attention, footprint
 from codmd.distill.run.parallel import processes
 
 COMMON = ["wan_tiny", "model.frames=2", "model.height=4", "model.width=8", "distill.batch_size=4",
@@ -45,8 +47,8 @@ def test_two_processes_that_share_every_sample_train_a_whole_network_as_one_does
     assert_same_student(tmp_path / "two", tmp_path / "one")
 
 
-def splits(rank, world):
-    """Output and summed gradients of a split network are those of the whole one; what does not divide is refused."""
+def splits(rank, world, settings, predicted):
+    """Output and summed gradients are those of the whole network, memory is the plan's; a bad degree is refused."""
     mesh = init_device_mesh("cpu", (1, 1, world), mesh_dim_names=("data", "ring", "ulysses"))
     torch.manual_seed(0)
     whole = models.build("wan", weights="random", config="tiny", frames=3, height=4, width=4, compute="float32")
@@ -62,13 +64,35 @@ def splits(rank, world):
         gradient = torch.zeros_like(part) if part.grad is None else part.grad
         dist.all_reduce(gradient)
         torch.testing.assert_close(gradient, reference.grad, rtol=1e-4, atol=1e-5, msg=name)
+    with LiveBytes() as live, flash_attention():
+        network = models.build("wan", **{**vars(settings.options), "storage": "bfloat16"})
+        network.split_tokens(mesh)
+        for parameter in network.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        inputs = torch.zeros(1, *network.latent_shape), torch.zeros(1), torch.zeros(1, 512, 32)
+        start = live.restart()
+        output = network(*inputs)
+        kept = live.now - start
+        output.square().mean().backward()
+        assert live.peak - start == pytest.approx(predicted.training, rel=0.02)
+        assert kept == pytest.approx(predicted.kept, rel=0.02)
+        assert live.exchanged == predicted.exchanged_training
     odd = models.build("wan", weights="random", config="tiny", frames=3, height=2, width=2)
-    with pytest.raises(ValueError, match=r"2 processes do not divide 4 heads and 3 tokens; expected one of 1"):
+    with pytest.raises(ValueError, match=r"2 processes do not divide both .* expected one of 1$"):
         odd.split_tokens(mesh)
 
 
-def test_a_split_network_has_the_output_and_the_gradients_of_the_whole_one():
-    run_processes(splits, 2)
+def test_a_split_network_has_the_output_and_the_gradients_of_the_whole_one_and_the_planned_memory(tmp_path):
+    settings = wan(tmp_path, 3, gradient_checkpointing=True)
+    whole, half = (footprint(settings, 1, 1, context=context) for context in (1, 2))
+    assert half.training < whole.training
+    assert (whole.exchanged_training, whole.exchanged_inference) == (0, 0)
+    # In bfloat16, half of it another's: queries, keys, values and output of every block, and the output at the end.
+    tokens, width, patch, blocks = 5 * 4 * 4, 48, 64, 3
+    attention, gather = blocks * 4 * (tokens // 2) * width, tokens * patch
+    assert half.exchanged_inference == attention + gather
+    assert half.exchanged_training == 3 * attention + gather, "forward, recomputed, backward"
+    run_processes(splits, 2, settings, half)
 
 
 def test_a_degree_that_does_not_divide_the_processes_is_refused(monkeypatch):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 
+import imageio.v2 as imageio
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_weights import TINY, original_state, tiny_state
-from tiny_wan import PROMPTS, TEXT_DIM, write_pipeline, write_text_encoder
+from tiny_wan import PROMPTS, TEXT_DIM, write_pipeline, write_text_encoder, write_ti2v_pipeline
 
 from codmd import cli, models
 from codmd.models.tensor_files import INDEX
@@ -57,25 +58,15 @@ def test_a_pipeline_of_two_experts_is_refused(tmp_path, capsys, command, named):
 
 
 def test_the_size_of_a_video_comes_from_the_models_own_vae(tmp_path):
-    """As Wan2.2-TI2V-5B: 48 latent channels, 16 pixels a cell."""
-    from diffusers import AutoencoderKLWan
-
-    folder = tmp_path / "pipeline"
-    config = {**TINY, "_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48}
-    (tmp_path / "network.json").write_text(json.dumps(config))
-    models.build("wan", weights="random", config=str(tmp_path / "network.json")).save(folder / "transformer")
-    write_text_encoder(folder)
-    AutoencoderKLWan(
-        base_dim=8, decoder_base_dim=8, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, in_channels=12,
-        out_channels=12, is_residual=True, patch_size=2, scale_factor_spatial=16, latents_mean=[0.0] * 48,
-        latents_std=[1.0] * 48,
-    ).save_pretrained(folder / "vae")  # fmt: skip
+    """As Wan2.2-TI2V-5B: 48 latent channels, 16 pixels a cell, 24 frames a second."""
+    folder = write_ti2v_pipeline(tmp_path / "pipeline")
     (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\n")
     command = ["sample", folder, "--sigmas", "1", "--prompts", tmp_path / "prompts.txt", "--device", "cpu",
                "--frames", 5, "--height", 64, "--width", 96]  # fmt: skip
     assert status(*command, "--out", tmp_path / "out") == 0
     (video,) = (tmp_path / "out" / "videos").iterdir()
     assert read_video(video).shape == (5, 64, 96, 3)
+    assert imageio.get_reader(video).get_meta_data()["fps"] == 24
     assert status(*command, "--out", tmp_path / "latents", "--latents") == 0
     (latents,) = (tmp_path / "latents" / "latents").iterdir()
     assert load_file(latents)["latents"].shape == (2, 48, 4, 6)

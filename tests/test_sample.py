@@ -88,8 +88,15 @@ def test_the_student_sampler_is_diffusers_stochastic_euler():
     torch.testing.assert_close(found, x_t, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "euler"])
-def test_the_teacher_sampler_is_diffusers_pipeline(pipeline, solver):
+@pytest.fixture(scope="module")
+def ti2v(tmp_path_factory):
+    return tiny_wan.write_ti2v_pipeline(tmp_path_factory.mktemp("ti2v") / "pipeline")
+
+
+@pytest.mark.parametrize(("source", "solver"), [("pipeline", "unipc"), ("pipeline", "euler"), ("ti2v", "unipc")])
+def test_the_teacher_sampler_is_diffusers_pipeline(request, source, solver):
+    """With a timestep a token, as diffusers calls Wan2.2-TI2V-5B, or one a sample."""
+    pipeline, pixels = request.getfixturevalue(source), {"pipeline": 8, "ti2v": 16}[source]
     from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
     model = denoiser(pipeline, compute="float32")
@@ -103,6 +110,7 @@ def test_the_teacher_sampler_is_diffusers_pipeline(pipeline, solver):
         AutoencoderKLWan.from_pretrained(pipeline / "vae"),
         sampler.scheduler(),
         WanTransformer3DModel.from_pretrained(pipeline / "transformer"),
+        expand_timesteps=source == "ti2v",
     )
     reference.set_progress_bar_config(disable=True)
     start = noise_of("p", 1).rows(torch.randn, (1, *model.latent_shape))
@@ -110,8 +118,8 @@ def test_the_teacher_sampler_is_diffusers_pipeline(pipeline, solver):
         prompt_embeds=cond,
         negative_prompt_embeds=null,
         latents=start.transpose(1, 2),
-        height=32,
-        width=48,
+        height=4 * pixels,
+        width=6 * pixels,
         num_frames=9,
         num_inference_steps=6,
         guidance_scale=4.0,
@@ -409,7 +417,7 @@ def test_a_full_disk_leaves_no_partial_video(pipeline, prompts, tmp_path):
 
 def test_a_video_that_cannot_be_read_is_not_complete(tmp_path):
     pixels = torch.rand(5, 3, 32, 48)
-    write_video(tmp_path / "a.mp4", pixels)
+    write_video(tmp_path / "a.mp4", pixels, 16)
     assert video_is_complete(tmp_path / "a.mp4", 5)
     assert not video_is_complete(tmp_path / "a.mp4", 6)
     (tmp_path / "b.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:1500])

@@ -86,7 +86,7 @@ WRONG_OF_MODEL = {
     "wan": {
         "weights": ("''", "not given; expected a diffusers folder, a weight file"),
         "entry": ("3", "got 3; expected text"),
-        "config": ("''", 'not given; random weights need "1.3b", "14b", "tiny"'),
+        "config": ("''", "not given; random weights need one of 1.3b, 14b, ti2v_5b, tiny"),
         **dict.fromkeys(("frames", "height", "width"), ("0", "got 0; expected a positive number of latent cells")),
         "compute": ("float16", "got 'float16'; expected one of bfloat16, float32"),
         "storage": ("int8", "got 'int8'; expected one of float32, bfloat16"),

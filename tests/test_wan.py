@@ -369,7 +369,7 @@ def test_an_unknown_model_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="'wann'; did you mean 'wan'"):
         models.build("wann")
     assert models.options_class("wan") is WanOptions
-    assert set(SHIPPED) == {"1.3b", "14b", "tiny"}
+    assert set(SHIPPED) == {"1.3b", "14b", "ti2v_5b", "tiny"}
 
 
 def test_wrong_inputs_are_refused_by_name():

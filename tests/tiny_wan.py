@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -46,6 +47,28 @@ def write_transformer(folder: Path, seed: int = 0) -> None:
 
     torch.manual_seed(seed)
     models.build("wan", weights="random", config="tiny", **LATENT).save(folder / "transformer")
+
+
+def write_ti2v_pipeline(folder: Path) -> Path:
+    """As Wan2.2-TI2V-5B's: 48 latent channels, 16 pixels a cell."""
+    from diffusers import AutoencoderKLWan
+
+    from codmd import models
+    from codmd.models.wan.config import read_config
+
+    folder.mkdir(parents=True, exist_ok=True)
+    network = folder.parent / "ti2v.json"
+    channels = {"in_channels": 48, "out_channels": 48}
+    network.write_text(json.dumps({"_class_name": "WanTransformer3DModel", **read_config("tiny"), **channels}))
+    torch.manual_seed(0)
+    models.build("wan", weights="random", config=str(network), **LATENT).save(folder / "transformer")
+    write_text_encoder(folder)
+    AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, in_channels=12,
+        out_channels=12, is_residual=True, patch_size=2, scale_factor_spatial=16, latents_mean=[0.0] * 48,
+        latents_std=[1.0] * 48,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    return folder
 
 
 def write_pipeline(folder: Path) -> Path:

@@ -151,6 +151,9 @@ class VideoDenoiser(nn.Module, ABC):
     def free_text_encoder(self) -> None:
         """Gives back the memory of what `encode` uses; the next call loads it again."""
 
+    frames_per_second = 16
+    """Of the videos that it was trained on."""
+
     @property
     def video_frames(self) -> int:
         """Frames that one sample decodes to."""
@@ -185,6 +188,11 @@ class VideoDenoiser(nn.Module, ABC):
         """Shards every repeated block, then the rest, over `mesh` (1-D: full; 2-D: replicas x shards), in place."""
         raise ValueError(f"{type(self).__name__} cannot be sharded")
 
+    @property
+    def token_splits(self) -> list[int]:
+        """Numbers of processes that `split_tokens` can spread a sample over."""
+        return [1]
+
     def split_tokens(self, mesh: DeviceMesh) -> None:
         """Spreads the tokens of every sample over the dimension "ulysses" of `mesh`, in place.
 
@@ -192,7 +200,7 @@ class VideoDenoiser(nn.Module, ABC):
         weight is its own tokens' part, to be summed over them.
 
         Raises:
-            ValueError: the model has no tokens to split, or the number of processes does not divide them.
+            ValueError: the number of processes is none of `token_splits`.
         """
         raise ValueError(f"{type(self).__name__} has no context parallelism; leave parallel.context at 1")
 

@@ -109,7 +109,7 @@ class SampleFolder:
         if self.latents:
             write_latents(self.file(job, seed), latents[0], job.prompt, seed)
         else:
-            write_video(self.file(job, seed), model.decode(latents)[0])
+            write_video(self.file(job, seed), model.decode(latents)[0], model.frames_per_second)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

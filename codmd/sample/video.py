@@ -14,11 +14,10 @@ from torch import Tensor
 from codmd.atomic import replacing
 from codmd.models.tensor_files import save_tensors
 
-FPS = 16
 LATENTS = "latents"
 
 
-def write_video(path: Path, pixels: Tensor, fps: int = FPS) -> None:
+def write_video(path: Path, pixels: Tensor, fps: int) -> None:
     """Writes pixels [T, 3, height, width] in [0, 1] as H.264 mp4, all or nothing."""
     import imageio.v2 as imageio
 

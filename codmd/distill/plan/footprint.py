@@ -14,8 +14,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,6 +28,8 @@ from codmd.models.base import Condition, VideoDenoiser
 from codmd.models.lora import ADAPTERS, LoraOptions, LoraRoles
 
 DEPTHS = (2, 4)
+EXCHANGES = ("_c10d_functional::all_to_all_single", "_c10d_functional::all_gather_into_tensor")
+"""What Ulysses calls: around attention, and at the end."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Footprint:
             and their gradients.
         kept: bytes that the forward pass leaves for the backward pass.
         inference: bytes alive at the worst moment of a forward pass without gradient.
+        exchanged_training, exchanged_inference: bytes that one process receives in those passes from those that it
+            shares a sample with; of inference, for a micro-batch.
     """
 
     parameters: int
@@ -52,15 +58,20 @@ class Footprint:
     training: int
     kept: int
     inference: int
+    exchanged_training: int
+    exchanged_inference: int
 
 
-def footprint(settings: ModelSettings, batch: int, inference_batch: int, lora: LoraOptions | None = None) -> Footprint:
+def footprint(
+    settings: ModelSettings, batch: int, inference_batch: int, lora: LoraOptions | None = None, context: int = 1
+) -> Footprint:
     """Measures one network.
 
     Args:
         batch: samples of a forward pass with gradient, and of the critic's without.
         inference_batch: samples of the teacher's forward pass.
         lora: freeze the network and train adapters over it.
+        context: processes that share every sample.
     """
     options = _unfilled(settings)
     with torch.device("meta"):
@@ -72,11 +83,18 @@ def footprint(settings: ModelSettings, batch: int, inference_batch: int, lora: L
         blocks = [(_count(block.parameters()), _trained(block) // roles) for block in network.repeated_blocks]
         whole, trained = _count(network.parameters()), _trained(network) // roles
     depths = [min(depth, len(blocks)) for depth in DEPTHS]
-    peaks = [_peaks(settings.name, options, depth, batch, inference_batch, lora) for depth in depths]
-    training, kept, inference = (_extend(values, depths, len(blocks)) for values in zip(*peaks, strict=True))
+    with _joined(context) as mesh:
+        peaks = [_peaks(settings.name, options, depth, batch, inference_batch, lora, mesh) for depth in depths]
+    extended = (_extend(values, depths, len(blocks)) for values in zip(*peaks, strict=True))
     largest, trained_block = (max(counts) for counts in zip(*blocks, strict=True))
     outside = whole - sum(count for count, _ in blocks)
-    return Footprint(whole, largest, outside, trained, trained_block, training, kept, inference)
+    return Footprint(whole, largest, outside, trained, trained_block, *extended)
+
+
+def token_splits(settings: ModelSettings) -> list[int]:
+    """Numbers of processes that the network can spread a sample over."""
+    with torch.device("meta"):
+        return models.build(settings.name, **_unfilled(settings)).token_splits
 
 
 def stored_bytes(settings: ModelSettings) -> int:
@@ -109,12 +127,20 @@ def _extend(values: tuple[int, ...], depths: list[int], depth: int) -> int:
 
 
 def _peaks(
-    name: str, options: dict[str, Any], depth: int, batch: int, inference_batch: int, lora: LoraOptions | None
-) -> tuple[int, int, int]:
-    """(training, kept, inference) bytes of a network cut to `depth` blocks."""
+    name: str,
+    options: dict[str, Any],
+    depth: int,
+    batch: int,
+    inference_batch: int,
+    lora: LoraOptions | None,
+    mesh: DeviceMesh | None,
+) -> tuple[int, int, int, int, int]:
+    """The last five of `Footprint`, of a network cut to `depth` blocks."""
     with torch.device("meta"):
         network: VideoDenoiser = models.build(name, **options)
         del network.repeated_blocks[depth:]
+        if mesh is not None:
+            network.split_tokens(mesh)
         student = critic = teacher = network
         if lora is not None:
             roles = LoraRoles(network, lora)
@@ -126,13 +152,29 @@ def _peaks(
         output = student(*micro_batch)
         kept = live.now - start
         output.float().square().mean().backward()
-        training = live.peak - start
+        training, exchanged = live.peak - start, live.exchanged
         del output
         start = live.restart()
         with torch.no_grad():
             critic(*micro_batch)
+            exchanged_inference = live.exchanged - exchanged
             teacher(*guided)
-        return training, kept, live.peak - start
+        return training, kept, live.peak - start, exchanged, exchanged_inference
+
+
+@contextmanager
+def _joined(context: int) -> Iterator[DeviceMesh | None]:
+    """The first of `context` processes that exchange shapes and no numbers."""
+    if context == 1:
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=context, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (1, 1, context), mesh_dim_names=("data", "ring", "ulysses"))
+    finally:
+        dist.destroy_process_group()
 
 
 def _inputs(network: VideoDenoiser, batch: int) -> tuple[Tensor, Tensor, Condition]:
@@ -160,11 +202,12 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes alive, and the most since the last `restart`.
+        exchanged: bytes that collectives between the processes of a sample have brought.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.exchanged = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def restart(self) -> int:
@@ -174,6 +217,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.name() in EXCHANGES:
+            self.exchanged += result.nbytes * (dist.get_world_size() - 1) // dist.get_world_size()
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._note(value.untyped_storage())

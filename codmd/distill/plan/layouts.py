@@ -6,8 +6,9 @@ fragmentation, NCCL's buffers and the CUDA context (a few GB together) come on t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from codmd.distill.config.recipe import DistillConfig
 from codmd.distill.config.run_config import RunConfig
@@ -36,6 +37,7 @@ class Layout:
         shards: GPUs that share one copy of the weights; gpus / shards copies are kept in step.
         lora: adapters over one shared base instead of whole networks.
         offload_teacher: the teacher's shards are in host memory.
+        context: GPUs that share every sample.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Layout:
     shards: int
     lora: bool = False
     offload_teacher: bool = False
+    context: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,13 @@ class Sizes:
     frozen: int
 
     @classmethod
-    def of(cls, config: RunConfig, micro_batch: int) -> Sizes:
-        """Measures the networks of a configuration."""
+    def of(cls, config: RunConfig, micro_batch: int, context: int = 1) -> Sizes:
+        """Measures the networks of a configuration on one of `context` GPUs that share every sample."""
         teacher_batch = micro_batch * (2 if batches_guidance(config.distill) else 1)
         frozen = _frozen(config)
         return cls(
-            footprint(config.model, micro_batch, teacher_batch),
-            footprint(frozen, micro_batch, teacher_batch, _adapters(config)),
+            footprint(config.model, micro_batch, teacher_batch, context=context),
+            footprint(frozen, micro_batch, teacher_batch, _adapters(config), context),
             stored_bytes(frozen),
         )
 
@@ -83,7 +86,7 @@ class Plan:
         gathered: whole weights and gradients of the blocks at work.
         activations: the worst moment of an update.
         host: of pinned memory beside each GPU.
-        received: per cycle, by all-gathers and reductions.
+        received: per cycle, by all-gathers and reductions, and from the GPUs of the same sample.
     """
 
     layout: Layout
@@ -101,9 +104,9 @@ class Plan:
         return self.trained + self.frozen + self.gathered + self.activations
 
     @property
-    def fits(self) -> str:
-        """The smallest of `CAPACITIES` that has room."""
-        return next((f"{size} GB" for size in CAPACITIES if self.total < HEADROOM * size * 1e9), "no")
+    def capacity(self) -> float:
+        """The smallest of `CAPACITIES` that has room; infinite where none has."""
+        return next((size for size in CAPACITIES if self.total < HEADROOM * size * 1e9), math.inf)
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,18 @@ def layouts(config: RunConfig, gpus: Sequence[int] = GPUS) -> list[Layout]:
     return found
 
 
+def context_layouts(layout: Layout, splits: Sequence[int]) -> list[Layout]:
+    """The same with 2 and more GPUs a sample, those of one machine, as far as the network's `token_splits` allow."""
+    if layout.offload_teacher:
+        return []
+    degrees = [n for n in splits if 1 < n <= NODE and NODE % n == 0 and layout.gpus % n == 0]
+    return [replace(layout, name=f"{layout.name}, context {n}", context=n) for n in degrees]
+
+
 def plan(config: RunConfig, layout: Layout, sizes: Sizes) -> Plan:
     """Adds up one layout."""
     recipe, size = config.distill, sizes.adapted if layout.lora else sizes.whole
-    _, accumulate = micro_batches(recipe, layout.gpus)
+    _, accumulate = micro_batches(recipe, layout.gpus // layout.context)
     # Gradients of student and critic never exist at the same time.
     kept = 2 * (MASTER + MOMENTS) + GRADIENT + (AVERAGE if recipe.ema_decay is not None else 0)
     frozen = sizes.frozen / layout.shards
@@ -201,7 +212,9 @@ def _received(config: RunConfig, layout: Layout, size: Footprint, accumulate: in
     gathers = count.student + count.teacher + count.critic + (2 if config.parallel.reshard else 1) * trained
     gathered = gathers * size.parameters * _width(config) * share
     reduced = trained * size.trained * GRADIENT * (share + 2 * (copies - 1) / copies / shards)
-    return accumulate * (gathered + reduced)
+    evaluated = count.student + count.critic + count.teacher * (2 if batches_guidance(config.distill) else 1)
+    exchanged = evaluated * size.exchanged_inference + trained * size.exchanged_training
+    return accumulate * (gathered + reduced + exchanged)
 
 
 def _width(config: RunConfig) -> int:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from codmd.distill.config.run_config import RunConfig, read_config
 
-from .layouts import GPUS, Forwards, Sizes, batches_guidance, layouts, micro_batches, plan
+from .footprint import token_splits
+from .layouts import (
+    CAPACITIES,
+    GPUS,
+    Forwards,
+    Layout,
+    Plan,
+    Sizes,
+    batches_guidance,
+    context_layouts,
+    layouts,
+    micro_batches,
+    plan,
+)
 
 PLACEHOLDERS = ("model.weights=teacher", "model.null_embedding=embeddings", "data.path=embeddings")
-SIZES = {"wan_1.3b": "Wan2.1-T2V 1.3B", "wan_14b": "Wan2.1-T2V 14B"}
+SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
+    "Wan2.1-T2V 1.3B": ("wan_1.3b", (), GPUS),
+    "Wan2.1-T2V 14B": ("wan_14b", (), GPUS),
+    "Wan2.1-T2V 14B, 81 frames of 720 x 1280": ("wan_14b", ("model.height=90", "model.width=160"), (8, 16, 32)),
+    "Wan2.1-T2V 14B, 161 frames of 480 x 832": ("wan_14b", ("model.frames=41",), (8, 16, 32)),
+}
+"""Title to configuration, changes and numbers of GPUs."""
 TITLE = """# Scaling: memory and communication
 
 How many GPUs a distillation needs, from the packaged configurations. `codmd train --plan CONFIG` prints the table of
@@ -32,10 +52,12 @@ any configuration, with `key=value` changes; this page is the output of
   recomputed the adapters' float32 inputs come on top of the base's.
 - **fits**: the smallest of an H100 (80 GB) and an H200 (141 GB) with 7 % to spare. The CUDA context, NCCL's buffers and
   fragmentation are in that share and in no column.
+- **context N**: N GPUs share every sample (`parallel.context=N`); a row where that makes a smaller card do. Activations
+  are then one GPU's, and the exchanges around attention are in the last column.
 - **host GB**: pinned memory beside each GPU for an offloaded teacher.
 - **GB moved a cycle**: what one GPU receives in one student update and its critic updates: all-gathers in bfloat16,
-  reductions in float32. Divide by the bandwidth between GPUs for a bound on the time, as far as it does not hide
-  behind the arithmetic.
+  reductions in float32, tokens in the dtype of the products. Divide by the bandwidth between GPUs for a bound on the
+  time, as far as it does not hide behind the arithmetic.
 
 `full` shards over all GPUs; `hybrid` keeps a copy on every 8 GPUs, so that gathers stay inside a machine and only
 gradients cross. These are estimates from the configuration, not measurements on a cluster.
@@ -48,12 +70,22 @@ def describe(config: RunConfig, gpus: Sequence[int] = GPUS) -> str:
     Raises:
         ValueError: the batch does not divide among that many GPUs, or the model cannot be built.
     """
-    recipe, sizes, plans = config.distill, dict[int, Sizes](), []
+    recipe, sizes, plans = config.distill, dict[tuple[int, int], Sizes](), list[Plan]()
+
+    def planned(layout: Layout) -> Plan:
+        micro, _ = micro_batches(recipe, layout.gpus // layout.context)
+        if (micro, layout.context) not in sizes:
+            sizes[micro, layout.context] = Sizes.of(config, micro, layout.context)
+        return plan(config, layout, sizes[micro, layout.context])
+
+    splits = token_splits(config.model)
     for layout in layouts(config, gpus):
-        micro, _ = micro_batches(recipe, layout.gpus)
-        if micro not in sizes:
-            sizes[micro] = Sizes.of(config, micro)
-        plans.append(plan(config, layout, sizes[micro]))
+        plans.append(planned(layout))
+        for shared in context_layouts(layout, splits):  # only as many GPUs a sample as it takes
+            if plans[-1].capacity == min(CAPACITIES):
+                break
+            if (better := planned(shared)).capacity < plans[-1].capacity:
+                plans.append(better)
     recompute = bool(getattr(config.model.options, "gradient_checkpointing", False))
     evaluations = Forwards.of(recipe).equivalent(recompute, batches_guidance(recipe))
     at_a_time = recipe.micro_batch or "a GPU's whole share"
@@ -67,11 +99,15 @@ def describe(config: RunConfig, gpus: Sequence[int] = GPUS) -> str:
     ]
     for row in plans:
         parts = (row.trained, row.frozen, row.gathered, row.activations, row.total)
-        cells = [str(row.layout.gpus), row.layout.name, *(_gigabytes(part) for part in parts), row.fits]
+        cells = [str(row.layout.gpus), row.layout.name, *(_gigabytes(part) for part in parts), _card(row.capacity)]
         lines.append(f"| {' | '.join([*cells, _gigabytes(row.host), _gigabytes(row.received)])} |")
     if recipe.batch_size < max(gpus):
         lines += ["", f"On more than {recipe.batch_size} GPUs the batch is taken to be one sample a GPU."]
     return "\n".join(lines)
+
+
+def _card(capacity: float) -> str:
+    return "no" if math.isinf(capacity) else f"{capacity:g} GB"
 
 
 def _gigabytes(count: float) -> str:
@@ -89,10 +125,12 @@ def _latent_shape(config: RunConfig) -> tuple[int, ...]:
 
 
 def page() -> str:
-    """The page: both sizes on 1, 8, 32 and 128 GPUs."""
+    """The page: both sizes on 1, 8, 32 and 128 GPUs, and the larger one's longer and larger videos."""
     parts = [TITLE]
-    for name, title in SIZES.items():
-        parts.append(f"## {title}\n\n`codmd train --plan {name}`: {describe(read_config(name, PLACEHOLDERS))}\n")
+    for title, (name, changes, gpus) in SECTIONS.items():
+        command = " ".join(["codmd train --plan", name, *changes])
+        table = describe(read_config(name, [*PLACEHOLDERS, *changes]), gpus)
+        parts.append(f"## {title}\n\n`{command}`: {table}\n")
     return "\n".join(parts)
 
 

@@ -15,8 +15,8 @@ import torch
 from codmd.files import read_json
 
 EXPERTS = ("transformer", "transformer_2")
-SHIPPED = ("1.3b", "14b", "tiny")
-"""Wan2.1-T2V in its two sizes, and a tiny one for tests and examples."""
+SHIPPED = ("1.3b", "14b", "ti2v_5b", "tiny")
+"""Wan2.1-T2V in its two sizes, Wan2.2-TI2V-5B, and a tiny one for tests and examples."""
 
 
 def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -10,6 +11,14 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from codmd.models.sharding import divisors
+
+
+def token_splits(config: Any, latent_shape: Sequence[int]) -> list[int]:
+    """Numbers of processes that divide both the heads and the tokens of a sample of shape (F, C, H, W)."""
+    frames, _, height, width = latent_shape
+    sizes = zip((frames, height, width), config.patch_size, strict=True)
+    tokens = math.prod(size // patch for size, patch in sizes)
+    return divisors(math.gcd(config.num_attention_heads, tokens))
 
 
 def split_tokens(transformer: Any, latent_shape: Sequence[int], mesh: DeviceMesh) -> None:
@@ -27,16 +36,14 @@ def split_tokens(transformer: Any, latent_shape: Sequence[int], mesh: DeviceMesh
     from diffusers import ContextParallelConfig
     from diffusers.utils import logging
 
-    config, degree = transformer.config, mesh["ulysses"].size()
-    frames, _, height, width = latent_shape
-    sizes = zip((frames, height, width), config.patch_size, strict=True)
-    tokens = torch.Size(size // patch for size, patch in sizes).numel()
-    allowed = [count for count in divisors(config.num_attention_heads) if tokens % count == 0]
+    degree, allowed = mesh["ulysses"].size(), token_splits(transformer.config, latent_shape)
     if degree not in allowed:
         raise ValueError(
-            f"parallel.context: {degree} processes do not divide {config.num_attention_heads} heads and {tokens} "
-            f"tokens; expected one of {', '.join(map(str, allowed))}"
+            f"parallel.context: {degree} processes do not divide both the heads and the tokens of a sample; expected "
+            f"one of {', '.join(map(str, allowed))}"
         )
+    # One timestep a sample: the plan's split of timesteps by tokens has nothing to do, and would say so.
+    plan = {name: split for name, split in transformer._cp_plan.items() if name}
     parallel = ContextParallelConfig(ulysses_degree=degree, mesh=mesh["ring", "ulysses"])
     # On the CPU diffusers divides by the number of accelerators, 0, to name a device that Ulysses never asks for.
     count = max(1, torch.accelerator.device_count())
@@ -44,6 +51,6 @@ def split_tokens(transformer: Any, latent_shape: Sequence[int], mesh: DeviceMesh
     logging.set_verbosity_error()  # diffusers warns at every call that the interface may change
     try:
         with mock.patch.object(torch.accelerator, "device_count", return_value=count):
-            transformer.enable_parallelism(config=parallel)
+            transformer.enable_parallelism(config=parallel, cp_plan=plan)
     finally:
         logging.set_verbosity(verbosity)

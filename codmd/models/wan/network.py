@@ -25,12 +25,12 @@ from codmd.models.tensor_files import Renamed
 
 from .attention import set_attention, supports_backward
 from .config import build_transformer
-from .context import split_tokens
+from .context import split_tokens, token_splits
 from .export import write_adapter_folder, write_diffusers_folder
 from .options import RANDOM, ZEROS, WanOptions
 from .precision import compute_in_float32, float32_modules, store_in_bfloat16
 from .text import NEGATIVE_PROMPT, TOKENS, WanPromptEncoder
-from .vae import WanVideoDecoder, strides
+from .vae import FRAMES_PER_SECOND, WanVideoDecoder, strides
 from .weights import open_wan
 
 TIMESTEPS = 1000.0
@@ -59,6 +59,7 @@ class WanDenoiser(VideoDenoiser):
         set_attention(self.transformer, options.attention)
         patch = self.transformer.config.patch_size
         self.latent_shape = (options.frames, self.transformer.config.in_channels, options.height, options.width)
+        self.frames_per_second = FRAMES_PER_SECOND.get(self.latent_shape[1], self.frames_per_second)
         for name, multiple in zip(("frames", "height", "width"), patch, strict=True):
             if getattr(options, name) % multiple:
                 raise ValueError(f"{name}: got {getattr(options, name)}; expected a multiple of the patch, {multiple}")
@@ -205,8 +206,13 @@ class WanDenoiser(VideoDenoiser):
             policy.shard(block, mesh)
         policy.shard(self.transformer, mesh)
 
+    @property
+    def token_splits(self) -> list[int]:
+        """Divisors of both the heads and the tokens of a sample."""
+        return token_splits(self.transformer.config, self.latent_shape)
+
     def split_tokens(self, mesh: DeviceMesh) -> None:
-        """Ulysses over the dimension "ulysses" of `mesh`, whose size divides heads and tokens; in place."""
+        """Ulysses over the dimension "ulysses" of `mesh`, in place."""
         split_tokens(self.transformer, self.latent_shape, mesh)
 
     def save_state(

@@ -12,7 +12,7 @@ from codmd.models.fingerprint import fingerprint
 from codmd.models.options import ModelOptions
 from codmd.models.tensor_files import INDEX_SUFFIX, folder_fingerprint
 
-from .config import read_config
+from .config import SHIPPED, read_config
 from .text import NEGATIVE_PROMPT
 from .vae import strides, vae_folder
 from .weights import fitting_config
@@ -28,8 +28,8 @@ class WanOptions(ModelOptions):
     Attributes:
         weights: a diffusers folder, a single file (.safetensors, .pt), or "random".
         entry: of a file that holds several networks, the one to read; "" takes the generator.
-        config: "1.3b", "14b", "tiny", or a JSON file; "" takes the diffusers folder's own, or for a single file the
-            shipped configuration that it fits.
+        config: "1.3b", "14b", "ti2v_5b", "tiny", or a JSON file; "" takes the diffusers folder's own, or for a single
+            file the shipped configuration that it fits.
         frames, height, width: of the latents; 21 x 60 x 104 is 81 frames of 480 x 832.
         compute: dtype of the matrix products and of attention.
         storage: dtype of the weights; "bfloat16" is for networks that are not trained.
@@ -65,7 +65,7 @@ class WanOptions(ModelOptions):
         if not self.weights:
             raise ValueError('weights: not given; expected a diffusers folder, a weight file, or "random"')
         if self.weights == RANDOM and not self.config:
-            raise ValueError('config: not given; random weights need "1.3b", "14b", "tiny", or a JSON file')
+            raise ValueError(f"config: not given; random weights need one of {', '.join(SHIPPED)}, or a JSON file")
         for name in ("frames", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a positive number of latent cells")

@@ -14,6 +14,8 @@ from codmd.files import read_json
 
 STRIDES = {16: (4, 8), 48: (4, 16)}
 """Latent channels of the published VAEs, Wan2.1's and that of Wan2.2-TI2V-5B, to frames and pixels per latent cell."""
+FRAMES_PER_SECOND = {16: 16, 48: 24}
+"""The same channels to the videos that their models were trained on (Wan2.2's published configurations)."""
 
 
 def strides(folder: str | os.PathLike[str], channels: int) -> tuple[int, int]:
