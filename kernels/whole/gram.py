@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms, takes_last
 from .algebra import add_pieces, relation_of_grams, triangle
-from .stream import score_grams, student_gram
+from . import cores, stream
 
 
 @triton.jit(
@@ -38,12 +38,13 @@ def gram_kernel(
     samples, frames, runs, run_lines, length, tiles, sums_at, scratch_at, losses_at, pieces_at,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
     SPLITS_X: tl.constexpr, SPLITS_S: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr, SLICES: tl.constexpr,
     GRAMS: tl.constexpr, DIFFERENCE: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·(SPLITS_X + SPLITS_S)·BLOCKS(BLOCKS + 1)/2]: splits of x, then of r and f, for every pair of row blocks.
 
-    Strides of b, f, c, h are in units of VEC elements. With BATCH the relation is the batch term.
+    Strides of b, f, c, h are in units of VEC elements. SLICES of a tile go to tensor cores; 0: IEEE dots of any dtype.
+    With BATCH the relation is the batch term.
     """
     PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
     GROUPS_X: tl.constexpr = (SPLITS_X + GROUP - 1) // GROUP
@@ -78,21 +79,33 @@ def gram_kernel(
     at = triangle(i[:, None], j[None, :], frames)
     if of_student:
         share = tl.cdiv(tiles, SPLITS_X)
-        xx = student_gram(
-            student, frame_mask, pooled, sample, b, i, j, i_valid, j_valid,
-            split * share, tl.minimum(tiles, split * share + share), pair, frames, runs, run_lines, length,
-            x_b, x_f, x_c, x_h, x_w, mask_b, mask_f, BLOCKS, VEC, BLOCK_N, BLOCK_L, GRAMS,
-        )  # fmt: skip
+        if SLICES:
+            xx = cores.student_gram(
+                student, pooled, b, i, i_valid, split * share, tl.minimum(tiles, split * share + share), runs,
+                run_lines, length, x_b, x_f, x_c, x_h, x_w, SLICES, VEC, BLOCK_N, BLOCK_L,
+            )  # fmt: skip
+        else:
+            xx = stream.student_gram(
+                student, frame_mask, pooled, sample, b, i, j, i_valid, j_valid,
+                split * share, tl.minimum(tiles, split * share + share), pair, frames, runs, run_lines, length,
+                x_b, x_f, x_c, x_h, x_w, mask_b, mask_f, BLOCKS, VEC, BLOCK_N, BLOCK_L, GRAMS,
+            )  # fmt: skip
         if GRAMS:
             tl.store(piece + at, xx, mask=upper)
     else:
         share = tl.cdiv(tiles, SPLITS_S)
-        rr, tt, ff = score_grams(
-            real, fake, frame_mask, pooled, sample, b, i, j, i_valid, j_valid,
-            split * share, tl.minimum(tiles, split * share + share), pair, frames, runs, run_lines, length,
-            r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
-            BLOCKS, VEC, BLOCK_N, BLOCK_L, GRAMS, DIFFERENCE,
-        )  # fmt: skip
+        if SLICES:
+            rr, tt, ff = cores.score_grams(
+                real, fake, pooled, b, i, i_valid, split * share, tl.minimum(tiles, split * share + share), runs,
+                run_lines, length, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, SLICES, VEC, BLOCK_N, BLOCK_L,
+            )  # fmt: skip
+        else:
+            rr, tt, ff = stream.score_grams(
+                real, fake, frame_mask, pooled, sample, b, i, j, i_valid, j_valid,
+                split * share, tl.minimum(tiles, split * share + share), pair, frames, runs, run_lines, length,
+                r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
+                BLOCKS, VEC, BLOCK_N, BLOCK_L, GRAMS, DIFFERENCE,
+            )  # fmt: skip
         if GRAMS:
             tl.store(piece + at, rr, mask=upper)
             tl.store(piece + half + at, tt, mask=upper)

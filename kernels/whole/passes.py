@@ -44,7 +44,8 @@ def _first_stage(call: Relation, grams: bool, means: bool, exchanged: bool = Fal
         limits.check((frames, samples, *sizes[2:]) if exchanged else sizes, None, batch, grams and not exchanged)
         runs = Runs(geometries, (student.element_size(),) * 3, aligned is True)
         mask = pair_of_strides(frame_mask)
-        return GramPlan(samples, frames, runs, multiprocessors(device), grams, False, exchanged, means, mask)
+        processors, half = multiprocessors(device), student.element_size() == 2
+        return GramPlan(samples, frames, runs, processors, grams, False, exchanged, means, mask, half)
 
     key = (
         GramPlan, student.shape, strides, aligned, student.dtype, device, layout, grams, means, batch, exchanged,

@@ -15,11 +15,14 @@ APPLY_TILE = 4096
 BLOCK_J = 16
 """Depth of a dot: an IEEE float32 dot holds its operands in registers."""
 
+CORES = {16: (8, 128, 8), 32: (8, 128, 8), 64: (1, 64, 8), 128: (1, 32, 16)}
+"""Slices and columns of a tile, and warps, by rows: what tensor cores take of bfloat16 and float16 latents."""
+
 
 class GramPlan:
     """Launch of :func:`gram_kernel` over ``samples`` relations of ``vectors``; ``batch``: theirs is the batch term.
 
-    ``means``: the pass stores time averages too.
+    ``means``: the pass stores time averages too. ``half_precision``: of bfloat16 or float16, on tensor cores.
     """
 
     def __init__(
@@ -33,12 +36,19 @@ class GramPlan:
         batch: bool,
         means: bool = False,
         mask_strides: tuple[int, int] = (0, 0),
+        half_precision: bool = False,
     ) -> None:
-        block_n = max(16, min(64, next_power_of_2(vectors)))
+        slices = 0
+        if half_precision and grams:
+            block_n = max(16, next_power_of_2(vectors))
+            slices, block_l, warps = CORES[block_n]
+        else:
+            block_n = max(16, min(64, next_power_of_2(vectors)))
+            # The addresses of time averages leave the registers room for tiles of one dot.
+            block_l = 2 * BLOCK_J if block_n <= 32 and not means else BLOCK_J
+            warps = 8 if block_n > 32 else 4
         blocks = cdiv(vectors, block_n)
         pairs = blocks * (blocks + 1) // 2
-        # The addresses of time averages leave the registers room for tiles of one dot.
-        block_l = 2 * BLOCK_J if block_n <= 32 and not means else BLOCK_J
         tiles = runs.tiles(block_l)
         most = cdiv(tiles, 4)
         programs = cdiv(processors, samples * pairs)
@@ -60,9 +70,9 @@ class GramPlan:
             samples * (splits_x + splits_s) * pairs,
             (
                 splits_x, splits_s, GROUP, blocks, runs.vec, block_n, block_l,
-                max(16, next_power_of_2(vectors)), grams, difference, batch,
+                max(16, next_power_of_2(vectors)), slices, grams, difference, batch,
             ),
-            warps=8 if block_n > 32 else 4,
+            warps=warps,
             registers=255,
             fixed=(
                 samples, vectors, runs.count, runs.lines, runs.length, tiles,
