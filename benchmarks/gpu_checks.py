@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,24 +38,33 @@ class Case:
         return f"{self.op} {self.shape} {str(self.dtype).removeprefix('torch.')} {' '.join(extras)}".strip()
 
 
+TINY = (2, 3, 2, 4, 8)
+SANITIZED = [
+    Case("relation_loss", TINY, torch.bfloat16, {"pool": "mean"}),
+    Case("relation_loss", TINY, torch.bfloat16, {"pool": None}),
+    Case("codmd_loss", TINY, torch.bfloat16, {"pool": "mean"}),
+]
+"""What compute-sanitizer watches: small, and compiled by the checks before."""
+
+
 def cases(small: bool) -> Iterator[Case]:
     """The grid; ``small`` keeps it within the interpreter's and the sanitizer's patience."""
-    tiny = (2, 3, 2, 4, 8)
     grid = [
         ((1, 21, 16, 60, 104), torch.bfloat16),
         ((2, 5, 3, 7, 13), torch.float16),
         ((3, 41, 8, 30, 52), torch.float32),
         ((40, 1, 4, 16, 24), torch.bfloat16),
     ]
-    for shape, dtype in [(tiny, torch.bfloat16)] if small else grid:
+    for shape, dtype in [(TINY, torch.bfloat16)] if small else grid:
         for pool in ("mean", (2, 2), None):
             yield Case("relation_loss", shape, dtype, {"pool": pool}, masked=pool == "mean")
         for convention in ("self_forcing", "rcm", "longlive"):
             yield Case("dmd_loss", shape, dtype, {"convention": convention, "layout": "bfchw"})
         yield Case("codmd_loss", shape, dtype, {"pool": "mean"})
-    yield Case("relation_loss", tiny, torch.float32, {"pool": "mean", "temperature": 0.01}, strided=True)
-    yield Case("relation_loss", tiny, torch.float32, {"pool": None, "temperature": 10.0}, strided=True)
+    yield Case("relation_loss", TINY, torch.float32, {"pool": "mean", "temperature": 0.01}, strided=True)
+    yield Case("relation_loss", TINY, torch.float32, {"pool": None, "temperature": 10.0}, strided=True)
     if not small:
+        yield from SANITIZED
         yield Case("relation_loss", (1, 240, 16, 30, 52), torch.bfloat16, {"pool": "mean"})
         yield Case("relation_loss", (1, 120, 16, 30, 52), torch.bfloat16, {"pool": None})
 
@@ -80,6 +90,17 @@ def inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     return made
 
 
+@functools.cache
+def one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The loss's own gradient, which autograd would fill with a launch of its own at every call."""
+    return torch.ones((), dtype=dtype, device=device)
+
+
+def differentiated(loss: Tensor, leaf: Tensor) -> Tensor:
+    """The gradient of ``leaf``."""
+    return torch.autograd.grad(loss, leaf, one(loss.dtype, loss.device))[0]
+
+
 def gradient(case: Case, made: Inputs, backend: str | None) -> tuple[Tensor, Tensor]:
     """(loss, gradient of the student); ``backend`` None is the reference's own autograd."""
     leaf = made["student"].detach().requires_grad_()
@@ -90,7 +111,7 @@ def gradient(case: Case, made: Inputs, backend: str | None) -> tuple[Tensor, Ten
         loss = reference.relation_loss(leaf, **rest, **case.options)[0]
     else:
         loss = by_reference(case, leaf, rest)
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+    return loss.detach(), differentiated(loss, leaf)
 
 
 def by_reference(case: Case, leaf: Tensor, rest: Inputs) -> Tensor:
@@ -214,13 +235,27 @@ def attempts(device: str, small: bool) -> Iterator[tuple[str, Callable[[Case, st
             yield "streams", check_streams, case
 
 
-def run(device: str, small: bool, part: int = 0, parts: int = 1) -> list[dict[str, Any]]:
-    """Every ``parts``-th check from ``part`` on: ``{"name", "passed", "detail"}``."""
-    found: list[dict[str, Any]] = []
+def tasks(
+    device: str, small: bool, done: Collection[str] = (), part: int = 0, parts: int = 1
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Every ``parts``-th check from ``part`` on that is not ``done``: its name, and what runs it."""
     for name, check, case in itertools.islice(attempts(device, small), part, None, parts):
-        try:
-            detail = check(case, device)
-        except Exception:
-            detail = traceback.format_exc(limit=4)[-600:]
-        found.append({"name": f"{name}: {case.name}", "passed": not detail, "detail": detail})
-    return found
+        label = f"{name}: {case.name}"
+        if label not in done:
+            yield label, functools.partial(outcome, check, case, device)
+
+
+def outcome(check: Callable[[Case, str], str], case: Case, device: str) -> dict[str, Any]:
+    """``{"passed", "detail"}`` of a check."""
+    try:
+        detail = check(case, device)
+    except Exception:
+        detail = traceback.format_exc(limit=4)[-600:]
+    return {"passed": not detail, "detail": detail}
+
+
+def sanitized() -> None:
+    """One call of each sanitized case, on inputs that were drawn on the CPU."""
+    for case in SANITIZED:
+        gradient(case, {name: value.cuda() for name, value in inputs(case, "cpu").items()}, "triton")
+    torch.cuda.synchronize()

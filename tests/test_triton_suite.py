@@ -13,7 +13,7 @@ import torch
 from interpreted import needs_interpreter
 
 pytest.importorskip("triton")
-from benchmarks import gpu_checks, gpu_suite, gpu_timing, roofline
+from benchmarks import gpu_checks, gpu_record, gpu_timing, roofline
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,19 +40,19 @@ def test_a_gate_that_fails_blanks_the_row(tmp_path):
         "op": "relation_loss", "shape": "wan-480p", "triton_ms": 0.01, "eager_ms": 0.3, "compiled_ms": 0.05,
         "gb_s": 1600.0, "percent_of_copy": 40.0, "launches": 2, "extra_mb": 0.03,
     }  # fmt: skip
-    refused = {"op": "dmd_loss", "shape": "wan-480p", "reason": "the accuracy gate failed: loss error 1"}
+    refused = {"op": "dmd_loss", "shape": "wan-480p", "triton_missing": "the accuracy gate failed: loss error 1"}
     check = {"name": "accuracy: x", "passed": False, "detail": "loss error 1"}
     results = {
         "device": "a device", "date": "2000-01-01", "torch": "0", "triton": "0", "seconds": 1.0, "copy_tb_s": 4.0,
         "checks": [check], "timings": [timed, refused],
     }  # fmt: skip
-    text = gpu_suite.summary(results)
+    text = gpu_record.summary(results)
     assert "30.0x eager, 5.0x compiled" in text
-    assert "no time, the accuracy gate failed" in text
+    assert "no triton: the accuracy gate failed" in text
     assert "FAILED accuracy: x" in text
-    assert "| dmd_loss | wan-480p |  |  |  |  |" in gpu_suite.markdown(results)
+    assert "| dmd_loss | wan-480p |  |  |  |  |  |" in gpu_record.markdown(results)
     assert "| 10.0 | 300.0 | 50.0 | 40.0 |" in roofline.table(roofline.rows(), results)
-    gpu_suite.plot(results, tmp_path / "gpu.png")
+    gpu_record.plot(results, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").stat().st_size > 1000
 
 
