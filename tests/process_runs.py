@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import torch
+from fresh import Command
 from safetensors.torch import save_file
 
 from codmd.distill.run.checkpoint import read_student
@@ -16,15 +14,11 @@ from codmd.distill.run.log import read_log
 LOSSES = ("loss", "dmd", "relation_batch", "relation_frame", "critic", "student_grad_norm", "critic_grad_norm")
 
 
-def torchrun(count, *arguments):
-    """The command on `count` gloo processes; returns what they printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run(
-        [*launcher, "-m", "codmd", "train", *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+def torchrun(folder, count, *arguments):
+    """The command on `count` gloo processes under torchrun's agent, its run in `folder`; returns what they printed."""
+    command = Command(folder.with_name(f"{folder.name}.txt"), "train", *arguments, f"out={folder}", processes=count)
+    assert command.finish() == 0, command.text()[-4000:]
+    return command.text()
 
 
 def curve(folder):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +34,10 @@ def one(tmp_path_factory):
 
 
 def test_two_processes_have_the_losses_of_one_and_one_continues_their_checkpoint(one, tmp_path, capsys):
-    torchrun(2, *TOY, f"out={tmp_path}", "updates=4", "checkpoint.every=4")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [*TOY, f"out={tmp_path}", "updates=4", "checkpoint.every=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    subprocess.run([*launcher, "-m", "codmd", "train", *options], env=environment, check=True)
     assert len(list((tmp_path / "checkpoints" / "step_00000004").glob("*.safetensors"))) == 2
     train(*TOY, f"out={tmp_path}", "updates=6")
     assert "saved by 2 processes, continued by 1" in capsys.readouterr().err
@@ -42,7 +48,7 @@ def test_two_processes_have_the_losses_of_one_and_one_continues_their_checkpoint
 
 def test_a_hybrid_mesh_has_the_losses_of_one_and_continues_its_checkpoint(one, tmp_path):
     train(*TOY, f"out={tmp_path}", "updates=2")
-    printed = torchrun(4, *TOY, f"out={tmp_path}", "updates=6", "parallel.shard_size=2")  # two copies of two shards
+    printed = torchrun(tmp_path, 4, *TOY, "updates=6", "parallel.shard_size=2")  # two copies of two shards
     assert "saved by 1 processes, continued by 4" in printed
     assert printed.count("6/6 [") == 1, "the first process alone has a bar"
     assert_same_curve(curve(tmp_path), curve(one))
@@ -52,7 +58,7 @@ def test_a_hybrid_mesh_has_the_losses_of_one_and_continues_its_checkpoint(one, t
 def test_two_processes_relate_a_whole_accumulated_batch_as_one_does(tmp_path):
     common = [*TOY, "updates=3", "distill.relation_accumulate=true", "distill.relation_weight=2"]
     train(*common, f"out={tmp_path / 'one'}", "distill.micro_batch=4")
-    torchrun(2, *common, f"out={tmp_path / 'two'}", "distill.micro_batch=2")
+    torchrun(tmp_path / "two", 2, *common, "distill.micro_batch=2")
     assert_same_curve(curve(tmp_path / "two"), curve(tmp_path / "one"))
     apart = ["distill.relation_accumulate=false", "distill.micro_batch=4"]
     train(*common, f"out={tmp_path / 'apart'}", *apart)
@@ -66,7 +72,7 @@ def test_two_processes_train_a_sharded_wan_as_one_does_with_guidance_and_adapter
               "distill.critic_updates=2", "log.tensorboard=false"]  # fmt: skip
     for name, options in (("whole", []), ("lora", ["lora.rank=2", "lora.alpha=2"])):
         train(*common, *options, f"out={tmp_path / name}_one")
-        torchrun(2, *common, *options, f"out={tmp_path / name}_two")
+        torchrun(tmp_path / f"{name}_two", 2, *common, *options)
         assert_same_curve(curve(tmp_path / f"{name}_two"), curve(tmp_path / f"{name}_one"))
 
 

@@ -6,12 +6,12 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from fresh import Command
 from train_cases import ALONE, QUIET, TOY, curve, train
 
 from codmd.distill.run.checkpoint import read_student
@@ -21,24 +21,20 @@ from codmd.distill.run.log import read_log
 from codmd.models.wan.network import WanDenoiser
 
 
-def start(*arguments):
-    """The command as a process of its own, on one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "codmd", "train", *arguments], env=environment, stderr=subprocess.PIPE, text=True
-    )
+def start(folder, *arguments):
+    """The command as a process of its own; what it prints goes to a file beside its run's `folder`."""
+    return Command(folder.with_name(f"{folder.name}.txt"), "train", f"out={folder}", *arguments)
 
 
 def finish(process, status=0):
     """Waits for its end and returns what it printed."""
-    _, printed = process.communicate()
-    assert process.returncode == status, printed[-4000:]
-    return printed
+    assert process.finish() == status, process.text()[-4000:]
+    return process.text()
 
 
 def wait_for(condition, process):
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.status is None, process.text()
         time.sleep(0.0005)
 
 
@@ -58,18 +54,18 @@ def test_a_run_killed_in_training_and_in_a_save_and_terminated_has_the_curve_of_
     common = [*TOY, QUIET, "distill.ema_decay=0.9", "distill.grad_clip=0.5", "seed=5"]
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     updates = 3000
-    slow = [*common, f"out={run}", f"updates={updates}"]
+    slow = [run, *common, f"updates={updates}"]
 
     process = start(*slow, "checkpoint.every=4")
     wait_for(lambda: logged(run) > 10, process)
-    process.send_signal(signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     finish(process, -signal.SIGKILL)
     killed_at = len(curve(run))
 
     for _ in range(20):
         process = start(*slow, "checkpoint.every=1")
         wait_for(lambda: partial(run), process)
-        process.send_signal(signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
         finish(process, -signal.SIGKILL)
         if partial(run):  # or the save was faster than the signal
             break
@@ -79,7 +75,7 @@ def test_a_run_killed_in_training_and_in_a_save_and_terminated_has_the_curve_of_
     process = start(*slow, "checkpoint.every=1000")
     before = logged(run)
     wait_for(lambda: logged(run) > before + 3, process)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     assert "continuing from" in finish(process, 143)
     assert not partial(run)
     stopped_at = len(curve(run))
@@ -87,9 +83,9 @@ def test_a_run_killed_in_training_and_in_a_save_and_terminated_has_the_curve_of_
     assert read_student(run)
 
     last = stopped_at + 5
-    printed = finish(start(*common, f"out={run}", f"updates={last}", "checkpoint.every=1000"))
+    printed = finish(start(run, *common, f"updates={last}", "checkpoint.every=1000"))
     assert f"updates: {updates} -> {last}" in printed
-    finish(start(*common, f"out={undisturbed}", f"updates={last}", "checkpoint.every=1000"))
+    finish(start(undisturbed, *common, f"updates={last}", "checkpoint.every=1000"))
     assert [line["update"] for line in curve(run)] == list(range(1, last + 1))
     assert curve(run) == curve(undisturbed)
     for ema in (False, True):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fresh import Command
 from train_cases import curve
 
 from codmd.distill.run.integrity import problems, read_meta
@@ -28,51 +27,24 @@ TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=16", "model.blo
        "log.tensorboard=false", "seed=5"]  # fmt: skip
 
 
-class Group:
-    """`codmd train` on two gloo processes under torchrun; what they print goes to a file."""
+class Group(Command):
+    """`codmd train` on two gloo processes under torchrun's agent; what they print goes to a file."""
 
     def __init__(self, run, *arguments):
-        self.printed = run.with_name(f"{run.name}.txt")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-        with open(self.printed, "wb") as file:
-            self.launcher = subprocess.Popen(
-                [*launcher, "-m", "codmd", "train", *TOY, f"out={run}", *arguments],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-                stdout=file,
-                stderr=file,
-            )
-
-    def ranks(self):
-        """Rank to process id of the processes that are there."""
-        found = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                environment = dict(item.partition("=")[::2] for item in (entry / "environ").read_text().split("\0"))
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-            if parent == self.launcher.pid and "RANK" in environment:
-                found[int(environment["RANK"])] = int(entry.name)
-        return found
+        arguments = ["train", *TOY, f"out={run}", *arguments]
+        super().__init__(run.with_name(f"{run.name}.txt"), *arguments, processes=PROCESSES)
 
     def wait_for(self, condition):
         while not condition():
-            assert self.launcher.poll() is None, self.text()
+            assert self.status is None, self.text()
             time.sleep(0.0005)
-
-    def text(self):
-        return self.printed.read_text("utf-8", "replace")[-6000:]
-
-    def finish(self):
-        """The status with which torchrun ends by itself; it must, whoever was killed."""
-        return self.launcher.wait(timeout=300)
 
     def kill(self):
         """All at once, torchrun first: nobody is left to end the others in order."""
         ranks = self.ranks()
-        for process in (self.launcher.pid, *ranks.values()):
+        for process in (self.pid, *ranks.values()):
             os.kill(process, signal.SIGKILL)
-        self.launcher.wait()
+        self.finish()
         for process in ranks.values():
             wait_until_gone(process)
 
@@ -94,10 +66,10 @@ def group(run, *arguments):
     try:
         yield started
     finally:
-        for process in (started.launcher.pid, *started.ranks().values()):
-            if started.launcher.poll() is None:
+        for process in (started.pid, *started.ranks().values()):
+            if started.status is None:
                 os.kill(process, signal.SIGKILL)
-        started.launcher.wait()
+        started.finish()
 
 
 def updates(run):
@@ -116,13 +88,13 @@ def own_files(run):
 
 def stop_in_a_save(started, condition):
     """Stops every process while `condition` holds, and leaves them so."""
+    started.wait_for(lambda: len(started.ranks()) == PROCESSES)
+    ranks = started.ranks().values()
     while True:
         started.wait_for(condition)
-        ranks = started.ranks().values()
         for process in ranks:
             os.kill(process, signal.SIGSTOP)
-        while {state_of(process) for process in ranks} != {"T"}:
-            time.sleep(0.0005)
+        started.wait_for(lambda: {state_of(process) for process in ranks} == {"T"})
         if condition():
             return
         for process in ranks:  # the save was faster

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fresh import SERVER
 
 
 def _entry(rank: int, world: int, store: str, function, arguments) -> None:
@@ -30,4 +31,5 @@ def _entry(rank: int, world: int, store: str, function, arguments) -> None:
 def run_processes(function, world: int, *arguments) -> None:
     """``function(rank, world, *arguments)`` on ``world`` processes; raises what a process raised."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, (world, str(Path(folder) / "store"), function, arguments), nprocs=world)
+        everything = world, str(Path(folder) / "store"), function, arguments
+        mp.start_processes(_entry, everything, world, start_method=SERVER.get_start_method())
