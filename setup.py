@@ -173,7 +173,7 @@ def packages() -> dict[str, Any]:
 setup(
     **packages(),
     package_data={
-        "codmd": ["py.typed"],
+        "codmd": ["py.typed", "fastest.json"],
         "codmd.configs": ["*.yaml", "*.json"],
         "codmd.models.wan.configs": ["*.json"],
         "codmd.compare": ["page.html"],

@@ -3,7 +3,8 @@
     python -m benchmarks.roofline [--results docs/results/gpu.json] [--out docs/performance.md]
 
 Everything but the measured columns follows from sizes and from the launches that the operators make on meta tensors.
-Measured columns are filled from a results file of ``benchmarks.gpu_suite`` and are empty without one.
+Measured columns are filled from a results file of ``benchmarks.gpu_suite`` and are empty without one. The same file
+says which backend is the fastest: ``codmd/fastest.json``, which ``auto`` follows.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ CEILINGS = {"H100": 3.35e12, "H200": 4.3e12}
 """Bytes a second: the H100's data sheet, and a device-to-device copy measured on an H200."""
 
 RESULTS = Path("docs/results/gpu.json")
+FASTEST = Path("codmd/fastest.json")
 
 BACKWARD = ("apply_kernel", "apply_batch_kernel", "gradient_kernel")
 
@@ -88,8 +92,8 @@ def table(found: list[Row], results: dict[str, Any] | None) -> str:
     measured = {(case["op"], case["shape"]): case for case in results["timings"]} if results else {}
     lines = [
         "| operator | shape | launches | MB required | moved / required | floor H100 us | floor H200 us "
-        "| measured us | eager us | compiled us | percent of copy |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| Triton us | CUDA us | eager us | compiled us | max-autotune us | percent of copy |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
         case = measured.get((r.op, r.shape), {})
@@ -101,8 +105,8 @@ def table(found: list[Row], results: dict[str, Any] | None) -> str:
         lines.append(
             f"| {r.op} | {r.shape} | {r.forward} + {r.backward} | {r.required / 1e6:.1f} "
             f"| {r.moved / r.required:.3f} | {r.floor_us('H100'):.1f} | {r.floor_us('H200'):.1f} "
-            f"| {cell('triton_ms', 1e3)} | {cell('eager_ms', 1e3)} | {cell('compiled_ms', 1e3)} "
-            f"| {cell('percent_of_copy')} |"
+            f"| {cell('triton_ms', 1e3)} | {cell('cuda_ms', 1e3)} | {cell('eager_ms', 1e3)} "
+            f"| {cell('compiled_ms', 1e3)} | {cell('autotuned_ms', 1e3)} | {cell('percent_of_copy')} |"
         )
     return "\n".join(lines)
 
@@ -133,7 +137,8 @@ of several frames than one program holds. The 14B model has the latents of the 1
 * How long that code would take, modelled from it: `python -m benchmarks.latency`. No measurement.
 * Host time a call: `python -m benchmarks.launch`; without a GPU down to a CUDA driver that does nothing.
 * Measuring: `python -m benchmarks.gpu_suite` on a GPU writes the results file that fills the empty columns. A row whose
-  accuracy gate fails shows no speed.
+  accuracy gate fails shows no speed. The same file makes `codmd/fastest.json`, the table by which `auto` takes the
+  faster of Triton and the CUDA extension for an operator and a size; until then Triton comes first.
 * All that is to be run on a GPU, in order, whole networks included: [gpu.md](gpu.md).
 """
 
@@ -148,6 +153,38 @@ def page(results: dict[str, Any] | None) -> str:
     )
 
 
+SERVED_BY = {
+    "relation_loss": ("relation_loss",),
+    "whole_relation_loss": ("relation_loss, pool=None",),
+    "objective": ("dmd_loss", "codmd_loss"),
+}
+"""Operators in ``torch.ops.codmd``, and the rows that measure them."""
+
+
+def fastest(results: dict[str, Any] | None) -> dict[str, dict[str, list[tuple[float | None, str]]]]:
+    """The table of ``codmd.backends``: at each measured size the backend of the least time.
+
+    Between two sizes with different backends the limit is their geometric mean. Sizes that not both backends were timed
+    at do not count, and an operator for which Triton always wins is left out: that is the order without a table.
+    """
+    found = {}
+    for operator, ops in SERVED_BY.items():
+        times: dict[int, Counter[str]] = {}
+        for case in (results or {}).get("timings", ()):
+            if case["op"] in ops and case.get("triton_ms") and case.get("cuda_ms"):
+                at = times.setdefault(math.prod(EVERY_SHAPE[case["shape"]]), Counter())
+                at.update({name: case[f"{name}_ms"] for name in ("triton", "cuda")})
+        winners = [(size, min(at, key=at.__getitem__)) for size, at in sorted(times.items())]
+        limits: list[tuple[float | None, str]] = []
+        for (size, name), (after, other) in pairwise(winners):
+            if name != other:
+                limits.append((round(math.sqrt(size * after)), name))
+        limits += [(None, name) for _, name in winners[-1:]]
+        if any(name != "triton" for _, name in limits):
+            found[operator] = limits
+    return {results["capability"]: found} if results and found else {}
+
+
 def load(results: Path) -> dict[str, Any] | None:
     """The results file of ``benchmarks.gpu_suite``, if there is one."""
     return json.loads(results.read_text()) if results.exists() else None
@@ -158,8 +195,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="absent: measured columns stay empty")
     parser.add_argument("--out", type=Path, default=Path("docs/performance.md"))
     options = parser.parse_args()
-    options.out.write_text(page(load(options.results)))
-    print(f"wrote {options.out}")
+    results = load(options.results)
+    options.out.write_text(page(results))
+    FASTEST.write_text(json.dumps(fastest(results)) + "\n")
+    print(f"wrote {options.out} and {FASTEST}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """Which implementation of an operator runs, and why.
 
-``auto`` takes the first backend in the order triton, cuda, cpp, reference that can serve the tensor at hand.
+``auto`` takes the first backend in the order triton, cuda, cpp, reference that can serve the tensor at hand; before
+them the one that was measured to be the fastest for half-precision latents of that size on that GPU (``fastest.json``).
 ``CODMD_BACKEND`` replaces ``auto``; an explicit ``backend=`` argument wins over both.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -18,7 +22,8 @@ from codmd.ops.contract import Backend
 
 logger = logging.getLogger("codmd")
 
-HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+HALF_AND_SINGLE = (torch.float32, *HALF)
 
 
 def _triton() -> Backend:
@@ -97,11 +102,37 @@ def _refusal(name: str, device: str, dtype: torch.dtype) -> str:
     return load(name)[1]
 
 
+FASTEST: dict[str, dict[str, list[tuple[float | None, str]]]] = json.loads(
+    Path(__file__).with_name("fastest.json").read_text()
+)
+"""By compute capability (``sm_90``) and operator: (most elements of the student, backend), ascending; the last has no
+limit. Written by ``python -m benchmarks.roofline`` from measurements; an operator that is absent keeps the order."""
+
+
 @functools.lru_cache(maxsize=256)
-def _resolve(requested: str, place: torch.device, dtype: torch.dtype) -> Backend:
+def _measured(operator: str, place: torch.device) -> tuple[tuple[float, str], ...]:
+    """The entries of ``FASTEST`` for a device."""
+    if place.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return ()
+    capability = "sm_{}{}".format(*torch.cuda.get_device_capability(place))
+    entries = FASTEST.get(capability, {}).get(operator, ())
+    return tuple((math.inf if most is None else most, name) for most, name in entries)
+
+
+def _fastest(operator: str, tensor: torch.Tensor) -> str:
+    """The backend that was measured to be the fastest; empty if nothing was."""
+    if tensor.dtype in HALF:
+        for most, name in _measured(operator, tensor.device):
+            if tensor.numel() <= most:
+                return name
+    return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _resolve(requested: str, place: torch.device, dtype: torch.dtype, first: str = "") -> Backend:
     device = place.type
     if requested == "auto":
-        for name in BACKENDS:
+        for name in sorted(BACKENDS, key=lambda name: name != first):
             reason = _refusal(name, device, dtype)
             if not reason:
                 logger.debug("codmd: %s %s tensors run on %s", device, dtype, name)
@@ -117,12 +148,13 @@ def _resolve(requested: str, place: torch.device, dtype: torch.dtype) -> Backend
     return module
 
 
-def select(requested: str, tensor: torch.Tensor) -> Backend:
+def select(requested: str, tensor: torch.Tensor, operator: str = "") -> Backend:
     """The module that serves ``tensor``.
 
     Args:
         requested: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
-        tensor: decides device and dtype.
+        tensor: the student or of its size; decides device, dtype and what is the fastest.
+        operator: name in ``torch.ops.codmd``.
 
     Raises:
         ValueError: unknown name, or the backend asked for cannot serve the tensor (the reason is in the message).
@@ -131,7 +163,22 @@ def select(requested: str, tensor: torch.Tensor) -> Backend:
         requested = os.environ.get("CODMD_BACKEND", "auto") or "auto"
         if requested not in NAMES:
             raise ValueError(f"CODMD_BACKEND={requested!r} is not a backend; allowed: {', '.join(NAMES)}")
-    return _resolve(requested, tensor.device, tensor.dtype)
+    first = _fastest(operator, tensor) if FASTEST and requested == "auto" else ""
+    return _resolve(requested, tensor.device, tensor.dtype, first)
+
+
+def _all_measured(device: str) -> list[tuple[str, str]]:
+    """What ``auto`` follows on the current GPU, in words."""
+    operators = sorted({operator for entries in FASTEST.values() for operator in entries})
+    found = ((operator, _measured(operator, torch.device(device))) for operator in operators)
+    return [
+        (
+            operator,
+            ", ".join(name if most == math.inf else f"{name} up to {most:,.0f} elements" for most, name in entries),
+        )
+        for operator, entries in found
+        if entries
+    ]
 
 
 def check_name(backend: str) -> None:
@@ -154,6 +201,8 @@ def describe() -> str:
         lines.append(f"\n{device} tensors (float32, bfloat16, float16):")
         if not here:
             lines[-1] = "\ncuda tensors: no CUDA device is visible to torch, so nothing runs. With one:"
+        for operator, entries in _all_measured(device):
+            lines.append(f"  {operator}, half precision: {entries}")
         chosen = None
         for name, backend in BACKENDS.items():
             reason = _refusal(name, device, torch.float32)

@@ -72,7 +72,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     reference, wide, extension = backends.select, torch.float64, module()
     monkeypatch.setattr(cuda, "_C", extension)
     monkeypatch.setattr(cuda, "_tickets", {})
-    monkeypatch.setattr(backends, "select", lambda name, t: reference("reference", t) if t.dtype is wide else cuda)
+    monkeypatch.setattr(
+        backends, "select", lambda name, t, _="": reference("reference", t) if t.dtype is wide else cuda
+    )
     extension.shuffle(0)
     yield extension
     for tickets in cuda._tickets.values():

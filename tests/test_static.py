@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,12 @@ def test_the_performance_page_is_the_one_its_command_writes():
     root = Path(__file__).parent.parent
     written = (root / "docs/performance.md").read_text()
     assert written == roofline.page(roofline.load(root / roofline.RESULTS))
+
+
+def test_the_table_of_the_fastest_backends_is_the_one_its_command_writes():
+    root = Path(__file__).parent.parent
+    table = roofline.fastest(roofline.load(root / roofline.RESULTS))
+    assert (root / roofline.FASTEST).read_text() == json.dumps(table) + "\n"
 
 
 def test_scratch_stays_below_one_percent_of_a_latent():

@@ -89,6 +89,7 @@ class Operator:
         gradient: Callable[[Backend, Tensor, Upstream, Any, Found], None],
         upstream: Callable[..., Upstream],
     ) -> None:
+        self.name = name
         self.call: Any = call
         self._local, self._gradient, self._upstream = local, gradient, upstream
         self.types = get_type_hints(call)
@@ -139,7 +140,7 @@ class Operator:
 
     def eager_forward(self, ctx: Any, call: Any, gather: Gather, backend: str) -> Found:
         student = call.student
-        run = backends.select(backend, student)
+        run = backends.select(backend, student, self.name)
         found = self.find(run, call, gather, False)
         ctx.save_for_backward(*self._kept(call))
         # Neither an input nor, but for the terms' base, an output of the graph: ctx may hold it and makes no cycle.
@@ -182,7 +183,7 @@ class Operator:
         def forward(*values: Any) -> tuple[Tensor, ...]:
             *fields, group, batch_grad, backend = values
             call = self.call(*self._decoded(fields))
-            found = self.find(backends.select(backend, call.student), call, Gather(group, batch_grad), True)
+            found = self.find(backends.select(backend, call.student, name), call, Gather(group, batch_grad), True)
             return tuple(getattr(found, field) for field in self.found)
 
         def fake(*values: Any) -> tuple[Tensor, ...]:
@@ -239,7 +240,7 @@ class Operator:
             kept, numbers, parts, out, (*encoded, backend) = taken(grad_terms, values)
             held = Found(grad_terms, None, None, out, out)._replace(**dict(zip(found, parts, strict=True)))
             options = self._decoded([*encoded, numbers], self.tensors)
-            run = backends.select(backend, out)
+            run = backends.select(backend, out, self.name)
             self.write_gradient(run, out, grad_terms.unbind(), kept, options, held)
             return out
 

@@ -43,7 +43,8 @@ def found_shapes(call: Call, gather: Gather, backend: str) -> Shapes:
     if call.batch and ranks * samples > 1:
         batch_grad = samples, features
         if call.pool is None and ranks == 1:
-            batch_grad = backends.select(backend, call.student).whole_batch_grad(samples, frames, features)
+            run = backends.select(backend, call.student, "whole_relation_loss")
+            batch_grad = run.whole_batch_grad(samples, frames, features)
     if isinstance(call, Objective):
         return Shapes((5,), norm_shape(call), (samples,), frame_grad, batch_grad)
     return Shapes((3,), (0,), (0,), frame_grad, batch_grad)
