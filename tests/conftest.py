@@ -16,7 +16,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONGEST = (
     "test_static.py", "test_cuda_binary.py", "test_compile.py", "test_demo.py", "test_sanitizers.py",
     "test_cuda_host.py", "test_traced.py", "test_parallel.py", "test_train_killed.py", "test_train_command.py",
-    "test_latency.py", "test_gpu_benchmarks.py", "test_launch_driver.py", "test_wan.py", "test_examples.py", "test_packaging.py",
+    "test_latency.py", "test_gpu_benchmarks.py", "test_launch_driver.py", "test_wan.py", "test_examples.py",
+    "test_packaging.py",
 )  # fmt: skip
 """Files that come first, so that no worker is left alone with one of them at the end."""
 
