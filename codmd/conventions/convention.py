@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, overload
+import sys
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, overload
 
 from codmd.conventions.rounding import GuidanceForm, Rounding, check_choice, check_flag, check_number, is_number
 
@@ -114,6 +115,8 @@ class Convention:
         }  # fmt: skip
         for name, kind in choices.items():
             check_choice(name, getattr(self, name), get_args(kind))
+        for name in ("guided_above", "norm_block", "eps", "coefficient", "loss_cap", "huber_c"):
+            object.__setattr__(self, name, _constant(getattr(self, name)))
         if type(self.norm_block) is not int or self.norm_block < 1:
             raise ValueError(f"norm_block must be an integer of at least 1 (frames), got {self.norm_block!r}")
         for name in ("coefficient", "huber_c", "eps"):
@@ -138,7 +141,8 @@ class Convention:
             raise ValueError("projected=True needs rounding.split_target=False: the split target knows no projection")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "rounding"}
         object.__setattr__(self, "unfusable", _unfusable(self))
-        object.__setattr__(self, "encoded", json.dumps({**values, "rounding": asdict(self.rounding)}))
+        rounding = {f.name: getattr(self.rounding, f.name) for f in fields(self.rounding)}
+        object.__setattr__(self, "encoded", _encode({**values, "rounding": rounding}))
         object.__setattr__(self, "rule", _rule(self))
 
     def guidance_scale(self, scale: float, form: str = "uncond") -> float:
@@ -237,6 +241,23 @@ def _unfusable(rule: Convention) -> str:
         return ""
     found = ", ".join(f"{name}={getattr(rule, name)!r}" for name in beyond if name)
     return f"{found}: the one pass does not know it"
+
+
+def _constant(value: Any) -> Any:
+    """``value``; in compiled code, where a number that varied is a symbol, the number and a guard of it."""
+    torch = sys.modules.get("torch")
+    if is_number(value) and torch is not None and torch.compiler.is_compiling():
+        return torch.fx.experimental.symbolic_shapes.guard_scalar(value)
+    return value
+
+
+def _encode(value: Any) -> str:
+    """``value`` as JSON; ``torch.compile`` traces no ``json.dumps``, and a convention may be made in compiled code."""
+    if isinstance(value, dict):
+        return "{" + ", ".join([f'"{name}": {_encode(entry)}' for name, entry in value.items()]) + "}"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return "null" if value is None else str(value).lower()
 
 
 @functools.lru_cache(maxsize=128)

@@ -25,15 +25,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the interpreter, which takes a second for what C++ does in a millisecond, one case of a claim and loss."""
-    if not INTERPRETED or config.getoption("--every"):
+    """Without ``--every`` not what is marked so; and one case of a claim and loss under the interpreter.
+
+    That takes a second for what C++ does in a millisecond.
+    """
+    if config.getoption("--every"):
         return
+    left_out = [item for item in items if item.get_closest_marker("every")]
     claims: dict[tuple, list[pytest.Item]] = {}
-    for item in items:
+    for item in items if INTERPRETED else ():
         if "call" in getattr(item, "fixturenames", ()):
             claims.setdefault((item.function, item.callspec.params.get("loss")), []).append(item)
     kept = {cases[crc32(cases[0].name.encode()) % len(cases)] for cases in claims.values()}
-    left_out = [item for cases in claims.values() for item in cases if item not in kept]
+    left_out += [item for cases in claims.values() for item in cases if item not in kept]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 
