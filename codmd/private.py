@@ -19,11 +19,22 @@ transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transf
 
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_function_mode: Callable[[int], Any] = getattr(torch._C, "_get_function_stack_at", lambda place: None)
+try:
+    from torch.utils._device import DeviceContext
+except ImportError:
+    DeviceContext: Any = ()  # type: ignore[no-redef]
 
 
 def modes_active() -> bool:
-    """Whether a dispatch or function mode may want to see the call. Fallback: always, through the dispatcher."""
-    return _dispatch_modes() > 0 or _function_modes() > 0
+    """Whether a dispatch or function mode may want to see the call. Fallback: always, through the dispatcher.
+
+    That of a default device, which lies under all others, wants to see calls without a device alone.
+    """
+    functions = _function_modes()
+    if functions == 1 and isinstance(_function_mode(0), DeviceContext):
+        functions = 0
+    return functions > 0 or _dispatch_modes() > 0
 
 
 def dual_level_active() -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codmd import ops, private
@@ -17,6 +18,7 @@ PRIVATE = (
     "_are_functorch_transforms_active",
     "_len_torch_dispatch_stack",
     "_len_torch_function_stack",
+    "_get_function_stack_at",
     "_storage_Use_Count",
 )
 CUDA = "_cuda_getCurrentRawStream", "_cuda_getDevice"
@@ -74,6 +76,12 @@ def test_a_private_stream_and_device_come_first(monkeypatch):
 def test_modes_transforms_and_dual_levels_are_seen():
     assert not private.modes_active()
     with TorchDispatchMode():
+        assert private.modes_active()
+    with torch.device("meta"):
+        assert not private.modes_active()
+        with TorchFunctionMode():
+            assert private.modes_active()
+    with TorchFunctionMode():
         assert private.modes_active()
     assert not private.transforms_active()
     assert torch.func.vmap(lambda x: x + int(private.transforms_active()))(torch.zeros(2)).tolist() == [1, 1]

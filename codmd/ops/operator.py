@@ -254,7 +254,12 @@ class Operator:
             mutates_args=(),
             schema=f"(Tensor grad_terms, {', '.join(fields)}) -> Tensor",
         )
+
+        def twice(ctx: Any, *gradients: Tensor | None) -> None:
+            raise RuntimeError(f"codmd::{name} cannot be differentiated twice")
+
         operator.register_fake(fake)
+        operator.register_autograd(twice)
         self._backward_op = getattr(torch.ops.codmd, f"{name}_backward")
 
     def _shaped(self, call: Any) -> Any:

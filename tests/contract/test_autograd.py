@@ -6,6 +6,7 @@ import pytest
 import torch
 from losses import CODMD, DMD, RELATION, SHAPE, Calls, assert_same, every_loss, pools, related
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codmd import ops
 
@@ -126,6 +127,17 @@ def test_differentiating_twice_raises(loss, call: Calls):
             (gradient,) = torch.autograd.grad(value.square(), leaf, create_graph=True)
             with pytest.raises(RuntimeError, match=r"once_differentiable|twice"):
                 gradient.sum().backward()
+
+
+@every_loss
+def test_differentiating_a_traced_call_twice_raises(loss):
+    student, arguments = loss.inputs(SHAPE)
+    leaf = student.requires_grad_()
+    with TorchDispatchMode():
+        (value,) = loss.alone(leaf, backend="reference", **arguments)
+        (gradient,) = torch.autograd.grad(value.square(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            gradient.sum().backward()
 
 
 @every_loss
