@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import triton
-from codmd.kernels.launch import Launch
+from codmd.kernels.launch import Launch, assuming
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -164,7 +164,13 @@ def _configuration(launch: Launch, target: str) -> str:
 
 
 def _compile_case(case: str, number: int, target: str) -> Report:
-    return compile_ahead(CASES[case]()[number], target)
+    return compile_ahead(recorded(case, target)[number], target)
+
+
+def recorded(case: str, target: str) -> list[Launch]:
+    """The launches of a case with the tiles that ``target`` gets."""
+    with assuming(target):
+        return CASES[case]()
 
 
 def reports(cases: Iterable[str], targets: Iterable[str]) -> Iterator[tuple[str, Report]]:
@@ -174,8 +180,8 @@ def reports(cases: Iterable[str], targets: Iterable[str]) -> Iterator[tuple[str,
     found: list[tuple[str, Future[Report]]] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for case in cases:
-            for number, launch in enumerate(CASES[case]()):
-                for target in targets:
+            for target in targets:
+                for number, launch in enumerate(recorded(case, target)):
                     key = _configuration(launch, target)
                     if key not in compiled:
                         compiled[key] = pool.submit(_compile_case, case, number, target)

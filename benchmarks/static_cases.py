@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.shapes import SHAPES
 from codmd import conventions
-from codmd.ops.contract import Call, Found, Grid, Numbers, Objective, Relation, Upstream
+from codmd.ops.contract import Attention, Call, Found, Grid, Numbers, Objective, Relation, Upstream
 
 MEAN = (1, 1)
 NUMBERS = Numbers(real_scale=3.5, fake_scale=3.5, relation_weight=0.1)
@@ -114,6 +114,23 @@ def codmd_launches(shape: tuple[int, ...], *arguments: Any, **options: Any) -> l
     return launches
 
 
+def attention_launches(
+    queries: int,
+    keys: int,
+    head: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    tangents: str = "qkv",
+    heads: int = 12,
+) -> list[Launch]:
+    """The launch of ``attention_jvp`` in the memory order of Wan's network; ``tangents`` names those that there are."""
+    q, k, v = (torch.empty(1, n, heads, head, dtype=dtype, device="meta") for n in (queries, keys, keys))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    dots = (tensor if name in tangents else None for name, tensor in zip("qkv", (q, k, v), strict=True))
+    with recording() as launches:
+        backend.attention_jvp(Attention(q, k, v, *dots))
+    return launches
+
+
 def _on_every_shape() -> dict[str, Callable[[], list[Launch]]]:
     found: dict[str, Callable[[], list[Launch]]] = {}
     for name, shape in SHAPES.items():
@@ -133,6 +150,9 @@ def _of_every_convention() -> dict[str, Callable[[], list[Launch]]]:
         if convention.fusable
     }
 
+
+TOKENS, TEXT = 32760, 512
+"""Of Wan's self attention at 480p and 81 frames, and of its prompts."""
 
 HALF, SINGLE = torch.float16, torch.float32
 CASES: dict[str, Callable[[], list[Launch]]] = (
@@ -172,6 +192,11 @@ CASES: dict[str, Callable[[], list[Launch]]] = (
         "codmd, decoupled, blocks, float32, 2 x 2 regions, scheduled numbers": lambda: codmd_launches(
             (2, 21, 16, 60, 104), SINGLE, "longlive", pool=(2, 2), scheduled=True, decoupled=True
         ),
+        "attention_jvp, 480p": lambda: attention_launches(TOKENS, TOKENS),
+        "attention_jvp, 480p, text": lambda: attention_launches(TOKENS, TEXT, tangents="q"),
+        "attention_jvp, float16, heads of 64": lambda: attention_launches(4096, 4096, 64, HALF),
+        "attention_jvp, heads of 72": lambda: attention_launches(256, 256, 72),
+        "attention_jvp, float32": lambda: attention_launches(4096, 4096, dtype=SINGLE),
         "dmd, rcm, flow": lambda: codmd_launches((2, 21, 16, 60, 104), convention="rcm", flow=True, relation=False),
     }
 )

@@ -42,6 +42,10 @@ def dual_level_active() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
+is_zero: Callable[[torch.Tensor], bool] = getattr(torch.Tensor, "_is_zerotensor", lambda tensor: False)
+"""Whether a tensor is the zero that forward AD writes for a tangent, without memory. Fallback: its values are read."""
+
+
 storage_owners: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 """How many tensors hold the storage of a ``_cdata``. Fallback: None; no memory is used a second time."""
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from codmd.ops.backends import reference
-from codmd.ops.contract import Call, Found, Objective, Pending, Relation, Upstream
+from codmd.ops.contract import Attention, Call, Found, Objective, Pending, Relation, Upstream
 
 from . import load_error
 
 if load_error is not None:
     raise ImportError(load_error)
 
+from .attention import passes as attention
 from .dmd import passes as dmd
 from .launch import elsewhere
 from .limits import LARGEST_TABLE, MOST_POOLED, MOST_WHOLE, Refused, log
@@ -27,7 +28,8 @@ from .pooled import passes as pooled
 from .whole import passes as whole
 
 __all__ = [
-    "features", "gathered", "gradient", "load_error", "objective", "relation", "whole_batch_grad", "whole_gradient",
+    "attention_jvp", "features", "gathered", "gradient", "load_error", "objective", "relation", "whole_batch_grad",
+    "whole_gradient",
 ]  # fmt: skip
 
 LONG_FEATURES = 2048
@@ -42,8 +44,8 @@ def _served(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(call: Any, *rest: Any) -> Any:
-        if elsewhere(call.student):
-            with torch.cuda.device(call.student.device):
+        if elsewhere(call[0]):
+            with torch.cuda.device(call[0].device):
                 return run(call, *rest)
         try:
             return function(call, *rest)
@@ -51,6 +53,11 @@ def _served(function: Function) -> Function:
             return instead(call, *rest)
 
     return run  # type: ignore[return-value]
+
+
+@_served
+def attention_jvp(call: Attention) -> tuple[Tensor, Tensor]:
+    return attention.attention_jvp(call)
 
 
 @_served

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 ASSUMED_MULTIPROCESSORS = 132
 """Used to choose tiles where no device can be asked: under the interpreter and for ahead-of-time compilation."""
+
+ASSUMED_ARCHITECTURE = "sm_90"
+"""Likewise; :func:`assuming` replaces it."""
 
 _hooked = private.hooked_of(triton.knobs.runtime)
 
@@ -52,10 +56,12 @@ class Launcher:
         registers: most registers a thread may take, on NVIDIA GPUs; None leaves the choice to the assembler.
         wavefronts: warps a program on AMD GPUs, whose warps have 64 lanes; None means ``warps``.
         fixed: values of the parameters before the constants that every call shares.
+        stages: tiles of a loop that are on their way at once.
     """
 
     __slots__ = (
-        "_compiled", "_last", "_launch", "constants", "fixed", "grid", "kernel", "registers", "warps", "wavefronts",
+        "_compiled", "_last", "_launch", "constants", "fixed", "grid", "kernel", "registers", "stages", "warps",
+        "wavefronts",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +73,7 @@ class Launcher:
         registers: int | None = None,
         wavefronts: int | None = None,
         fixed: tuple[Any, ...] = (),
+        stages: int = 1,
     ) -> None:
         self.kernel = kernel
         self.grid = (grid, 1, 1)
@@ -75,6 +82,7 @@ class Launcher:
         self.registers = registers
         self.wavefronts = warps if wavefronts is None else wavefronts
         self.fixed = fixed
+        self.stages = stages
         self._last = *fixed, *constants
         self._compiled: Any = None
         self._launch: Callable[..., None] | None = None
@@ -82,7 +90,7 @@ class Launcher:
     def options(self, backend: str) -> dict[str, Any]:
         """Options of ``triton.compile`` for ``"cuda"`` or ``"hip"``."""
         warps = self.wavefronts if backend == "hip" else self.warps
-        options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+        options = {"num_warps": warps, "num_stages": self.stages, "enable_fp_fusion": True}
         if self.registers is not None and backend == "cuda":
             options["maxnreg"] = self.registers
         return options
@@ -183,6 +191,28 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return ASSUMED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``: what tiles are chosen for."""
+    return _architecture(device) if device.type == "cuda" else ASSUMED_ARCHITECTURE
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+@contextlib.contextmanager
+def assuming(name: str) -> Iterator[None]:
+    """Choose tiles for an architecture that is not there."""
+    global ASSUMED_ARCHITECTURE
+    before, ASSUMED_ARCHITECTURE = ASSUMED_ARCHITECTURE, name
+    try:
+        yield
+    finally:
+        ASSUMED_ARCHITECTURE = before
 
 
 def current_stream(tensor: Tensor) -> int:

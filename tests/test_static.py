@@ -27,11 +27,12 @@ TOGETHER = {"gram_batch_kernel", "relations_kernel", "apply_batch_kernel"}
 
 EVERY_KERNEL = (
     "relation, long-video-240", "every pixel, wan-480p", "every pixel float32, batch 8", "codmd, wan-480p-b2",
-    "codmd, decoupled",
+    "codmd, decoupled", "attention_jvp, 480p", "attention_jvp, float32",
 )  # fmt: skip
 SAMPLE = (
     *EVERY_KERNEL, "relation, wan-480p", "480p float16, bcfhw, masked", "odd sizes", "gathered, 128 samples",
     "every pixel, 120 frames", "codmd, 480p float32, flow, batch 2, 2 x 2 regions", "dmd, rcm, flow", "dmd, longlive",
+    "attention_jvp, 480p, text", "attention_jvp, float16, heads of 64", "attention_jvp, heads of 72",
 )  # fmt: skip
 """Cases that also reach every dtype and way of reading."""
 
@@ -75,6 +76,27 @@ def test_every_kernel_of_the_package_is_compiled(compiled):
     kernels = {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.M)}
     assert kernels == set(REGISTERS)
     assert {report.kernel for _, report in compiled} == (kernels if DOTS_OF_EIGHT else kernels - TOGETHER)
+
+
+@pytest.mark.parametrize(
+    ("target", "product", "count"),
+    [
+        # By warps of 16 rows and tiles of 16 keys: 3 products with Q and Q̇ of 2 x 8, 3 with P of 16 x 1.
+        ("sm_80", r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)\.(\w+)", 3 * 16 + 3 * 16),
+        # By warpgroups of 64 rows and tiles of 32 keys: 3 products of 8, 3 of 2.
+        ("sm_90", r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(\w+)\.(\w+)", 3 * 8 + 3 * 2),
+    ],
+)
+def test_attention_takes_six_bfloat16_products_a_tile(target, product, count):
+    """None is of operands converted in the kernel, as the interpreter's variant does."""
+    (launch,) = static.recorded("attention_jvp, 480p", target)
+    ptx = static.compiled_for(launch, target).asm["ptx"]
+    products = re.findall(product, ptx)
+    assert set(products) == {("bf16", "bf16")}
+    assert len(products) == count
+    assert "cvt.f32.bf16" not in ptx
+    (text,) = static.recorded("attention_jvp, 480p, text", target)
+    assert len(re.findall(product, static.compiled_for(text, target).asm["ptx"])) == count * 2 // 3
 
 
 def test_one_launch_forward_and_one_backward_up_to_32_frames_and_samples():

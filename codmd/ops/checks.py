@@ -120,11 +120,15 @@ def check_beside(name: str, value: Tensor, student: Tensor) -> None:
         )
 
 
-def check_memory(name: str, value: Any, kind: str = "") -> None:
-    """A tensor of plain, dense memory; the message names the call that makes one."""
+def check_memory(name: str, value: Any, kind: str = "", transformed: bool = False) -> None:
+    """A tensor of plain, dense memory; the message names the call that makes one.
+
+    ``transformed``: one that a torch.func transform holds will do, whose memory cannot be looked at.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a {kind}torch.Tensor, got {type(value).__name__}")
-    _refuse_transforms()
+    if not transformed:
+        _refuse_transforms()
     if torch.compiler.is_compiling():
         return
     advice = ""
@@ -139,7 +143,7 @@ def check_memory(name: str, value: Any, kind: str = "") -> None:
     elif value.is_neg() or value.is_conj():
         advice = f"a lazy view with the {'negation' if value.is_neg() else 'conjugation'} bit: pass {name}.resolve_"
         advice += "neg()" if value.is_neg() else "conj()"
-    elif _has_no_address(value):
+    elif not private.transforms_active() and _has_no_address(value):
         advice = "one without memory (a zero tensor of forward AD, or a functional wrapper): pass the values themselves"
     elif private.dual_level_active() and forward_ad.unpack_dual(value).tangent is not None:
         advice = (

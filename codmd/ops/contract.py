@@ -85,6 +85,19 @@ class Objective(NamedTuple):
 Call = Relation | Objective
 
 
+class Attention(NamedTuple):
+    """Attention with tangents of one call; all tensors have four axes, any strides, and one dtype."""
+
+    q: Tensor
+    """``[B, H, N, D]``."""
+    k: Tensor
+    """``[B, H, M, D]``, as ``v`` is."""
+    v: Tensor
+    q_dot: Tensor | None
+    k_dot: Tensor | None
+    v_dot: Tensor | None
+
+
 class Gather(NamedTuple):
     """Whose samples form the batch relation: the name of a process group, ``""`` for this process alone."""
 
@@ -160,6 +173,9 @@ class Backend(Protocol):
 
     def whole_gradient(self, out: Tensor, upstream: Upstream, call: Relation, found: Found) -> None:
         """The same for ``pool=None``, where the student is read again."""
+
+    def attention_jvp(self, call: Attention) -> tuple[Tensor, Tensor]:
+        """Attention and its tangent, in the memory of :func:`codmd.ops.shapes.empty_attention`."""
 
     def whole_batch_grad(self, samples: int, frames: int, features: int) -> tuple[int, ...]:
         """Shape of ``batch_grad`` for ``pool=None`` in one process: ``(B, K)``, or ``(1, B, B)`` for M."""

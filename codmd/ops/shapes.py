@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from codmd import backends, distributed
 from codmd.ops.contract import Call, Gather, Objective
+from codmd.ops.gradient_memory import dense_strides
 
 
 def norm_shape(call: Objective) -> torch.Size:
@@ -48,3 +50,12 @@ def found_shapes(call: Call, gather: Gather, backend: str) -> Shapes:
     if isinstance(call, Objective):
         return Shapes((5,), norm_shape(call), (samples,), frame_grad, batch_grad)
     return Shapes((3,), (0,), (0,), frame_grad, batch_grad)
+
+
+def empty_attention(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory of attention's output and of its tangent: the strides of q where they are dense and its head axis is."""
+    strides = dense_strides(q.shape, q.stride())
+    if strides[-1] != 1:
+        strides = torch.empty(q.shape, device="meta").stride()
+    out, out_dot = (torch.empty_strided(q.shape, strides, dtype=q.dtype, device=q.device) for _ in range(2))
+    return out, out_dot

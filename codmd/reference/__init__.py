@@ -1,5 +1,6 @@
 """The mathematics of CoDMD in plain PyTorch: the truth that every backend, test and benchmark compares with."""
 
+from codmd.reference.attention import attention_jvp
 from codmd.reference.dmd import dmd_direction, dmd_loss
 from codmd.reference.gradient import feature_gradient, feature_gradient_matrix
 from codmd.reference.guidance import guided, x0_from_flow, x0_prediction
@@ -30,6 +31,7 @@ from codmd.reference.relation import (
 )
 
 __all__ = [
+    "attention_jvp",
     "batch_features",
     "batch_term",
     "compute_dtype",

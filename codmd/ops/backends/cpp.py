@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from codmd.ops.backends import raw
+from codmd.ops.backends.reference import attention_jvp as attention_jvp
 from codmd.ops.contract import Call, Found, Objective, Pending, Relation, Upstream
 
 ABI_VERSION = 3

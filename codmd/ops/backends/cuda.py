@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from codmd.ops.backends import cuda_binary, raw
+from codmd.ops.backends.reference import attention_jvp as attention_jvp
 from codmd.ops.contract import Call, Found, Objective, Pending, Relation, Upstream
 
 _SIMULATED_PROCESSORS = 4

@@ -12,10 +12,14 @@ from torch import Tensor
 from codmd import reference
 from codmd.ops.backends import moments
 from codmd.ops.backends.moments import numbers_of
-from codmd.ops.contract import Call, Found, Grid, Objective, Pending, Relation, Upstream
+from codmd.ops.contract import Attention, Call, Found, Grid, Objective, Pending, Relation, Upstream
+from codmd.ops.shapes import empty_attention
 from codmd.reference.relation import Pool
 
 load_error: str | None = None
+
+MOST_SCORES = 1 << 24
+"""Scores of attention that a chunk of queries may have, unless a single query has more."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Features = tuple[Tensor, Tensor, Tensor]
@@ -27,12 +31,30 @@ def _plain(function: Function) -> Function:
 
     @functools.wraps(function)
     def wrapped(*arguments: Any, **keywords: Any) -> Any:
-        device = next(a for a in arguments if isinstance(a, (Tensor, Relation, Objective)))
-        tensor = device if isinstance(device, Tensor) else device.student
+        first = next(a for a in arguments if isinstance(a, (Tensor, Relation, Objective, Attention)))
+        tensor = first if isinstance(first, Tensor) else first[0]
         with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
             return function(*arguments, **keywords)
 
     return wrapped  # type: ignore[return-value]
+
+
+@_plain
+def attention_jvp(call: Attention) -> tuple[Tensor, Tensor]:
+    """Attention and its tangent by chunks of queries, so that scores take O(chunk · M) memory; float32 at least."""
+    q, k, v, q_dot, k_dot, v_dot = call
+    dtype = reference.compute_dtype(q.dtype)
+    out, out_dot = empty_attention(q)
+    keys, values = k.to(dtype), v.to(dtype)
+    keys_dot, values_dot = (t if t is None else t.to(dtype) for t in (k_dot, v_dot))
+    rows = max(1, MOST_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    for first in range(0, q.shape[2], rows):
+        chunk = slice(first, first + rows)
+        part, part_dot = q[:, :, chunk].to(dtype), None if q_dot is None else q_dot[:, :, chunk].to(dtype)
+        out[:, :, chunk], out_dot[:, :, chunk] = reference.attention_jvp(
+            part, keys, values, part_dot, keys_dot, values_dot
+        )
+    return out, out_dot
 
 
 @_plain

@@ -1,0 +1,1 @@
+"""Attention that carries tangents: flash attention with its Jacobian-vector product, forward only."""
