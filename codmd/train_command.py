@@ -43,7 +43,7 @@ def _run(source: str, overrides: list[str], args: argparse.Namespace) -> int:
 
     try:
         path = find_config(source)
-        config = read_config(source, overrides, complete=not args.plan)
+        config = read_config(source, overrides, complete=not (args.plan or args.dry_run))
     except ConfigError as error:
         raise CommandError(str(error)) from error
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from codmd import cli
 from codmd.distill.config.run_config import PACKAGED, differences, find_config, read_config
 from codmd.distill.config.typed import ConfigError, convert, structured
+from codmd.models.tensor_files import save_tensors
 
 GIVEN = ["model.weights=w", "data.path=p", "model.null_embedding=n"]
 PACKAGED_NAMES = ["textures_tiny", "toy", "wan2.2_ti2v_5b", "wan_1.3b", "wan_14b", "wan_tiny"]
@@ -212,3 +215,41 @@ def test_a_dry_run_counts_the_processes_that_torchrun_would_start(monkeypatch, c
     assert "batch_size: 64 does not divide among 6 processes" in capsys.readouterr().err
     assert cli.main(["train", "toy", "distill.batch_size=12", "parallel.shard_size=4", "--dry-run"]) == 1
     assert "parallel.shard_size: 4 does not divide 6 processes" in capsys.readouterr().err
+
+
+def test_every_problem_of_a_configuration_is_listed_at_once(capsys):
+    wrong = ["distill.shift=-1", "distill.sigmas=[2]", "distill.convention=x", "parallel.reshard=3", "sed=3"]
+    assert cli.main(["train", "wan_1.3b", "model.weights=lost", *wrong]) == 1
+    head, *problems = capsys.readouterr().err.splitlines()
+    assert head == "codmd train: error: 7 problems:"
+    assert [re.split("[:=]", problem)[0].strip() for problem in problems] == [
+        "data.path", "model.null_embedding", "distill.sigmas", "distill.convention", "distill.shift",
+        "parallel.reshard", "sed",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_lists_every_problem_of_files_and_sizes_at_once(capsys):
+    wrong = ["model.vae=gone", "data.path=nowhere", "distill.batch_size=12", "out=/dev/null/x"]
+    assert cli.main(["train", "wan_1.3b", *wrong, "--dry-run"]) == 1
+    printed = capsys.readouterr().err
+    for problem in (
+        "6 problems:",
+        "model.weights: not given; add model.weights=... to the command",
+        "model.null_embedding: not given",
+        "batch_size: 12 does not divide among 8 processes",
+        "model.vae: gone does not exist",
+        "out: /dev/null/x cannot be made",
+        "data.path: nowhere has no safetensors shards",
+    ):
+        assert problem in printed
+
+
+def test_a_dry_run_on_one_process_stands_for_as_many_as_share_the_weights(tmp_path, capsys):
+    save_tensors(tmp_path / "0.safetensors", {"embedding": torch.zeros(3, 2, 32)}, {"prompts": '["a", "b", "c"]'})
+    options = ["wan_tiny", f"data.path={tmp_path}", "parallel.shard_size=4", "distill.batch_size=8"]
+    assert cli.main(["train", *options, f"out={tmp_path / 'run'}", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "20 updates of 8 samples, 4 x 2 x 1" in printed
+    assert "checked for 4 processes" in printed
+    assert cli.main(["train", *options, f"out={tmp_path / 'run'}"]) == 1
+    assert "parallel.shard_size: 4 does not divide 1 processes" in capsys.readouterr().err

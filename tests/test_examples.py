@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+
+from codmd import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,3 +53,16 @@ def test_the_step_of_self_forcing_trains_the_student():
     losses = runpy.run_path(str(ROOT / "examples/self_forcing_style.py"))["train"](cycles=2)
     assert len(losses) == 2
     assert all(loss > 0 for loss in losses)
+
+
+def test_every_command_of_a_real_run_works_on_the_miniature(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["wan_tiny.py", "wan-tiny"])
+    runpy.run_path(str(ROOT / "examples/wan_tiny.py"), run_name="__main__")
+    commands = re.findall(
+        r"^codmd (.*wan-tiny.*)$", (ROOT / "docs/first_video.md").read_text("utf-8").replace("\\\n", ""), re.MULTILINE
+    )
+    assert [command.split()[0] for command in commands] == ["encode", "train", "sample"]
+    for command in commands:
+        assert cli.main([*command.split(), *(["updates=1"] if command.startswith("train") else [])]) == 0
+    assert len(list(Path("videos/videos").glob("*.mp4"))) == 3

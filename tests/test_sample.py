@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,13 @@ from tiny_wan import LATENT, PIXELS, PROMPTS
 from codmd import models
 from codmd.cli import main
 from codmd.distill.config.sections import ModelSettings
+from codmd.distill.data.textures import Textures
 from codmd.distill.update.rollout import sample_few_step
 from codmd.models.wan.options import WanOptions
+from codmd.sample.command import _jobs
 from codmd.sample.names import file_name, jobs_of, vbench_jobs
 from codmd.sample.samplers import FewStep, Guided, noise_of
+from codmd.sample.source import enlarged
 from codmd.sample.video import read_video, video_is_complete, write_video
 
 SIGMAS = (1.0, 0.9, 0.757, 0.522)
@@ -424,3 +428,49 @@ def test_a_video_that_cannot_be_read_is_not_complete(tmp_path):
     (tmp_path / "c.mp4").write_bytes(b"")
     for name in ("b.mp4", "c.mp4", "absent.mp4"):
         assert not video_is_complete(tmp_path / name, 5)
+
+
+# A run on videos of its own
+
+
+def test_a_first_video_needs_no_text_encoder_and_no_vae(tmp_path, capsys):
+    small = [f"out={tmp_path}", "log.tensorboard=false", "log.preview_every=0", "teacher.batch_size=2",
+             "teacher.updates=2", "distill.batch_size=2", "distill.critic_updates=1", "updates=1"]  # fmt: skip
+    assert main(["train", "textures_tiny", *small]) == 1
+    assert "train that teacher first: the same command with mode=teacher" in capsys.readouterr().err
+    assert main(["train", "textures_tiny", "mode=teacher", *small[:-1]]) == 0
+    assert main(["train", "textures_tiny", *small]) == 0
+    assert f"next: codmd sample {tmp_path} --out VIDEOS" in capsys.readouterr().err
+    caption = tmp_path / "captions.txt"
+    caption.write_text("chelsea zoom in\n")
+    for source, options in ((tmp_path, ()), (tmp_path / "teacher", ("--teacher", "--ema", "--guidance", "1.5"))):
+        out = tmp_path / source.name / "videos"
+        sample(source, caption, out, *options, *(("--steps", 2) if options else ()))
+        (video,) = (out / "videos").iterdir()
+        assert read_video(video).shape == (8, 128, 128, 3)
+        assert (out / "sheets").is_dir()
+    caption.write_text("chelsea zoom\n")
+    assert main(["sample", str(tmp_path), "--prompts", str(caption), "--out", str(tmp_path / "other")]) == 1
+    assert "'chelsea zoom' is no caption of the run's data; did you mean chelsea zoom" in capsys.readouterr().err
+
+
+def test_without_prompts_every_caption_of_the_runs_own_data_is_sampled():
+    textures = Textures((8, 12, 8, 8), text_dim=4)
+    args = Namespace(vbench=None, seed=3, seeds=2)
+    jobs = _jobs(args, None, textures)
+    assert [job.prompt for job in jobs] == textures.captions
+    assert jobs[0].seeds == range(3, 5)
+    with pytest.raises(ValueError, match="--prompts: not given"):
+        _jobs(args, None, None)
+
+
+def test_enlarging_keeps_colours_and_leaves_large_videos_alone():
+    pixels = torch.rand(2, 3, 3, 16, 16)
+    large = enlarged(pixels)
+    assert large.shape == (2, 3, 3, 128, 128)
+    torch.testing.assert_close(
+        torch.nn.functional.avg_pool2d(large.flatten(0, 1), 8).mean(), pixels.mean(), atol=1e-2, rtol=0
+    )
+    steps = large.diff(dim=-1)[..., 4:-4]
+    assert steps.abs().max() <= pixels.diff(dim=-1).abs().max() / 8 + 1e-6  # linear between centres: no blocks
+    assert torch.equal(enlarged(large), large)

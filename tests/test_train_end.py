@@ -12,6 +12,7 @@ import pytest
 from train_cases import QUIET, TOY, curve, train
 
 from codmd.distill.run.stop import stop_requests
+from codmd.models.toy import ToyConfig, ToyDenoiser
 
 ENDLESS = "updates=1000000"
 
@@ -66,11 +67,23 @@ def test_the_handlers_from_before_are_back_afterwards():
 
 
 def test_a_run_says_what_it_made_and_what_comes_next_and_again_that_it_is_finished(tmp_path, capsys):
-    made = f"2 of 2 updates, {tmp_path / 'checkpoints' / 'step_00000002'}; next: codmd sample {tmp_path}"
-    train(*TOY, QUIET, f"out={tmp_path}", "updates=2")
-    assert f"\nfinished: {made}" in capsys.readouterr().err
-    train(*TOY, QUIET, f"out={tmp_path}", "updates=2")
+    ToyDenoiser(ToyConfig(4, 4, 16, 1)).save(tmp_path / "teacher.safetensors")
+    run = tmp_path / "run"
+    options = (*TOY, QUIET, f"out={run}", "updates=2", f"model.weights={tmp_path / 'teacher.safetensors'}")
+    made = f"2 of 2 updates, {run / 'checkpoints' / 'step_00000002'}; next: codmd sample {run}"
+    train(*options)
+    printed = capsys.readouterr().err
+    assert f"\nfinished: {made}" in printed
+    assert "random" not in printed
+    train(*options)
     assert f"\nfinished before, nothing to do: {made}" in capsys.readouterr().err
+
+
+def test_a_run_from_random_weights_says_that_its_numbers_test_the_loop(tmp_path, capsys):
+    train(*TOY, QUIET, f"out={tmp_path}", "updates=1")
+    before, _, after = capsys.readouterr().err.partition("\r")
+    assert "its teacher has random weights: the numbers test the loop and say nothing of a method\n" in before
+    assert "nothing to see; a first video: codmd train textures_tiny mode=teacher" in after
 
 
 def test_what_changed_is_said_above_the_bar(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A whole Wan pipeline with tiny random weights, written as diffusers writes one."""
+"""A whole Wan pipeline with tiny random weights, that of examples/wan_tiny.py, written in parts as tests need them."""
 
 from __future__ import annotations
 
@@ -7,42 +7,36 @@ from pathlib import Path
 
 import torch
 
-PROMPTS = ["a red fox runs over snow", "two boats on a quiet lake", "a city at night"]
-TEXT_DIM = 32
+from examples.wan_tiny import PROMPTS, TEXT_DIM, text_encoder, vae
+
+__all__ = [
+    "LATENT",
+    "PIXELS",
+    "PROMPTS",
+    "TEXT_DIM",
+    "write_pipeline",
+    "write_text_encoder",
+    "write_transformer",
+    "write_vae",
+]
 LATENT = {"frames": 3, "height": 4, "width": 6}
 PIXELS = (9, 3, 32, 48)
 """Frames, channels, height and width that the tiny VAE decodes `LATENT` to."""
 
 
 def write_text_encoder(folder: Path, seed: int = 0) -> None:
-    """`text_encoder` (UMT5) and `tokenizer` (a word for every word of `PROMPTS`) inside `folder`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-    words = ["<pad>", "</s>", "<unk>", *sorted({word for prompt in PROMPTS for word in prompt.split()})]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder / "tokenizer")
-    torch.manual_seed(seed)
-    config = UMT5Config(vocab_size=len(words), d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    """`text_encoder` and `tokenizer` inside `folder`."""
+    for name, part in zip(("text_encoder", "tokenizer"), text_encoder(seed), strict=True):
+        part.save_pretrained(folder / name)
 
 
 def write_vae(folder: Path, seed: int = 0) -> None:
-    """`vae` inside `folder`: 4x in time, 8x in space, 16 channels, as Wan2.1's."""
-    from diffusers import AutoencoderKLWan
-
-    torch.manual_seed(seed)
-    vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    vae.save_pretrained(folder / "vae")
+    """`vae` inside `folder`."""
+    vae(seed).save_pretrained(folder / "vae")
 
 
 def write_transformer(folder: Path, seed: int = 0) -> None:
-    """`transformer` inside `folder`, of the shipped tiny configuration."""
+    """`transformer` inside `folder`, as codmd writes it."""
     from codmd import models
 
     torch.manual_seed(seed)

@@ -63,6 +63,8 @@ def read_embedding(path: str | os.PathLike[str]) -> Tensor:
     path = Path(path)
     if path.is_dir():
         path = path / NEGATIVE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"null_embedding: {path}: no such file; expected a folder of codmd encode, or its file")
     try:
         with safe_open(path, framework="pt") as file:
             embedding = file.get_tensor(EMBEDDING)

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codmd.cli import CommandError, above, at_least, integer_in
+from codmd.cli import CommandError, above, at_least, integer_in, nearest
 from codmd.extras import needing
 
 if TYPE_CHECKING:
     import torch
 
+    from codmd.distill.data.conditions import Source as Encoded
+    from codmd.distill.data.prompts import Embeddings
+    from codmd.distill.data.textures import Textures
     from codmd.models.base import Condition
 
     from .folder import SampleFolder
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from .source import Source
 
 HELP = "sample videos from a distilled student, or from the teacher with guidance"
+NO_PROMPTS = "--prompts: not given; expected a text file, a folder of codmd encode, or --vbench"
 TEACHER_ONLY = ("steps", "guidance", "guidance_form", "shift", "solver")
 
 
@@ -35,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the videos")
     parser.add_argument(
-        "--prompts", type=Path, help="a text file with one prompt a line, or a folder that codmd encode wrote"
+        "--prompts",
+        type=Path,
+        help="a text file with one prompt a line, or a folder that codmd encode wrote (the captions of the run's data, "
+        "if they are its own)",
     )
     parser.add_argument("--vbench", type=Path, metavar="FULL_INFO", help="VBench's prompts, file names and numbers")
     parser.add_argument("--seeds", type=integer_in(1, 10_000), help="videos of every prompt (1)")
@@ -103,8 +110,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    if not args.prompts and not args.vbench:
-        raise ValueError("--prompts: not given; expected a text file, a folder of codmd encode, or --vbench")
     for name in TEACHER_ONLY:
         if getattr(args, name) is not None and not args.teacher:
             raise ValueError(f"--{name.replace('_', '-')}: only with --teacher; the student takes no guidance")
@@ -116,12 +121,15 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from codmd import models
+    from codmd.distill.data.prompts import Embeddings
     from codmd.models.fingerprint import fingerprint
 
     from .folder import SampleFolder, Share
     from .source import is_training, open_source
 
-    embeddings, jobs = _jobs(args)
+    if not (args.prompts or args.vbench or is_training(args.source)):
+        raise ValueError(NO_PROMPTS)
+    embeddings = Embeddings(args.prompts) if args.prompts and args.prompts.is_dir() else None
     share, name = Share.from_environment(), args.model or models.DEFAULT
     if not (args.teacher or args.sigmas or is_training(args.source)):
         raise ValueError(
@@ -130,11 +138,14 @@ def _run(args: argparse.Namespace) -> int:
         )
     video = {side: getattr(args, side) for side in ("frames", "height", "width")}
     options = _model_options(args, embeddings, name)
+    prompts = _prompts(args, embeddings)
     source = open_source(args.source, args.ema, options, _device(args.device, share), video, name)
+    encoded = embeddings or source.data
+    jobs = _jobs(args, prompts, source.data)
     sampler = _sampler(args, source)
     folder = SampleFolder(args.out, args.latents)
     size = dict(zip(("frames", "channels", "height", "width"), source.model.latent_shape, strict=True))
-    content = source.options.content(prompts=embeddings is None, guided=args.teacher, pixels=not args.latents)
+    content = source.options.content(prompts=encoded is None, guided=args.teacher, pixels=not args.latents)
     settings = {
         "weights": fingerprint(source.model.state_dict()),
         "sampler": type(sampler).__name__,
@@ -146,30 +157,41 @@ def _run(args: argparse.Namespace) -> int:
         "embeddings": _fingerprints(embeddings, jobs),
     }
     folder.check(settings)
-    made, kept = _fill(folder, settings, share.of(jobs), source, sampler, embeddings, quiet=share.rank > 0)
+    made, kept = _fill(folder, settings, share.of(jobs), source, sampler, encoded, quiet=share.rank > 0)
     of = f" (process {share.rank} of {share.world})" if share.world > 1 else ""
     print(f"{folder.kind}: {made} sampled, {kept} complete before{of}")
     return 0
 
 
-def _jobs(args: argparse.Namespace) -> tuple[Any, list[PromptJob]]:
-    """The embeddings of `codmd encode`, if `--prompts` is their folder, and the videos wanted."""
+def _prompts(args: argparse.Namespace, embeddings: Embeddings | None) -> Sequence[str] | None:
+    """The prompts that --prompts names; None without it."""
     from codmd.distill.data.prompt_files import read_prompts
-    from codmd.distill.data.prompts import Embeddings
 
+    if embeddings is not None:
+        return embeddings.prompts
+    return read_prompts(args.prompts) if args.prompts else None
+
+
+def _jobs(args: argparse.Namespace, prompts: Sequence[str] | None, data: Textures | None) -> list[PromptJob]:
+    """The videos wanted; without prompts those of the run's own captions, which are all that its data knows."""
     from .names import jobs_of, vbench_jobs
 
-    embeddings = Embeddings(args.prompts) if args.prompts and args.prompts.is_dir() else None
-    prompts = None
-    if args.prompts:
-        prompts = embeddings.prompts if embeddings else read_prompts(args.prompts)
-    if args.vbench:
-        return embeddings, vbench_jobs(args.vbench, prompts)
+    wanted = data.prompts if prompts is None and data is not None else prompts
     first = args.seed or 0
-    return embeddings, jobs_of(prompts or [], range(first, first + (args.seeds or 1)))
+    if args.vbench:
+        jobs = vbench_jobs(args.vbench, prompts)
+    elif wanted is not None:
+        jobs = jobs_of(wanted, range(first, first + (args.seeds or 1)))
+    else:
+        raise ValueError(NO_PROMPTS)
+    captions = None if data is None else data.prompts
+    if captions is not None:
+        for prompt in (job.prompt for job in jobs if job.prompt not in captions):
+            raise ValueError(f"--prompts: {prompt!r} is no caption of the run's data{nearest(prompt, captions)}")
+    return jobs
 
 
-def _model_options(args: argparse.Namespace, embeddings: Any, name: str) -> dict[str, Any]:
+def _model_options(args: argparse.Namespace, embeddings: Embeddings | None, name: str) -> dict[str, Any]:
     from codmd import models
 
     given = {
@@ -219,40 +241,40 @@ def _fill(
     jobs: Sequence[PromptJob],
     source: Source,
     sampler: FewStep | Guided,
-    embeddings: Any,
+    encoded: Encoded | None,
     quiet: bool,
 ) -> tuple[int, int]:
     """Samples what is missing; the numbers of videos made and found complete."""
     from tqdm import tqdm
 
-    frames = None if folder.latents else source.model.video_frames
+    frames = None if folder.latents else source.video_frames
     missing = {job: folder.missing(job, frames, source.model.latent_shape) for job in jobs}
     made = sum(map(len, missing.values()))
     if made and not folder.latents:
-        source.model.load_decoder()
-    conditions = _conditions([job for job in jobs if missing[job]], source, sampler, embeddings)
+        source.load_decoder()
+    conditions = _conditions([job for job in jobs if missing[job]], source, sampler, encoded)
     folder.create(settings)
     with tqdm(total=made * sampler.evaluations, unit="step", desc="sampling", disable=quiet) as bar:
         for job, seeds in missing.items():
             bar.set_postfix_str(job.prompt[:30])
             cond = conditions[job].to(source.model.device) if seeds else None
-            folder.sample(job, seeds, source.model, sampler, cond, bar.update)
+            folder.sample(job, seeds, source, sampler, cond, bar.update)
     return made, sum(len(job.seeds) for job in jobs) - made
 
 
-def _fingerprints(embeddings: Any, jobs: Sequence[PromptJob]) -> dict[str, str]:
+def _fingerprints(embeddings: Embeddings | None, jobs: Sequence[PromptJob]) -> dict[str, str]:
     """File name to fingerprint of the embedding that its prompt has; empty for prompts as text."""
     known = dict(reversed(embeddings.fingerprints())) if embeddings else {}
     return {job.name: known[job.prompt] for job in jobs if job.prompt in known}
 
 
 def _conditions(
-    jobs: Sequence[PromptJob], source: Source, sampler: FewStep | Guided, embeddings: Any
+    jobs: Sequence[PromptJob], source: Source, sampler: FewStep | Guided, encoded: Encoded | None
 ) -> dict[PromptJob, Condition]:
     """Every prompt's condition on the CPU, encoded by itself; then the text encoder's memory is given back."""
-    if embeddings is not None:
-        number = {prompt: i for i, prompt in reversed(list(enumerate(embeddings.prompts)))}
-        return {job: embeddings.condition([number[job.prompt]]) for job in jobs}
+    if encoded is not None:
+        number = {prompt: i for i, prompt in reversed(list(enumerate(encoded.prompts)))}
+        return {job: encoded.condition([number[job.prompt]]) for job in jobs}
     conditions = {job: source.model.encode([job.prompt]).cpu() for job in jobs}
     if jobs and hasattr(sampler, "guidance"):
         source.model.null_cond(1)

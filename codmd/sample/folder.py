@@ -13,11 +13,12 @@ from torch import Tensor
 
 from codmd.atomic import replacing
 from codmd.files import read_json
-from codmd.models.base import Condition, VideoDenoiser
+from codmd.models.base import Condition
 
 from .names import SETTINGS, PromptJob
 from .samplers import FewStep, Guided, noise_of
 from .sheet import write_sheet
+from .source import Source
 from .video import latents_are_complete, video_is_complete, write_latents, write_video
 
 
@@ -89,27 +90,27 @@ class SampleFolder:
         self,
         job: PromptJob,
         seeds: Sequence[int],
-        model: VideoDenoiser,
+        source: Source,
         sampler: FewStep | Guided,
         cond: Condition,
         progress: Callable[[int], Any],
     ) -> None:
         """Makes the files of `seeds`, and the sheet of the prompt where it is not up to date."""
         for seed in seeds:
-            latents = sampler(model, noise_of(job.prompt, seed), cond, progress)
-            self._write(job, seed, model, latents)
+            latents = sampler(source.model, noise_of(job.prompt, seed), cond, progress)
+            self._write(job, seed, source, latents)
         sheet = self.root / "sheets" / f"{job.name}.png"
         if not self.latents and (seeds or not sheet.is_file()):
             sheet.parent.mkdir(exist_ok=True)
             write_sheet(sheet, job.prompt, [(seed, self.file(job, seed)) for seed in job.seeds])
 
-    def _write(self, job: PromptJob, seed: int, model: VideoDenoiser, latents: Tensor) -> None:
+    def _write(self, job: PromptJob, seed: int, source: Source, latents: Tensor) -> None:
         if not latents.isfinite().all():
             raise ValueError(f"{job.prompt!r}, seed {seed}: the latents are not finite; the weights are of no use")
         if self.latents:
             write_latents(self.file(job, seed), latents[0], job.prompt, seed)
         else:
-            write_video(self.file(job, seed), model.decode(latents)[0], model.frames_per_second)
+            write_video(self.file(job, seed), source.decode(latents)[0], source.fps)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

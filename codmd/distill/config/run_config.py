@@ -26,6 +26,8 @@ from .typed import ConfigError, leaves, nearest, structured
 
 SHORTEST = 3
 """Characters of a value that is looked for in messages: fewer are part of everything."""
+MISSING = "???"
+"""A value that a configuration leaves to its reader."""
 PACKAGED = resources.files("codmd") / "configs"
 
 
@@ -121,7 +123,7 @@ def without_environment(message: str, path: Path, overrides: Sequence[str]) -> s
 
 def _read(path: Path, overrides: Sequence[str], complete: bool) -> RunConfig:
     from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     for override in overrides:
@@ -132,9 +134,8 @@ def _read(path: Path, overrides: Sequence[str], complete: bool) -> RunConfig:
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{path}: holds a list; expected sections with keys")
         merged = OmegaConf.merge({"packaged": str(PACKAGED)}, loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=complete)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key}: not given; add {error.full_key}=... to the command") from error
+        missing = sorted(OmegaConf.missing_keys(merged)) if complete else []
+        values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     except RecursionError as error:
@@ -144,7 +145,20 @@ def _read(path: Path, overrides: Sequence[str], complete: bool) -> RunConfig:
     assert isinstance(values, dict)
     if values.get("mode") == "teacher" and any(override.startswith("updates=") for override in overrides):
         raise ConfigError("updates: counts the student's; those of a teacher are teacher.updates")
-    return structured(RunConfig, {name: value for name, value in values.items() if name != "packaged"})
+    problems = [not_given(key) for key in missing]
+    try:
+        config = structured(RunConfig, {name: value for name, value in values.items() if name != "packaged"})
+    except ConfigError as error:
+        known = tuple(f"{key}: " for key in missing)
+        problems += [problem for problem in error.problems if not problem.startswith(known)]
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def not_given(key: str) -> str:
+    """The problem of a value that a configuration leaves to its reader (`???`)."""
+    return f"{key}: not given; add {key}=... to the command"
 
 
 def find_config(source: str) -> Path:

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
-    """A configuration cannot be used; the message names the key, what came and what is allowed."""
+    """A configuration cannot be used; the message names the key, what came and what is allowed.
+
+    Args:
+        problems: each a sentence of its own; several are listed below each other.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return "\n  ".join((f"{len(self.problems)} problems:", *self.problems))
 
 
 def structured(kind: type, values: object, where: str = "") -> Any:
@@ -23,29 +37,54 @@ def structured(kind: type, values: object, where: str = "") -> Any:
         where: the dotted name of this section, for messages.
 
     Raises:
-        ConfigError: a key or a value is not allowed.
+        ConfigError: keys or values are not allowed; names every one of them.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'configuration'}: got {values!r}; expected a section with keys")
     types_by_name = get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind) if field.init]
-    for name in values:
+    arguments: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, value in values.items():
         if name not in known:
             homes = [] if where else list(_homes(kind, str(name)))
             advice = f"did you mean {' or '.join(homes)}?" if homes else nearest(str(name), known, where)
-            raise ConfigError(f"{dotted(where, name)}: unknown; {advice}")
-    arguments = {name: convert(types_by_name[name], value, dotted(where, name)) for name, value in values.items()}
-    try:
-        return kind(**arguments)
-    except ConfigError:
-        raise
-    except TypeError as error:
-        missing = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in values and _required(f)]
-        if not missing:
-            raise
-        raise ConfigError(f"{dotted(where, missing[0])}: not given, and it has no default") from error
-    except ValueError as error:
-        raise ConfigError(f"{where}.{error}" if where else str(error)) from error
+            problems.append(f"{dotted(where, name)}: unknown; {advice}")
+            continue
+        try:
+            arguments[name] = convert(types_by_name[name], value, dotted(where, name))
+        except ConfigError as error:
+            problems += error.problems
+    required = [f.name for f in dataclasses.fields(kind) if f.init and _required(f)]
+    problems += [f"{dotted(where, n)}: not given, and it has no default" for n in required if n not in values]
+    if all(name in arguments for name in required):
+        made, impossible = _made(kind, arguments, where)
+        if not (problems or impossible):
+            return made
+        problems += impossible
+    raise ConfigError(*problems)
+
+
+def _made(kind: type, arguments: dict[str, Any], where: str) -> tuple[Any, list[str]]:
+    """The dataclass, and what it refuses: values that it names are left out in turn, to find the others."""
+    problems: list[str] = []
+    rest = dict(arguments)
+    while True:
+        try:
+            return kind(**rest), problems
+        except ConfigError as error:
+            return None, [*problems, *error.problems]
+        except ValueError as error:
+            name = re.split(r"\W", str(error), maxsplit=1)[0]
+            if name in rest or name not in arguments:
+                problems.append(f"{where}.{error}" if where else str(error))
+            if name not in rest:
+                return None, problems
+            del rest[name]
+        except TypeError:
+            if not problems:
+                raise
+            return None, problems
 
 
 def _homes(kind: type, name: str, where: str = "") -> Iterator[str]:

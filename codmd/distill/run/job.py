@@ -92,12 +92,18 @@ def check_paths(settings: ModelSettings) -> None:
     """Refuses options that name files which are not there, some of which would be missed hours later.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: naming every such option.
     """
-    for name in ("weights", "text_encoder", "vae"):
-        path = getattr(settings.options, name, "")
-        if path not in ("", RANDOM) and not Path(path).exists():
-            raise ConfigError(f"model.{name}: {path} does not exist")
+    paths = {name: getattr(settings.options, name, "") for name in ("weights", "text_encoder", "vae")}
+    lost = {name: path for name, path in paths.items() if path not in ("", RANDOM) and not Path(path).exists()}
+    if lost:
+        raise ConfigError(*(f"model.{name}: {path} does not exist{_maker(path)}" for name, path in lost.items()))
+
+
+def _maker(path: str) -> str:
+    """The end of a message about missing weights that a run with `mode: teacher` would have left."""
+    ours = Path(path).parts[-2:] == ("teacher", "model")
+    return "; train that teacher first: the same command with mode=teacher" if ours else ""
 
 
 def _distill_job(config: RunConfig, processes: Processes) -> Job:

@@ -19,7 +19,11 @@ from .log import RunLog, say
 from .parallel import Processes, processes
 from .preview import to_pixels, write_preview
 from .resume import before_streak, resume, save, skipped_updates
+from .roles import RANDOM
 from .stop import stop_requests
+
+RANDOM_WEIGHTS = "its teacher has random weights"
+FIRST_VIDEO = "codmd train textures_tiny mode=teacher"
 
 
 def run(config: RunConfig) -> int:
@@ -48,6 +52,8 @@ def _train(config: RunConfig, team: Processes) -> int:
         notes: list[str] = []
         store = CheckpointStore(config.folder / "checkpoints", team, config.checkpoint.keep_last, notes.append)
         saved = resume(config, job, store, team, notes)
+        if untaught(config):
+            notes.append(f"{RANDOM_WEIGHTS}: the numbers test the loop and say nothing of a method")
         for note in notes:
             say(note, team)
         begun = job.trainer.update
@@ -100,7 +106,15 @@ def ended(config: RunConfig, job: Job, checkpoint: Path, begun: int, stopped: in
     if config.mode == "teacher":
         model = config.folder / "model"
         return f"{finished}: {made}, {model}; next: codmd train CONFIG model.weights={model}"
-    return f"{finished}: {made}; next: codmd sample {config.folder} --prompts PROMPTS --out VIDEOS"
+    if untaught(config):
+        return f"{finished}: {made}; {RANDOM_WEIGHTS}, so there is nothing to see; a first video: {FIRST_VIDEO}"
+    prompts = "" if config.data.kind == "textures" else " --prompts PROMPTS"
+    return f"{finished}: {made}; next: codmd sample {config.folder}{prompts} --out VIDEOS"
+
+
+def untaught(config: RunConfig) -> bool:
+    """Whether a distillation has a teacher of random weights: it tests the loop alone."""
+    return config.mode == "distill" and config.frozen.options.weights == RANDOM
 
 
 @contextmanager
