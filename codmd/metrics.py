@@ -129,6 +129,44 @@ def std_ratio(generated: Tensor, real: Tensor) -> float:
     return float(generated.double().std() / real.double().std())
 
 
+def static_share(generated: Tensor, real: Tensor) -> float:
+    """Share of videos slower than a tenth of the median speed of `real`; 0 for the data unless it stands still."""
+    return float((speeds(generated) < 0.1 * speeds(real).median()).double().mean())
+
+
+def temporal_order(latents: Tensor) -> float:
+    """Mean over videos of Spearman's correlation between |i - j| and 1 - S_ij over pairs of frames.
+
+    1 where frames grow more unlike with time, near 0 for frames in random order; a video whose relation is constant
+    counts as 0.
+    """
+    relation = frame_relations(latents)
+    row, column = torch.triu_indices(relation.shape[-1], relation.shape[-1], offset=1, device=latents.device)
+    unlike = 1 - relation[:, row, column]
+    lag = (column - row).double().expand_as(unlike)
+    return float(frame_rank_relations(torch.stack((lag, unlike), dim=1))[:, 0, 1].mean())
+
+
+def diversity_ratio(generated: Tensor, real: Tensor) -> float:
+    """Mean distance between two samples of `generated`, divided by that of `real`; below 1 samples agree too much."""
+    spread = [float(torch.pdist(x.flatten(1).double()).mean()) for x in (generated, real)]
+    return spread[0] / spread[1]
+
+
+def bootstrap_interval(
+    values: Sequence[float], level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, drawn with replacement; with few values too narrow.
+
+    Source: Efron, Bootstrap methods: another look at the jackknife, 1979.
+    """
+    sample = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    means = sample[torch.randint(len(sample), (draws, len(sample)), generator=generator)].mean(dim=1)
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
 @dataclass(frozen=True)
 class PairedDifference:
     """b - a over paired runs: its mean, the standard error of that mean, and how many pairs have b below a."""

@@ -123,3 +123,34 @@ def test_unpaired_values_are_refused(a, b):
 def test_energy_distance_refuses_too_few_samples_and_other_shapes(shapes):
     with pytest.raises(ValueError, match="a, b: shapes"):
         metrics.energy_distance(*(torch.randn(shape) for shape in shapes))
+
+
+def test_static_share_counts_what_is_slower_than_a_tenth_of_the_data():
+    moving, still = videos(), videos(seed=1)
+    still[:100] = still[:100, :1]
+    assert metrics.static_share(moving, moving) == 0
+    assert metrics.static_share(still, moving) == 0.25
+
+
+def test_temporal_order_is_one_where_frames_grow_unlike_with_time_and_falls_when_they_are_shuffled():
+    angle = torch.linspace(0, 1.5, 6).view(1, 6, 1, 1, 1)
+    turning = torch.cat((angle.cos(), angle.sin()), dim=2).expand(3, -1, -1, 1, 1)
+    assert metrics.temporal_order(turning) == pytest.approx(1.0)
+    assert metrics.temporal_order(turning[:, torch.tensor([3, 0, 5, 1, 4, 2])]) < 0.3
+    assert metrics.temporal_order(torch.ones(2, 6, 3, 1, 1)) == 0
+
+
+def test_diversity_is_the_mean_distance_of_two_samples_over_the_data_s():
+    data = videos()
+    assert metrics.diversity_ratio(0.5 * data, data) == pytest.approx(0.5)
+    assert metrics.diversity_ratio(data[:1].expand_as(data), data) == 0
+
+
+def test_a_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for seed in range(100):
+        low, high = metrics.bootstrap_interval((torch.randn(30, generator=generator) + 2).tolist(), 0.9, 500, seed)
+        covered += low < 2 < high
+    assert 80 <= covered <= 98
+    assert metrics.bootstrap_interval([1.5, 1.5]) == pytest.approx((1.5, 1.5))

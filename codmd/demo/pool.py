@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 
-from .experiment import Job, Outcome, run_job
+from .experiment import run_job
 
 
 class JobFailed(RuntimeError):
     """A job raised, or its process died; the message carries what the child reported."""
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, progress: Callable[[int], None]) -> list[Outcome]:
+def run_jobs(
+    jobs: Sequence[Any],
+    processes: int,
+    progress: Callable[[int], None],
+    run: Callable[[Any, Callable[[int], None]], Any] = run_job,
+) -> list[Any]:
     """Runs all jobs on `processes` child processes and returns their outcomes in the order of `jobs`.
 
     Long jobs should come first. Any exception here, KeyboardInterrupt included, ends the children before it
@@ -27,18 +32,19 @@ def run_jobs(jobs: Sequence[Job], processes: int, progress: Callable[[int], None
 
     Args:
         progress: called with the number of student updates made since the last call, over all jobs.
+        run: what a child does with a job and its progress; a function of a module.
 
     Raises:
         JobFailed: with the child's own report.
     """
     context = multiprocessing.get_context("spawn")
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, Any] = {}
     pending = list(enumerate(jobs))[::-1]
     running: dict[Connection, tuple[Any, int | None]] = {}
     try:
         for _ in range(min(processes, len(jobs))):
             ours, theirs = context.Pipe()
-            child = context.Process(target=_work, args=(theirs,), daemon=True)
+            child = context.Process(target=_work, args=(theirs, run), daemon=True)
             child.start()
             theirs.close()
             running[ours] = (child, None)
@@ -79,7 +85,7 @@ def _receive(connection: Connection, child: Any) -> tuple[str, Any]:
         raise JobFailed(f"a worker process ended without an answer (exit code {child.exitcode})") from None
 
 
-def _work(connection: Connection) -> None:
+def _work(connection: Connection, run: Callable[[Any, Callable[[int], None]], Any]) -> None:
     """A child: answers "ready", then one "done" or "failed" for each job it is sent, until it is sent None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     torch.set_num_threads(1)
@@ -88,7 +94,7 @@ def _work(connection: Connection) -> None:
         while (job := connection.recv()) is not None:
             answer: tuple[str, Any]
             try:
-                answer = ("done", run_job(job, lambda count: connection.send(("progress", count))))
+                answer = ("done", run(job, lambda count: connection.send(("progress", count))))
             except FloatingPointError as error:
                 answer = ("failed", str(error))
             except (BrokenPipeError, ConnectionResetError):

@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple, overload
 import torch.distributed as dist
 from torch import Tensor
 
+from codmd import reference
 from codmd.conventions import Convention
-from codmd.ops import emulation, objective_checks
+from codmd.ops import checks, emulation, objective_checks
 from codmd.ops.checks import Number
 from codmd.ops.contract import Objective, Upstream
 from codmd.ops.objective_checks import Options
@@ -198,7 +199,7 @@ def codmd_loss(
     pool: Pool = ..., frame_mask: Tensor | None = ..., group: dist.ProcessGroup | None = ..., batch_grad: str = ...,
     prediction: str = ..., noisy: Tensor | None = ..., sigma: Tensor | None = ..., augment_real: Tensor | None = ...,
     augment_uncond: Tensor | None = ..., backend: str = ...,
-    return_terms: Literal[False] = ...,
+    return_terms: Literal[False] = ..., relation_features: str = ...,
 ) -> Tensor: ...
 @overload
 def codmd_loss(
@@ -209,7 +210,7 @@ def codmd_loss(
     pool: Pool = ..., frame_mask: Tensor | None = ..., group: dist.ProcessGroup | None = ..., batch_grad: str = ...,
     prediction: str = ..., noisy: Tensor | None = ..., sigma: Tensor | None = ..., augment_real: Tensor | None = ...,
     augment_uncond: Tensor | None = ..., backend: str = ...,
-    return_terms: Literal[True],
+    return_terms: Literal[True], relation_features: str = ...,
 ) -> CodmdTerms: ...
 # fmt: on
 def codmd_loss(
@@ -240,11 +241,12 @@ def codmd_loss(
     augment_uncond: Tensor | None = None,
     backend: str = "auto",
     return_terms: bool = False,
+    relation_features: str = "level",
 ) -> Tensor | CodmdTerms:
     """The objective of CoDMD, ``dmd_loss + relation_weight * relation_loss``, in one pass.
 
-    Equal to the sum of the two operators within rounding. ``pool=None`` and conventions that cannot be fused
-    (``arithmetic`` other than ``"float32"``) are composed of the two operators; the guided predictions are then
+    Equal to the sum of the two operators within rounding. ``pool=None``, motion features and conventions that cannot be
+    fused (``arithmetic`` other than ``"float32"``) are composed of the two operators; the guided predictions are then
     materialised in the student's dtype.
 
     Args:
@@ -252,7 +254,7 @@ def codmd_loss(
             layout, prediction, noisy, sigma, augment_real, augment_uncond, backend: as in
             :func:`codmd.ops.dmd_loss`. ``mask`` and ``sample_weight`` concern the DMD term alone.
         relation_weight: λ, >= 0; the relation is that of student, guided real and guided fake. At 0 it is not computed.
-        temperature, batch_weight, frame_weight, pool, frame_mask, group, batch_grad: as in
+        temperature, batch_weight, frame_weight, pool, frame_mask, group, batch_grad, relation_features: as in
             :func:`codmd.ops.relation_loss`. ``frame_mask`` concerns the relation alone.
         return_terms: return :class:`CodmdTerms`.
 
@@ -270,19 +272,21 @@ def codmd_loss(
         convention, layout, guidance, fake_guidance, prediction, backend, temperature, batch_weight, frame_weight,
         relation_weight, batch_grad,
     )  # fmt: skip
+    checks.check_one_of("relation_features", relation_features, reference.FEATURES)
     latents = student, real, fake, real_uncond, fake_uncond, noisy, augment_real, augment_uncond
     call, grid = objective_checks.call_of(options, latents, mask, sample_weight, sigma, prediction, frame_mask, pool)
     if not call.related:
         dmd = _dmd_loss(call, options, backend)
         return CodmdTerms(dmd, dmd, dmd.new_zeros(()), dmd.new_zeros(())) if return_terms else dmd
-    if grid is None or not call.convention.fusable:
+    moving = call.frame and relation_features != "level"
+    if grid is None or moving or not call.convention.fusable:
         dmd = _dmd_loss(call._replace(related=False, batch=False, frame=False), options, backend)
         relation = relation_loss(
             call.student,
             emulation.guided(emulation.teacher_prediction, call, options),
             emulation.guided(emulation.critic_prediction, call, options),
             temperature, batch_weight, frame_weight, call.layout, grid, frame_mask, group, batch_grad, backend,
-            return_terms=True,
+            return_terms=True, relation_features=relation_features,
         )  # fmt: skip
         total = dmd + options.relation_weight * relation.total
         return CodmdTerms(total, dmd, relation.batch, relation.frame) if return_terms else total

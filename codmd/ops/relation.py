@@ -6,16 +6,17 @@ gradient over the pixels, or applies it to them where every pixel is a feature.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from codmd import backends, reference
-from codmd.ops import checks
+from codmd.ops import checks, motion
 from codmd.ops.checks import Number
-from codmd.ops.contract import Gather, Relation, Upstream
+from codmd.ops.contract import Backend, Gather, Relation, Upstream
 from codmd.ops.operator import Operator, name_of
 from codmd.ops.scheduled import Given, given, placed
 from codmd.reference.relation import Pool
@@ -29,6 +30,14 @@ class RelationTerms(NamedTuple):
     frame: Tensor
 
 
+def _gradient(run: Backend, *arguments: Any) -> None:
+    run.gradient(*arguments)
+
+
+def _whole_gradient(run: Backend, *arguments: Any) -> None:
+    run.whole_gradient(*arguments)
+
+
 def _upstream(total: Tensor | None, batch: Tensor | None = None, frame: Tensor | None = None) -> Upstream:
     return Upstream(total, None, batch, frame)
 
@@ -39,7 +48,7 @@ POOLED = Operator(
     kept=("frame_mask",),
     found=("terms", "frame_grad", "batch_grad"),
     local=lambda run, call, separate: run.relation(call),
-    gradient=lambda run, *arguments: run.gradient(*arguments),
+    gradient=_gradient,
     upstream=_upstream,
 )
 """Features are means over regions: the backward pass reads no latent."""
@@ -50,10 +59,25 @@ WHOLE = Operator(
     kept=("student", "frame_mask"),
     found=("terms", "frame_grad", "batch_grad"),
     local=lambda run, call, separate: run.relation(call),
-    gradient=lambda run, *arguments: run.whole_gradient(*arguments),
+    gradient=_whole_gradient,
     upstream=_upstream,
 )
 """Every pixel is a feature: ``pool=None``."""
+
+MOTION = {
+    (kind, whole): Operator(
+        f"{kind}_{'whole_' if whole else ''}relation_loss",
+        Relation,
+        kept=("student", "frame_mask") if whole else ("frame_mask",),
+        found=("terms", "frame_grad", "batch_grad"),
+        local=partial(motion.frame_term, kind),
+        gradient=_whole_gradient if whole else _gradient,
+        upstream=_upstream,
+    )
+    for kind in reference.FEATURES[1:]
+    for whole in (False, True)
+}
+"""The frame term of motion features, alone."""
 
 
 # fmt: off
@@ -62,13 +86,14 @@ def relation_loss(
     student: Tensor, real: Tensor, fake: Tensor, temperature: Number = ..., batch_weight: Number = ...,
     frame_weight: Number = ..., layout: str = ..., pool: Pool = ..., frame_mask: Tensor | None = ...,
     group: dist.ProcessGroup | None = ..., batch_grad: str = ..., backend: str = ...,
-    return_terms: Literal[False] = ...,
+    return_terms: Literal[False] = ..., relation_features: str = ...,
 ) -> Tensor: ...
 @overload
 def relation_loss(
     student: Tensor, real: Tensor, fake: Tensor, temperature: Number = ..., batch_weight: Number = ...,
     frame_weight: Number = ..., layout: str = ..., pool: Pool = ..., frame_mask: Tensor | None = ...,
     group: dist.ProcessGroup | None = ..., batch_grad: str = ..., backend: str = ..., *, return_terms: Literal[True],
+    relation_features: str = ...,
 ) -> RelationTerms: ...
 # fmt: on
 def relation_loss(
@@ -85,6 +110,7 @@ def relation_loss(
     batch_grad: str = "global",
     backend: str = "auto",
     return_terms: bool = False,
+    relation_features: str = "level",
 ) -> Tensor | RelationTerms:
     """Divergence between the student's relations and those the score difference asks for.
 
@@ -112,6 +138,10 @@ def relation_loss(
             batch) or ``"local"`` (1/world size of it, as CoDMD's published training does).
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
         return_terms: return :class:`RelationTerms` instead of the weighted total.
+        relation_features: of the frame term: ``"level"``, the features themselves; ``"difference"``, φ[f+1] - φ[f],
+            F - 1 rows, valid where both frames are; ``"centred"``, φ[f] less the mean over the valid frames. The batch
+            term's are always the level's. Either transform runs apart from the batch term, in float64 on the pooled
+            features; errors and gradient grow as ‖φ‖ over the norm of what is left of it.
 
     Returns:
         The 0-dim loss in float32 (float64 for float64 inputs), or its terms. Fewer than two frames (samples)
@@ -124,6 +154,7 @@ def relation_loss(
     Source: CoDMD, arXiv 2606.21982; gradients and the sound form in ``docs/mathematics.md``.
     """
     batch, frame, numbers, gather = _options(temperature, batch_weight, frame_weight, layout, batch_grad, backend)
+    checks.check_one_of("relation_features", relation_features, reference.FEATURES)
     checks.check_latents((student, real, fake))
     grid = checks.check_pool(pool, student.shape)
     if frame_mask is not None:
@@ -131,6 +162,13 @@ def relation_loss(
     gather = gather if group is None else gather._replace(group=name_of(group))
     call = Relation(student, real, fake, frame_mask, layout, grid, batch, frame, placed(numbers, student))
     operator = WHOLE if grid is None else POOLED
+    if frame and relation_features != "level":
+        moving = MOTION[relation_features, grid is None].terms(call._replace(batch=False), gather, backend)
+        if not batch:
+            return RelationTerms(*moving) if return_terms else moving[0]
+        still = operator.terms(call._replace(frame=False), gather, backend)
+        total = still[0] + moving[0]
+        return RelationTerms(total, still[1], moving[2]) if return_terms else total
     if return_terms:
         return RelationTerms(*operator.terms(call, gather, backend))
     return operator(call, gather, backend)

@@ -4,6 +4,7 @@ from codmd.reference.attention import attention_jvp
 from codmd.reference.dmd import dmd_direction, dmd_loss
 from codmd.reference.gradient import feature_gradient, feature_gradient_matrix
 from codmd.reference.guidance import guided, x0_from_flow, x0_prediction
+from codmd.reference.motion import FEATURES, motion_adjoint, motion_features
 from codmd.reference.relation import (
     batch_features,
     batch_term,
@@ -31,6 +32,7 @@ from codmd.reference.relation import (
 )
 
 __all__ = [
+    "FEATURES",
     "attention_jvp",
     "batch_features",
     "batch_term",
@@ -48,6 +50,8 @@ __all__ = [
     "frame_term",
     "guided",
     "kept_apart",
+    "motion_adjoint",
+    "motion_features",
     "region_average",
     "relation",
     "relation_divergence",

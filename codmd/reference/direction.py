@@ -91,7 +91,7 @@ def decoupled_direction(
     """g = nan((f - c₁)/N(x, c₁)) - nan(k (c₂ - u₂)/N(x, c₂)): matching at one noise level, guidance at another.
 
     Source: Decoupled DMD, arXiv 2511.22677. c₁ is ``real`` without guidance; c₂ and u₂ are the teacher's x0
-    predictions ``augment_real`` and ``augment_uncond`` at a second, higher level; k is the cond-form scale, so the
+    predictions ``augment_real`` and ``augment_uncond`` at a second level; k is the cond-form scale, so the
     paper's w is k + 1. ``norm`` and ``real`` of the result are those of the first level.
 
     Raises:

@@ -14,6 +14,7 @@ import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
+from codmd.reference.motion import motion_features
 from codmd.reference.scale import power_of_two
 
 Pool = Literal["mean"] | tuple[int, int] | None
@@ -267,6 +268,7 @@ def relation_loss(
     layout: str = "bfchw",
     pool: Pool = "mean",
     frame_mask: Tensor | None = None,
+    relation_features: str = "level",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, batch term, frame term) of the relation loss on one process; arguments as in ``codmd.ops``."""
     dtype = compute_dtype(student.dtype)
@@ -278,5 +280,9 @@ def relation_loss(
     )
     zero = features[0].new_zeros(())
     batch = batch_term(*features, temperature, frame_mask) if batch_weight else zero
-    frame = frame_term(*features, temperature, frame_mask) if frame_weight else zero
+    frame = zero
+    if frame_weight:
+        moved = [motion_features(feature, relation_features, frame_mask) for feature in features]
+        x, r, d = (rows for rows, _ in moved)
+        frame = frame_term(x, r, d, temperature, moved[0][1])
     return batch_weight * batch + frame_weight * frame, batch, frame

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms, takes_last
-from .algebra import add_pieces, relation_of_grams, triangle
 from . import cores, stream
+from .algebra import add_pieces, relation_of_grams, triangle
 
 
 @triton.jit(

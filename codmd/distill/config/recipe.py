@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from codmd import reference
 from codmd.conventions import resolve
 from codmd.distill.update.schedule import check_sigma_range, check_step_list
 
@@ -37,6 +40,12 @@ class DistillConfig:
         relation_warmup: student updates over which `relation_weight` rises linearly from 0; 0 is constant.
         temperature: tau of the relation term.
         batch_weight, frame_weight: weights of the relation between samples and between frames.
+        relation_features: of the relation between frames: "level", "difference" or "centred", see `codmd.ops`.
+        decoupled: guidance at a noise level of its own, below the student's; one more teacher forward a sample.
+        critic_mixing: the critic's weights move by this share towards the student's after each of its updates.
+        diversity_weight: of the loss that keeps the student's first step on the teacher's path; above 0, distribution
+            matching and the critic see the later steps alone.
+        diversity_steps: (k, n), that path: k of n Euler steps.
     """
 
     sigmas: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)
@@ -62,6 +71,11 @@ class DistillConfig:
     temperature: float = 0.1
     batch_weight: float = 1.0
     frame_weight: float = 1.0
+    relation_features: Literal["level", "difference", "centred"] = "level"
+    decoupled: bool = False
+    critic_mixing: float = 0.0
+    diversity_weight: float = 0.0
+    diversity_steps: tuple[int, int] = (5, 30)
 
     def __post_init__(self) -> None:
         check_step_list(self.sigmas)
@@ -72,18 +86,43 @@ class DistillConfig:
         check_count("relation_warmup", self.relation_warmup, 0)
         for name in ("shift", "student_lr", "critic_lr", "temperature", "grad_clip"):
             check_number(name, getattr(self, name), positive=True)
-        for name in ("weight_decay", "relation_weight", "batch_weight", "frame_weight"):
+        for name in ("weight_decay", "relation_weight", "batch_weight", "frame_weight", "diversity_weight"):
             check_number(name, getattr(self, name), positive=False)
         check_decays("betas", self.betas)
         if self.ema_decay is not None:
             check_decays("ema_decay", (self.ema_decay,))
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance: got {self.guidance}; expected a finite number, or none")
+        check_one_of("relation_features", self.relation_features, reference.FEATURES)
+        check_decays("critic_mixing", (self.critic_mixing,))
+        taken, of = self.diversity_steps
+        if not 0 < taken < of:
+            raise ValueError(f"diversity_steps: got ({taken}, {of}); expected 0 < k < n")
+        if self.diversity_weight > 0 and len(self.sigmas) == 1:
+            raise ValueError("diversity_weight: got a student of one step; expected two or more, or 0")
+        if self.decoupled and self.guidance is None:
+            raise ValueError("decoupled: without guidance there is nothing to decouple; set guidance")
+        if self.decoupled and (reason := resolve(self.convention).undecouplable):
+            raise ValueError(f"decoupled: not with convention {self.convention}: {reason}")
 
     @property
     def uses_relation(self) -> bool:
         """Whether the relation term is part of the objective."""
         return self.relation_weight > 0 and self.batch_weight + self.frame_weight > 0
+
+    @property
+    def summary(self) -> str:
+        """Method and options of this recipe that are on, in a line."""
+        parts = [f"{len(self.sigmas)}-step student", f"DMD of {self.convention}"]
+        if self.uses_relation:
+            terms = f"{self.batch_weight:g} batch + {self.frame_weight:g} frame"
+            parts.append(f"relation {self.relation_weight:g} x ({terms}, {self.relation_features} features)")
+        parts += ["decoupled guidance"] if self.decoupled else []
+        parts += [f"critic mixing {self.critic_mixing:g}"] if self.critic_mixing else []
+        if self.diversity_weight:
+            taken, of = self.diversity_steps
+            parts.append(f"first-step diversity {self.diversity_weight:g} ({taken} of {of} steps)")
+        return ", ".join(parts)
 
     def relation_weight_at(self, update: int) -> float:
         """lambda at a student update, counted from 1."""
@@ -119,6 +158,12 @@ def check_number(name: str, value: float | None, positive: bool) -> None:
     """Refuses, by name, a number that is not finite, or negative, or 0 where `positive`; None passes."""
     if value is not None and (not math.isfinite(value) or value < 0 or (positive and value == 0)):
         raise ValueError(f"{name}: got {value}; expected a finite number {'above 0' if positive else '>= 0'}")
+
+
+def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuses, by name, a word that is not `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(allowed)}")
 
 
 def check_decays(name: str, values: tuple[float, ...]) -> None:

@@ -73,6 +73,10 @@ class RunConfig:
             )
         if self.lora is not None and self.parallel.offload_teacher:
             raise ValueError("parallel.offload_teacher: with lora the teacher is the shared base, which stays")
+        if self.lora is not None and self.distill.critic_mixing > 0:
+            raise ValueError(
+                "distill.critic_mixing: the average of two adapters' factors is not that of their products"
+            )
         self.model.changed(self.teacher_model, "teacher_model")
 
     @property

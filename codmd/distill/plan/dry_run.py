@@ -57,6 +57,7 @@ def dry_run(config: RunConfig) -> str:
         f"{config.mode}: {updates} updates of {batch.batch_size} samples, {size} x {micro_batch} x {accumulate} "
         "(processes x micro-batch x accumulated)",
         f"model: {settings.name}, {trained:,} weights, latents {' x '.join(map(str, model.latent_shape))}",
+        *([] if teaching else [f"recipe: {config.distill.summary}"]),
         f"data: {config.data.kind}" + (f", {items} items" if items else ""),
         f"folder: {config.folder}",
     ]

@@ -36,6 +36,7 @@ class CycleLog:
         relation_to_dmd: norm of lambda * grad(relation) over norm of grad(DMD), with respect to the last sample;
             None when not asked for.
         signs: of over-saturation and frozen motion, in the last sample; None when not asked for.
+        diversity: the first-step loss, unweighted; None where it is off.
     """
 
     generator: GeneratorLoss
@@ -45,6 +46,7 @@ class CycleLog:
     critic_step: Step
     relation_to_dmd: Tensor | None
     signs: EarlySigns | None
+    diversity: Tensor | None = None
 
     def scalars(self) -> dict[str, Tensor | float]:
         """Name to value, for a log."""
@@ -52,6 +54,8 @@ class CycleLog:
         measured: dict[str, Tensor] = {} if self.signs is None else self.signs._asdict()
         if self.relation_to_dmd is not None:
             measured["relation_to_dmd"] = self.relation_to_dmd
+        if self.diversity is not None:
+            measured["diversity"] = self.diversity
         return {
             "loss": loss.total, "dmd": loss.dmd, "relation_batch": loss.relation_batch,
             "relation_frame": loss.relation_frame, "relation_weight": loss.relation_weight, "critic": self.critic,

@@ -48,21 +48,20 @@ class GeneratorLoss:
 
 @dataclass(frozen=True)
 class Scores:
-    """x0 predictions of one noised sample, [B, F, C, H, W]: the critic's, and the teacher's in its two parts."""
+    """x0 predictions of noised samples, [B, F, C, H, W]: the critic's, and the teacher's in its parts."""
 
     fake: Tensor
     real: Tensor
     real_uncond: Tensor | None = None
+    augment_real: Tensor | None = None
+    """With `augment_uncond`, of the decoupled loss: the teacher at the guidance's own level; `real` is unguided."""
+    augment_uncond: Tensor | None = None
 
     @classmethod
     def cat(cls, scores: Sequence[Scores]) -> Scores:
         """The scores of several micro-batches as those of the joint batch."""
-        uncond = [score.real_uncond for score in scores if score.real_uncond is not None]
-        return cls(
-            torch.cat([score.fake for score in scores]),
-            torch.cat([score.real for score in scores]),
-            torch.cat(uncond) if uncond else None,
-        )
+        names = [field.name for field in fields(cls) if getattr(scores[0], field.name) is not None]
+        return cls(**{name: torch.cat([getattr(score, name) for score in scores]) for name in names})
 
     def guided(self, config: DistillConfig) -> Tensor:
         """The teacher's prediction after guidance."""
@@ -80,10 +79,13 @@ def predict_scores(
     config: DistillConfig,
     randomness: Randomness,
     cond: Condition = None,
+    student_level: float = 1.0,
 ) -> Scores:
     """Both scores at the same noised sample, one noise level per sample.
 
-    With guidance the teacher's two predictions come from one forward of twice the batch (`batch_guidance`).
+    With guidance the teacher's two predictions come from one forward of twice the batch (`batch_guidance`). Decoupled
+    (`config.decoupled`), they come from a noising of their own, at levels below `student_level`, that of the student's
+    input: what lies above is settled there (arXiv 2511.22677, whose time runs from noise to data: tau > t).
     """
     x0 = sample.detach()
     sigma = sample_sigma(len(x0), config.shift, config.sigma_range, randomness, x0.device)
@@ -91,11 +93,32 @@ def predict_scores(
     fake = critic.predict_x0(x_t, sigma, cond)
     if config.guidance is None:
         return Scores(fake, teacher.predict_x0(x_t, sigma, cond))
-    null = teacher.null_cond(len(x0))
+    if not config.decoupled:
+        return Scores(fake, *_with_and_without(teacher, x_t, sigma, config, cond))
+    real = teacher.predict_x0(x_t, sigma, cond)
+    lower = sample_sigma(len(x0), config.shift, config.sigma_range, randomness, x0.device, student_level)
+    augmented = teacher.add_noise(x0, noise_like(x0, randomness), lower)
+    return Scores(fake, real, None, *_with_and_without(teacher, augmented, lower, config, cond))
+
+
+def guided_x0(teacher: VideoDenoiser, x_t: Tensor, sigma: Tensor, config: DistillConfig, cond: Condition) -> Tensor:
+    """The teacher's x0 with the recipe's guidance."""
+    if config.guidance is None:
+        return teacher.predict_x0(x_t, sigma, cond)
+    form = conventions.resolve(config.convention).guidance_form
+    return reference.guided(*_with_and_without(teacher, x_t, sigma, config, cond), config.guidance, form)
+
+
+def _with_and_without(
+    teacher: VideoDenoiser, x_t: Tensor, sigma: Tensor, config: DistillConfig, cond: Condition
+) -> tuple[Tensor, Tensor]:
+    """The teacher's x0 with and without its condition."""
+    null = teacher.null_cond(len(x_t))
     if config.batch_guidance:
         both = teacher.predict_x0(torch.cat((x_t, x_t)), torch.cat((sigma, sigma)), cat_cond((cond, null)))
-        return Scores(fake, *both.chunk(2))
-    return Scores(fake, teacher.predict_x0(x_t, sigma, cond), teacher.predict_x0(x_t, sigma, null))
+        with_cond, without = both.chunk(2)
+        return with_cond, without
+    return teacher.predict_x0(x_t, sigma, cond), teacher.predict_x0(x_t, sigma, null)
 
 
 def distillation_loss(
@@ -119,6 +142,8 @@ def distillation_loss(
         real=scores.real,
         fake=scores.fake,
         real_uncond=scores.real_uncond,
+        augment_real=scores.augment_real,
+        augment_uncond=scores.augment_uncond,
         guidance=0.0 if config.guidance is None else config.guidance,
         relation_weight=weight if config.uses_relation else 0.0,
         convention=config.convention,
@@ -128,6 +153,7 @@ def distillation_loss(
         layout="bfchw",
         group=group,
         return_terms=True,
+        relation_features=config.relation_features,
     )
     relation = config.batch_weight * terms.batch + config.frame_weight * terms.frame
     return GeneratorLoss(terms.total, terms.dmd, relation, terms.batch, terms.frame, weight)

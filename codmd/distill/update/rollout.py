@@ -8,11 +8,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from codmd.models.base import Condition, VideoDenoiser, per_sample
+from codmd.models.base import Condition, VideoDenoiser
 
 from .noise import Randomness, noise_like
 
-__all__ = ["draw_exit_step", "noise_like", "rollout", "sample_euler", "sample_few_step", "trajectory"]
+__all__ = ["draw_exit_step", "euler_step", "noise_like", "rollout", "sample_euler", "sample_few_step", "trajectory"]
 
 
 def draw_exit_step(steps: int, generator: torch.Generator) -> int:
@@ -84,7 +84,11 @@ def sample_euler(model: VideoDenoiser, noise: Tensor, sigmas: Sequence[float], c
     x_t = noise
     for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
         level = torch.full((noise.shape[0],), sigma, device=noise.device)
-        # Through predict_x0, so that every parameterisation samples: v = (x_t - x0) / sigma.
-        velocity = (x_t - model.predict_x0(x_t, level, cond)) / per_sample(level, x_t)
-        x_t = x_t + (following - sigma) * velocity
+        # Through predict_x0, so that every parameterisation samples.
+        x_t = euler_step(x_t, model.predict_x0(x_t, level, cond), sigma, following)
     return x_t
+
+
+def euler_step(x_t: Tensor, x0: Tensor, sigma: float, following: float) -> Tensor:
+    """From level sigma to the following one along the velocity (x_t - x0)/sigma."""
+    return x_t + (following - sigma) * ((x_t - x0) / sigma)

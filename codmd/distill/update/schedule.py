@@ -58,7 +58,12 @@ def check_sigma_range(sigma_range: Sequence[float]) -> tuple[float, float]:
 
 
 def sample_sigma(
-    batch: int, shift: float, sigma_range: tuple[float, float], randomness: Randomness, device: torch.device
+    batch: int,
+    shift: float,
+    sigma_range: tuple[float, float],
+    randomness: Randomness,
+    device: torch.device,
+    highest: float = 1.0,
 ) -> Tensor:
-    """Training levels [batch], float32: uniform on [0, 1], shifted, then clamped to `sigma_range`."""
-    return shift_sigma(uniform(batch, randomness, device), shift).clamp(*sigma_range)
+    """Training levels [batch], float32: uniform on [0, 1], shifted, scaled to `highest`, clamped to `sigma_range`."""
+    return (highest * shift_sigma(uniform(batch, randomness, device), shift)).clamp(*sigma_range)

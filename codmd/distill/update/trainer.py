@@ -14,7 +14,9 @@ from codmd.distill.config.recipe import DistillConfig
 from codmd.models.base import Condition, VideoDenoiser
 
 from .cycle_log import CycleLog, EarlySigns, early_signs
+from .diversity import first_step_loss
 from .ema import WeightAverage
+from .mixing import mix_critic
 from .noise import NoiseStream, normal
 from .objective import GeneratorLoss, Scores, critic_loss, distillation_loss, predict_scores
 from .optimizer import GuardedAdamW, Step, trainable_weights
@@ -90,21 +92,27 @@ class Distiller:
             NonFiniteRun: too many updates in a row were not finite.
         """
         self.update += 1
+        config = self.config
         made = self._student_gradients(measure_gradients)
-        student_step = self.student_optimizer.step(made.loss.total)
-        if self.average is not None and not student_step.skipped:
-            self.average.update()
+        diversity = self._first_step_gradients() if config.diversity_weight > 0 else None
+        loss = made.loss.total if diversity is None else made.loss.total + config.diversity_weight * diversity
+        student_step = self.student_optimizer.step(loss)
+        if not student_step.skipped:
+            if self.average is not None:
+                self.average.update()
+            if config.critic_mixing > 0:
+                mix_critic(self.critic_weights, self.student_weights, config.critic_mixing)
 
         batches = made.batches
-        for number in range(self.config.critic_updates):
-            if number > 0 or not self.config.share_rollout:
+        for number in range(config.critic_updates):
+            if number > 0 or not config.share_rollout:
                 batches = [self._fresh() for _ in range(self.accumulate)]
             critic, critic_step = self.critic_update(batches)
-        return CycleLog(made.loss, critic, made.exit_step, student_step, critic_step, made.ratio, made.signs)
+        return CycleLog(made.loss, critic, made.exit_step, student_step, critic_step, made.ratio, made.signs, diversity)
 
     def draw_sample(self, cond: Condition) -> tuple[Tensor, int]:
         """A micro-batch of the student's predictions at a random exit step, and that step."""
-        exit_step = draw_exit_step(len(self.config.sigmas), self.exit_generator)
+        exit_step = self._exit_step()
         return rollout(self.student, self._start(), self.config.sigmas, exit_step, self.noise, cond), exit_step
 
     def critic_update(self, batches: Sequence[Batch]) -> tuple[Tensor, Step]:
@@ -126,7 +134,7 @@ class Distiller:
         for number in range(self.accumulate):
             cond = next(self.conditions)
             sample, exit_step = self.draw_sample(cond)
-            scores = self._scores(sample, cond)
+            scores = self._scores(sample, exit_step, cond)
             loss = self._loss(sample, scores)
             if number == self.accumulate - 1:
                 ratio, signs = self._measure(loss, sample, scores) if measure else (None, None)
@@ -145,13 +153,13 @@ class Distiller:
         states, batches, scores = [], [], []
         for _ in range(self.accumulate):
             cond = next(self.conditions)
-            exit_step = draw_exit_step(len(self.config.sigmas), self.exit_generator)
+            exit_step = self._exit_step()
             state = trajectory(self.student, self._start(), self.config.sigmas, exit_step, self.noise, cond)
             with torch.no_grad():
                 sample = self.student.predict_x0(*state, cond)
             states.append(state)
             batches.append((sample, cond))
-            scores.append(self._scores(sample, cond))
+            scores.append(self._scores(sample, exit_step, cond))
         samples, joint = torch.cat([sample for sample, _ in batches]).requires_grad_(), Scores.cat(scores)
         loss = self._loss(samples, joint)
         ratio, signs = self._measure(loss, samples, joint) if measure else (None, None)
@@ -163,8 +171,23 @@ class Distiller:
     def _start(self) -> Tensor:
         return normal((self.micro_batch, *self.student.latent_shape), self.noise, self.device)
 
-    def _scores(self, sample: Tensor, cond: Condition) -> Scores:
-        return predict_scores(sample, self.teacher, self.critic, self.config, self.noise, cond)
+    def _exit_step(self) -> int:
+        """A random step of those that distribution matching trains."""
+        first = int(self.config.diversity_weight > 0)
+        return first + draw_exit_step(len(self.config.sigmas) - first, self.exit_generator)
+
+    def _first_step_gradients(self) -> Tensor:
+        """Accumulates the gradient of the weighted first-step loss; returns the loss."""
+        losses = []
+        for _ in range(self.accumulate):
+            loss = first_step_loss(self.student, self.teacher, self._start(), self.config, next(self.conditions))
+            (self.config.diversity_weight / self.accumulate * loss).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def _scores(self, sample: Tensor, exit_step: int, cond: Condition) -> Scores:
+        level = self.config.sigmas[exit_step]
+        return predict_scores(sample, self.teacher, self.critic, self.config, self.noise, cond, level)
 
     def _loss(self, sample: Tensor, scores: Scores) -> GeneratorLoss:
         weight = self.config.relation_weight_at(self.update)

@@ -60,7 +60,7 @@ def attention_jvp(call: Attention) -> tuple[Tensor, Tensor]:
 @_plain
 def relation(call: Relation) -> Found:
     """The relation term of one process."""
-    features = _features(call)
+    features = frame_features(call)
     frame, frame_grad = _frame_term(call, features)
     batch, batch_grad = frame.new_zeros(()), frame.new_empty(0)
     if call.batch and len(call.student) > 1:
@@ -87,7 +87,7 @@ def objective(call: Objective, separate: bool) -> Found:
 def features(call: Call) -> Pending:
     """The stage before a gather: everything but the batch term."""
     if isinstance(call, Relation):
-        found = _features(call)
+        found = frame_features(call)
         return Pending(_rows(call, found), _frame_term(call, found))
     latents = moments.latents_of(call)
     found = _pooled(latents, call.pool)
@@ -143,7 +143,7 @@ def _pool(grid: Grid | None) -> Pool:
     return "mean" if grid == (1, 1) else grid
 
 
-def _features(call: Relation) -> Features:
+def frame_features(call: Relation) -> Features:
     dtype = reference.compute_dtype(call.student.dtype)
     latents = call.student, call.real, reference.difference_of(call.real.to(dtype), call.fake.to(dtype))
     x, r, d = (reference.frame_features(v, call.layout, _pool(call.pool)) for v in latents)
@@ -156,7 +156,7 @@ def _pooled(latents: moments.Latents, grid: Grid) -> Features:
     return x, r, d
 
 
-def _term(features: Features, temperature: Any, valid: Tensor | None, matrix: bool) -> tuple[Tensor, Tensor]:
+def term(features: Features, temperature: Any, valid: Tensor | None, matrix: bool) -> tuple[Tensor, Tensor]:
     """The mean over leading indices of the divergence, and its gradient ``[..., N, K]``, or M ``[..., N, N]``."""
     student, real, difference = features
     samples = student.shape[:-2].numel()
@@ -178,7 +178,7 @@ def _frame_term(call: Call, features: Features) -> tuple[Tensor, Tensor]:
     x = features[0]
     if not call.frame or x.shape[1] < 2:
         return x.new_zeros(()), x.new_empty(0)
-    return _term(features, numbers_of(call).temperature, call.frame_mask, call.pool is None)
+    return term(features, numbers_of(call).temperature, call.frame_mask, call.pool is None)
 
 
 def _rows(call: Call, features: Features) -> Tensor:
@@ -190,7 +190,7 @@ def _rows(call: Call, features: Features) -> Tensor:
 
 def _batch_term(rows: Tensor, temperature: Any) -> tuple[Tensor, Tensor]:
     x, r, d = rows[:, :-1].chunk(3, dim=1)
-    return _term((x, r, d), temperature, rows[:, -1] > 0, False)
+    return term((x, r, d), temperature, rows[:, -1] > 0, False)
 
 
 def _weighted(call: Call, batch: Tensor, frame: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""The arms of the comparison: a name, the changes to the recipe, and how many updates an equal budget buys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.update.schedule import sampling_sigmas
+
+LEVEL = {"relation_weight": 0.1}
+"""The paper's lambda; its temperature of 0.1 is the recipe's default. Neither was chosen on the seeds that are run."""
+MIXING = {"critic_mixing": 0.03}
+DIVERSITY = {"diversity_weight": 0.05, "diversity_steps": (5, 30)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One recipe.
+
+    Attributes:
+        title: as a reader meets it.
+        changes: to DMD with the relation term between frames, which is switched off here unless they name its weight.
+        against: the arm it is paired with at every seed.
+        steps: of the student.
+        group: "main", or what its sensitivity is to.
+    """
+
+    title: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    against: str = "dmd"
+    steps: int = 4
+    group: str = "main"
+
+    def recipe(self, base: DistillConfig) -> DistillConfig:
+        """The arm's recipe; `base` has the number of everything that arms share."""
+        sigmas = base.sigmas if self.steps == len(base.sigmas) else sampling_sigmas(self.steps, base.shift)
+        return replace(base, sigmas=sigmas, **{"relation_weight": 0.0, "batch_weight": 0.0, **self.changes})
+
+
+UNTRAINED = {"data": "fresh data (floor)", "teacher": "teacher, 50 steps", "teacher_few": "teacher, 4 steps"}
+ARMS = {
+    "dmd": Arm("DMD"),
+    "codmd": Arm("CoDMD, frames", LEVEL),
+    "difference": Arm("CoDMD, frame differences", {**LEVEL, "relation_features": "difference"}),
+    "batch": Arm("CoDMD, frames and samples", {**LEVEL, "batch_weight": 1.0}),
+    "mixing": Arm("DMD, critic mixing", MIXING),
+    "mixing_codmd": Arm("CoDMD, frames, critic mixing", {**LEVEL, **MIXING}, "mixing"),
+    "diversity": Arm("DMD, first-step diversity", DIVERSITY),
+    "diversity_codmd": Arm("CoDMD, frames, first-step diversity", {**LEVEL, **DIVERSITY}, "diversity"),
+    "centred": Arm("CoDMD, centred frames", {**LEVEL, "relation_features": "centred"}),
+    **{
+        f"lambda_{value:g}": Arm(f"CoDMD, frames, λ = {value:g}", {"relation_weight": value}, group="λ")
+        for value in (0.03, 0.3)
+    },
+    **{
+        f"tau_{value:g}": Arm(f"CoDMD, frames, τ = {value:g}", {**LEVEL, "temperature": value}, group="τ")
+        for value in (0.05, 0.3)
+    },
+    "dmd_2": Arm("DMD, 2 steps", steps=2, group="steps"),
+    "codmd_2": Arm("CoDMD, frames, 2 steps", LEVEL, "dmd_2", 2, "steps"),
+    "dmd_1": Arm("DMD, 1 step", steps=1, group="steps"),
+    "codmd_1": Arm("CoDMD, frames, 1 step", LEVEL, "dmd_1", 1, "steps"),
+}
+"""In the order in which they run; at every seed an arm has the noise of the others."""
+
+
+def forwards_per_update(config: DistillConfig) -> float:
+    """Network forwards a sample that a cycle takes on average over exit steps; one with gradient counts as three."""
+    diverse = config.diversity_weight > 0
+    first, steps = int(diverse), len(config.sigmas)
+    before = (first + steps - 1) / 2  # student evaluations ahead of the exit step
+    fresh = config.critic_updates - int(config.share_rollout)
+    guidance = 0 if config.guidance is None else 1
+    scores = 2 + guidance + int(config.decoupled)  # critic and teacher
+    path = config.diversity_steps[0] * (1 + guidance) + 3 if diverse else 0
+    return before + 3 + scores + 3 * config.critic_updates + fresh * (before + 1) + path
+
+
+def updates_of(arm: Arm, base: DistillConfig, updates: int) -> int:
+    """Updates of the arm that cost as many forwards as `updates` of 4-step DMD, rounded."""
+    budget = updates * forwards_per_update(ARMS["dmd"].recipe(base))
+    return round(budget / forwards_per_update(arm.recipe(base)))

@@ -1,0 +1,192 @@
+"""The comparison as pages: Markdown for the repository, and HTML with the clips side by side, complete in itself."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from codmd import page
+from codmd.demo.arc import ArcVideo
+from codmd.demo.summary import markdown
+
+from .arms import ARMS, UNTRAINED
+from .study import COLUMNS, by_arm, differences, spread
+
+CLIPS = 6
+SIZE = 96
+SECONDS = 1.6
+"""Of one round of a clip of eight frames."""
+
+
+def title_of(arm: str) -> str:
+    return UNTRAINED[arm] if arm in UNTRAINED else ARMS[arm].title
+
+
+def group_of(arm: str) -> str:
+    return "main" if arm in UNTRAINED else ARMS[arm].group
+
+
+def levels(outcomes: Sequence[dict[str, Any]], group: str) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): mean ± standard deviation over seeds of every measure."""
+    header = ["", "seeds", "updates", *(column.title for column in COLUMNS.values())]
+    rows = []
+    for arm, found in by_arm(outcomes).items():
+        if group_of(arm) == group:
+            updates = next(iter(found.values()))["updates"]
+            cells = [_spread([o["metrics"][measure] for o in found.values()]) for measure in COLUMNS]
+            rows.append([title_of(arm), str(len(found)), str(updates or "–"), *cells])
+    return header, rows
+
+
+def changes(outcomes: Sequence[dict[str, Any]], groups: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): paired differences: relative, the interval, and the seeds on which the arm is better."""
+    header = ["paired at the same seed", "against", *(column.title for column in COLUMNS.values())]
+    rows = []
+    for arm, pairs in differences(outcomes).items():
+        if ARMS[arm].group in groups:
+            rows.append([title_of(arm), title_of(ARMS[arm].against), *(_change(pairs[m]) for m in COLUMNS)])
+    return header, rows
+
+
+def verdicts(outcomes: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence per arm of the main group: what fell, what grew, and on how many seeds; intervals decide."""
+    sentences = []
+    for arm, pairs in differences(outcomes).items():
+        if ARMS[arm].group != "main":
+            continue
+        fell = [_named(m, pair) for m, pair in pairs.items() if pair["high"] < 0]
+        grew = [_named(m, pair) for m, pair in pairs.items() if pair["low"] > 0]
+        seeds = max(pair["pairs"] for pair in pairs.values())
+        sentences.append(
+            f"**{title_of(arm)}** against {title_of(ARMS[arm].against)}, {seeds} seeds: better in "
+            f"{', '.join(fell) or 'nothing'}; worse in {', '.join(grew) or 'nothing'}; the others are not told apart."
+        )
+    return sentences
+
+
+def curves(outcomes: Sequence[dict[str, Any]], measure: str) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): the mean over seeds of one measure at every point of the training, main arms."""
+    rows, points = [], 0
+    for arm, found in by_arm(outcomes).items():
+        series = [o["curve"] for o in found.values()]
+        if group_of(arm) == "main" and arm in ARMS:
+            points = max(points, len(series[0]))
+            means = [sum(c[i][measure] for c in series) / len(series) for i in range(len(series[0]))]
+            rows.append([title_of(arm), *(f"{mean:.3f}" for mean in means)])
+    return ["share of the updates", *(f"{(i + 1) / points:.0%}" for i in range(points))], rows
+
+
+def report(record: dict[str, Any]) -> str:
+    """The page in Markdown."""
+    outcomes, settings = record["outcomes"], record["settings"]
+    unfinished = settings["runs"] - len(outcomes)
+    state = (
+        f"**{len(outcomes)} of {settings['runs']} runs are finished; `{settings['command']}` continues the rest.** "
+        "What follows is what finished."
+        if unfinished
+        else "All runs are finished."
+    )
+    parts = [
+        "# Comparison on arc video",
+        f"`{settings['command']}` wrote this page, [comparison.json](comparison.json) and comparison.html, which shows "
+        f"the clips side by side. {state}",
+        f"Seeds {settings['seeds'][0]} to {settings['seeds'][-1]}, on which nothing was chosen: λ = 0.1 and τ = 0.1 "
+        "are the paper's. Every trained arm costs as many network forwards as "
+        f"{settings['updates']} updates of 4-step DMD ({settings['forwards']:,.0f} a sample of the batch; one with "
+        f"gradient counts as three), and is measured on {settings['samples']} samples against as many fresh videos. At "
+        "one seed all arms have the same noise and the same fresh videos.",
+        "## What it shows",
+        "Better and worse: the 95 % bootstrap interval over seeds of the paired difference leaves 0 out. With five "
+        "seeds such an interval is too narrow rather than too wide.",
+        "\n".join(f"- {sentence}" for sentence in verdicts(outcomes)) or "No pair of arms is finished.",
+        "## Mean ± standard deviation over seeds",
+        "Lower is better; temporal order is best at 0, std ratio and diversity at 1.",
+        markdown(*levels(outcomes, "main")),
+        "## Paired differences",
+        "Mean difference relative to the other arm's mean, [95 % interval of the difference], seeds on which the arm "
+        "is better. For measures with a best value: of the distances from it.",
+        markdown(*changes(outcomes, ("main",))),
+        "## Quality over training",
+        *(f"{COLUMNS[m].title}:\n\n{markdown(*curves(outcomes, m))}" for m in ("relation_energy", "video_energy")),
+    ]
+    for group in ("λ", "τ", "steps"):
+        if any(group_of(o["arm"]) == group for o in outcomes):
+            parts += [f"## Sensitivity to {group}", markdown(*levels(outcomes, group)),
+                      markdown(*changes(outcomes, (group,)))]  # fmt: skip
+    parts += [
+        "## Measures",
+        "\n".join(f"- **{column.title}**: {column.explanation}." for column in COLUMNS.values()),
+        "Not here: decoupled guidance and saturation need a guided model of pixels (`--size textures`). Cosines cannot "
+        "tell a video from its reversal.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def document(record: dict[str, Any]) -> str:
+    """The page in HTML, with moving clips of every arm."""
+    outcomes = record["outcomes"]
+    body = [
+        "<h1>Comparison on arc video</h1>",
+        f'<p class="note">{html.escape(record["settings"]["command"])}: '
+        f"{len(outcomes)} of {record['settings']['runs']} runs</p>",
+        *(f"<p>{html.escape(sentence.replace('**', ''))}</p>" for sentence in verdicts(outcomes)),
+        "<h2>Clips</h2><p>The first videos of the first seed, from the same noise, in the plane of the nearest scene; "
+        "the grey circle is where the data's point moves.</p>",
+        clips(outcomes),
+        "<h2>Mean ± standard deviation over seeds</h2>", page.table(*levels(outcomes, "main")),
+        "<h2>Paired differences</h2>", page.table(*changes(outcomes, ("main",))),
+    ]  # fmt: skip
+    for group in ("λ", "τ", "steps"):
+        body += [f"<h2>Sensitivity to {group}</h2>", page.table(*levels(outcomes, group)),
+                 page.table(*changes(outcomes, (group,)))]  # fmt: skip
+    return page.page("Comparison on arc video", "\n".join(body))
+
+
+def clips(outcomes: Sequence[dict[str, Any]]) -> str:
+    """A row of moving clips per arm."""
+    radius, rows = ArcVideo().config.radius, []
+    for arm, found in by_arm(outcomes).items():
+        paths = found[min(found)]["paths"][:CLIPS]
+        cells = "".join(f"<td>{_clip(path, radius)}</td>" for path in paths)
+        rows.append(f"<tr><td>{html.escape(title_of(arm))}</td>{cells}</tr>")
+    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+
+
+def _clip(path: Sequence[Sequence[float]], radius: float) -> str:
+    def place(value: float) -> float:
+        return round(SIZE / 2 * (1 + value / (1.6 * radius)), 1)
+
+    points = [(place(x), place(-y)) for x, y in path]
+    line = " ".join(f"{x},{y}" for x, y in points)
+    times = ";".join(f"{i / len(points):.3f}" for i in range(len(points)))
+    moves = "".join(
+        f'<animate attributeName="{name}" values="{";".join(str(point[axis]) for point in points)}" '
+        f'keyTimes="{times}" dur="{SECONDS}s" calcMode="discrete" repeatCount="indefinite"/>'
+        for axis, name in enumerate(("cx", "cy"))
+    )
+    middle, ring = SIZE / 2, round(SIZE / 2 / 1.6, 1)
+    return (
+        f'<svg width="{SIZE}" height="{SIZE}" role="img" aria-label="path of a point over eight frames">'
+        f'<circle cx="{middle}" cy="{middle}" r="{ring}" fill="none" stroke="#dadce0"/>'
+        f'<polyline points="{line}" fill="none" stroke="#9ab6d9"/>'
+        f'<circle r="4" fill="#d1495b" cx="{points[0][0]}" cy="{points[0][1]}">{moves}</circle></svg>'
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, deviation = spread(values)
+    text = f"{round(mean, 3) + 0.0:.3f}"
+    return text if math.isnan(deviation) else f"{text} ± {deviation:.3f}"
+
+
+def _change(pair: dict[str, Any]) -> str:
+    relative = "" if math.isnan(pair["relative"]) else f"{pair['relative']:+.0%} "
+    interval = "" if math.isnan(pair["low"]) else f"[{pair['low']:+.3f}, {pair['high']:+.3f}] "
+    return f"{relative}{interval}{pair['better']}/{pair['pairs']}"
+
+
+def _named(measure: str, pair: dict[str, Any]) -> str:
+    relative = f"{pair['mean']:+.3f}" if COLUMNS[measure].best is not None else f"{pair['relative']:+.0%}"
+    return f"{COLUMNS[measure].title} ({relative}, {pair['better']} of {pair['pairs']})"

@@ -1,0 +1,21 @@
+"""Critic mixing: after a student update the critic's weights follow the student's a little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .ema import local
+
+
+@torch.no_grad()
+def mix_critic(critic: Mapping[str, Tensor], student: Mapping[str, Tensor], share: float) -> None:
+    """critic <- (1 - share) critic + share student, in place, shard by shard; names and sharding are the same.
+
+    The critic trails the student by its few updates a cycle; this takes it along where the student moves.
+
+    Source: implicit distribution alignment of SenseFlow, arXiv 2506.00523, share 0.03.
+    """
+    torch._foreach_lerp_([local(critic[name]) for name in student], [local(w) for w in student.values()], share)

@@ -1,0 +1,195 @@
+"""The comparison of recipes: equal cost, runs that continue bit for bit, and pages that say what the numbers say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_train import Counting
+
+from benchmarks.comparison import __main__ as command
+from benchmarks.comparison import page, toy
+from benchmarks.comparison.arms import ARMS, forwards_per_update, updates_of
+from benchmarks.comparison.study import COLUMNS, difference, differences
+from codmd.demo.arc import ArcVideo
+from codmd.demo.pool import run_jobs
+from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.update.trainer import Distiller
+from codmd.models.toy import ToyDenoiser
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def outcome(arm, seed, **values):
+    metrics = {measure: 1.0 if column.best is None else column.best for measure, column in COLUMNS.items()}
+    return {"arm": arm, "seed": seed, "updates": 8, "metrics": {**metrics, **values}, "curve": [], "scenes": [0],
+            "paths": [[[0.0, 0.0]] * 8]}  # fmt: skip
+
+
+# Equal cost
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DistillConfig(),
+        DistillConfig(guidance=2.0, decoupled=True),
+        DistillConfig(guidance=2.0, diversity_weight=0.05, diversity_steps=(2, 6)),
+        DistillConfig(sigmas=(1.0,), share_rollout=False),
+    ],
+    ids=["dmd", "decoupled", "diversity", "one step"],
+)
+def test_forwards_per_update_are_those_that_networks_see(config, monkeypatch):
+    from codmd.distill.update import trainer
+
+    networks = [Counting(2) for _ in range(3)]
+    networks[0].requires_grad_(False)
+    draws = iter(range(10**6))
+    monkeypatch.setattr(trainer, "draw_exit_step", lambda steps, _generator: next(draws) % steps)
+    config = replace(config, batch_size=2)
+    distiller = Distiller(*networks, config, conditions=iter(torch.ones(2, 1) for _ in range(10**6)))
+    cycles = 12  # every exit step equally often
+    for _ in range(cycles):
+        distiller.cycle()
+    recomputed = sum(network.cost for network in networks)
+    # Counting takes a pass with gradient for four, with the recomputation of checkpointed blocks; here it is three.
+    with_gradient = 1 + config.critic_updates + int(config.diversity_weight > 0)
+    assert recomputed / cycles - with_gradient == pytest.approx(forwards_per_update(config), rel=0.01)
+
+
+def test_arms_of_dearer_updates_make_fewer():
+    dmd, diverse, one = (updates_of(ARMS[arm], toy.BASE, 400) for arm in ("dmd", "diversity", "dmd_1"))
+    assert dmd == updates_of(ARMS["codmd"], toy.BASE, 400) == 400
+    assert diverse < dmd < one
+    budget = 400 * forwards_per_update(ARMS["dmd"].recipe(toy.BASE))
+    assert diverse * forwards_per_update(ARMS["diversity"].recipe(toy.BASE)) == pytest.approx(budget, rel=0.01)
+
+
+def test_every_arm_with_the_relation_is_paired_with_the_same_recipe_without_it():
+    for arm in ARMS.values():
+        recipe, other = arm.recipe(toy.BASE), ARMS[arm.against].recipe(toy.BASE)
+        if recipe.uses_relation:
+            assert not other.uses_relation
+            relation = ("relation_weight", "temperature", "batch_weight", "relation_features")
+            assert replace(recipe, **{name: getattr(other, name) for name in relation}) == other
+
+
+# Runs
+
+
+def tiny(folder, arm="codmd", seed=1):
+    torch.manual_seed(0)
+    model = ToyDenoiser()
+    for block in model.blocks:
+        torch.nn.init.normal_(block.down.weight, std=0.02)
+    model.save(folder / "teacher.safetensors")
+    return toy.Run(arm, seed, folder, updates=8, samples=32)
+
+
+def test_a_run_that_was_cut_short_ends_with_the_digits_of_an_undisturbed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "BASE", replace(toy.BASE, batch_size=4, critic_updates=1))
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = toy.run(tiny(tmp_path / "whole"), lambda count: None)
+
+    class Cut(Exception):
+        pass
+
+    seen = []
+
+    def cut(count):
+        seen.append(count)
+        if sum(seen) == 5:
+            raise Cut
+
+    task = tiny(tmp_path / "parts")
+    with pytest.raises(Cut):
+        toy.run(task, cut)
+    assert task.state_path.exists()
+    assert not task.outcome_path.exists()
+    again = []
+    assert toy.run(task, again.append) == whole
+    assert again == [4, 1, 1, 1, 1]
+    assert sum(again) == task.total == 8
+    assert not task.state_path.exists()
+    assert [point["update"] for point in whole["curve"]] == [2, 4, 6, 8]
+    assert whole["curve"][-1]["video_energy"] == whole["metrics"]["video_energy"]
+    assert toy.run(task, lambda count: None) == whole  # from its file
+
+
+def test_the_command_writes_what_is_finished_and_says_what_is_not(tmp_path, capsys, monkeypatch):
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    tiny(work)
+    (work / "settings.json").write_text(json.dumps({"updates": 8, "samples": 32}))
+    for seed in (1, 2):
+        for arm in ("data", "dmd", "codmd"):
+            shift = {"dmd": 0.3, "codmd": 0.2, "data": 0.0}[arm] + 0.01 * seed
+            text = json.dumps(outcome(arm, seed, video_energy=shift))
+            if (arm, seed) != ("codmd", 2):
+                (work / f"{arm}-{seed}.json").write_text(text)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_jobs", interrupted)
+    line = ["--size", "toy", "--seeds", "1", "2", "--arms", "data", "dmd", "codmd", "--updates", "8", "--samples", "32",
+            "--work", str(work), "--out", str(out)]  # fmt: skip
+    assert command.main(line) == command.UNFINISHED
+    text = (out / "comparison.md").read_text()
+    assert "**5 of 6 runs are finished; `python -m benchmarks.comparison --size toy` continues the rest.**" in text
+    record = json.loads((out / "comparison.json").read_text())
+    assert record["differences"]["codmd"]["video_energy"]["pairs"] == 1
+    document = (out / "comparison.html").read_text()
+    assert document.count("<svg") == 3
+    assert "http" not in document.replace("http://www.w3.org", "")
+    with pytest.raises(SystemExit, match="give another --work"):
+        command.main([*line, "--updates", "16"])
+
+
+def test_a_worker_runs_what_it_is_given(tmp_path):
+    task = tiny(tmp_path, "data")
+    (found,) = run_jobs([task], 1, lambda count: None, toy.run)
+    assert found["metrics"] == toy.run(task, lambda count: None)["metrics"]
+    assert found["metrics"]["std_ratio"] == pytest.approx(1.0, abs=0.2)
+
+
+# Statistics
+
+
+def test_a_difference_is_paired_and_counts_distances_from_the_best_value():
+    arm = {seed: outcome("codmd", seed, video_energy=0.1 * seed - 0.02, std_ratio=0.9) for seed in (1, 2, 3)}
+    other = {seed: outcome("dmd", seed, video_energy=0.1 * seed, std_ratio=1.2) for seed in (1, 2, 3, 4)}
+    found = difference(arm, other, "video_energy")
+    assert (found.mean, found.better, found.pairs) == (pytest.approx(-0.02), 3, 3)
+    assert found.relative == pytest.approx(-0.1)
+    assert found.low == pytest.approx(-0.02)
+    assert difference(arm, other, "std_ratio").mean == pytest.approx(-0.1)
+    assert difference(arm, {9: outcome("dmd", 9)}, "speed") is None
+
+
+def test_the_verdict_says_where_the_term_does_not_help():
+    better = [outcome("dmd", s, video_energy=1.0, speed=0.1) for s in (1, 2, 3)]
+    better += [
+        outcome("codmd", s, video_energy=1.2 + 0.01 * s, speed=0.05, spearman=1.0 + 0.3 * (s - 2)) for s in (1, 2, 3)
+    ]
+    (sentence,) = page.verdicts(better)
+    assert "better in speed (-50%, 3 of 3)" in sentence
+    assert "worse in videos (+22%, 0 of 3)" in sentence
+    assert "Spearman" not in sentence
+    assert set(differences(better)) == {"codmd"}
+
+
+def test_the_measures_of_fresh_data_are_near_their_best():
+    data, draws = ArcVideo(), torch.Generator().manual_seed(3)
+    found = toy.measured(data.sample(400, draws), data.sample(400, draws))
+    for measure, column in COLUMNS.items():
+        assert found[measure] == pytest.approx(column.best or 0.0, abs=0.12), measure
