@@ -50,6 +50,7 @@ def _run(source: str, overrides: list[str], args: argparse.Namespace) -> int:
     from codmd.distill.plan.dry_run import dry_run
     from codmd.distill.run.integrity import CheckpointError
     from codmd.distill.run.training import run as run_training
+    from codmd.distill.run.watch import LeftBand
     from codmd.distill.update.optimizer import NonFiniteRun
 
     try:
@@ -63,7 +64,7 @@ def _run(source: str, overrides: list[str], args: argparse.Namespace) -> int:
             return 0
         stopped = run_training(config)
         return 128 + stopped if stopped else 0
-    except (ConfigError, CheckpointError, NonFiniteRun) as error:
+    except (ConfigError, CheckpointError, LeftBand, NonFiniteRun) as error:
         raise CommandError(without_environment(str(error), path, overrides)) from error
 
 

@@ -21,6 +21,7 @@ from .sections import (
     ModelSettings,
     ParallelSettings,
     TeacherSettings,
+    WatchSettings,
 )
 from .typed import ConfigError, leaves, nearest, structured
 
@@ -61,6 +62,7 @@ class RunConfig:
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    watch: WatchSettings = field(default_factory=WatchSettings)
 
     def __post_init__(self) -> None:
         check_count("updates", self.updates, 1)
@@ -71,6 +73,8 @@ class RunConfig:
             raise ValueError(
                 f"mode: a teacher learns from videos, which data.kind {self.data.kind!r} has not; expected textures"
             )
+        if self.mode == "teacher" and self.watch.every:
+            raise ValueError("watch.every: watches students beside their teacher; expected 0 in mode teacher")
         if self.lora is not None and self.parallel.offload_teacher:
             raise ValueError("parallel.offload_teacher: with lora the teacher is the shared base, which stays")
         if self.lora is not None and self.distill.critic_mixing > 0:

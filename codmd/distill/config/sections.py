@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -146,6 +147,30 @@ class CheckpointSettings:
     def __post_init__(self) -> None:
         for name in ("every", "keep_last"):
             check_count(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """Early warnings, on the samples of previews beside the teacher's of the same prompts and noise.
+
+    Attributes:
+        every: updates between looks, besides one before every checkpoint; 0 looks never.
+        band: lowest and highest ratio to the teacher's value that is no warning.
+        stop_on: what a measure that leaves its band does to the run: "nothing" but a warning, "end" after a
+            checkpoint, or "rollback": end with the best checkpoint as the newest, later ones set aside.
+    """
+
+    every: int = 0
+    band: tuple[float, float] = (0.8, 1.25)
+    stop_on: Literal["nothing", "end", "rollback"] = "nothing"
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every, 0)
+        low, high = self.band
+        if not 0 < low < 1 < high < math.inf:
+            raise ValueError(f"band: got ({low}, {high}); expected a number in (0, 1) and a finite one above 1")
+        if self.stop_on != "nothing" and not self.every:
+            raise ValueError(f"stop_on: {self.stop_on!r} needs looks; set every")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def dry_run(config: RunConfig) -> str:
         "(processes x micro-batch x accumulated)",
         f"model: {settings.name}, {trained:,} weights, latents {' x '.join(map(str, model.latent_shape))}",
         *([] if teaching else [f"recipe: {config.distill.summary}"]),
+        *([f"watch: every {config.watch.every}, then {config.watch.stop_on}"] if config.watch.every else []),
         f"data: {config.data.kind}" + (f", {items} items" if items else ""),
         f"folder: {config.folder}",
     ]

@@ -25,6 +25,7 @@ from .shards import READING, Stored, described, own_shards, read_shards, stored,
 
 PREFIX = "step_"
 PARTIAL = ".partial"
+ASIDE = "aside_"
 
 
 class CheckpointStore:
@@ -34,7 +35,7 @@ class CheckpointStore:
         folder: `checkpoints` of the run; on a file system that all processes share.
         processes: that save and load together; every method is called by all of them.
         keep_last: how many stay; older ones are removed once a newer one is complete. While updates are not finite,
-            the newest one from before stays too.
+            the newest one from before stays too; of a watched run, so does the best.
         warn: called on the first process with what was found damaged.
     """
 
@@ -84,6 +85,19 @@ class CheckpointStore:
         """The newest checkpoint that was saved while all updates were finite."""
         return next(filter(is_sound, self.paths()), None)
 
+    def best(self) -> Path | None:
+        """The checkpoint whose fixed samples were nearest to the teacher's, the newest of equals; None unwatched."""
+        rated = [(distance, path) for path in self.paths() if (distance := watched_distance(path)) is not None]
+        return min(rated, key=lambda entry: entry[0])[1] if rated else None
+
+    def roll_back(self, path: Path) -> None:
+        """Makes `path` the newest: later checkpoints get names that nobody continues from."""
+        if self.processes.first:
+            for later in self.paths():
+                if later > path:
+                    os.rename(later, later.with_name(f"{ASIDE}{later.name}"))
+        self.processes.share(None)
+
     def verify(self, path: Path) -> None:
         """Raises `CheckpointError` on every process unless `path` is a complete and undamaged checkpoint."""
         if found := self._problems(path):
@@ -112,8 +126,9 @@ class CheckpointStore:
         os.rename(partial, path)
         _flush_folder(self.folder)
         sound = None if any(map(is_sound, self.paths()[: self.keep_last])) else self.sound()
+        best = self.best()
         for old in self.paths()[self.keep_last :]:
-            if old == sound:
+            if old in (sound, best):
                 continue
             gone = old.with_name(f".{old.name}{PARTIAL}")
             os.rename(old, gone)
@@ -146,6 +161,14 @@ def is_sound(path: Path) -> bool:
         return not any(in_a_row for _, in_a_row in read_meta(path)["nonfinite"].values())
     except CheckpointError:
         return False
+
+
+def watched_distance(path: Path) -> float | None:
+    """How far a checkpoint's fixed samples are from the teacher's; None where nobody looked or it cannot be told."""
+    try:
+        return read_meta(path).get("watch", {}).get("distance")
+    except CheckpointError:
+        return None
 
 
 def load(path: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,8 @@ class Meta:
         position: of the data, in samples of all processes; None without data.
         identity: of what the run was trained against: name to [path, fingerprint].
         nonfinite: network to [updates skipped, of these the last ones in a row].
+        watch: of a watched run: how far its fixed samples are from the teacher's (None where nobody looked), and
+            which measures had entered and left their bands.
     """
 
     step: int
@@ -47,6 +50,7 @@ class Meta:
     config: dict[str, Any]
     tensors: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
+    watch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("step", 0), ("processes", 1), ("position", 0)):
@@ -64,6 +68,8 @@ class Meta:
         for name, entry in self.identity.items():
             if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
                 raise ValueError(f"identity.{name}: got {entry!r}; expected [path, fingerprint]")
+        if self.watch and not _is_watch(self.watch):
+            raise ValueError(f"watch: got {self.watch!r}; expected distance, entered and left")
         for name, entry in self.tensors.items():
             if not (isinstance(entry, list) and len(entry) == 2 and _is_dtype(entry[0]) and _counts(entry[1])):
                 raise ValueError(f"tensors: got {name!r}: {entry!r}; expected [dtype, shape]")
@@ -73,6 +79,13 @@ def _counts(value: Any, length: int | None = None) -> bool:
     if not isinstance(value, list) or len(value) != (len(value) if length is None else length):
         return False
     return all(type(item) is int and 0 <= item <= LARGEST for item in value)
+
+
+def _is_watch(entry: dict[str, Any]) -> bool:
+    distance, entered, left = (entry.get(name, ...) for name in ("distance", "entered", "left"))
+    number = distance is None or (isinstance(distance, (int, float)) and 0 <= distance < math.inf)
+    names = isinstance(entered, list) and all(isinstance(name, str) for name in entered)
+    return number and names and isinstance(left, dict) and _counts(list(left.values()))
 
 
 def _is_dtype(name: Any) -> bool:

@@ -18,6 +18,7 @@ from codmd.distill.data.conditions import Conditions, Positions, Source
 from codmd.distill.data.prompts import Embeddings, Prompts
 from codmd.distill.data.textures import Textures
 from codmd.distill.update.ema import WeightAverage
+from codmd.distill.update.objective import guided_path
 from codmd.distill.update.optimizer import GuardedAdamW
 from codmd.distill.update.rollout import sample_euler, sample_few_step
 from codmd.distill.update.schedule import sampling_sigmas
@@ -74,6 +75,8 @@ class Job:
     draw_preview: Callable[[], Tensor]
     decode: Callable[[Tensor], Tensor]
     identity: Identity
+    draw_teacher: Callable[[], Tensor] | None = None
+    """The teacher's many-step samples of the same prompts and noise; None where there is no other network."""
 
 
 def assemble(config: RunConfig, processes: Processes) -> Job:
@@ -126,7 +129,13 @@ def _distill_job(config: RunConfig, processes: Processes) -> Job:
     preview = _preview(config, roles.student, source, processes, sample)
     decode = _decoder(source, roles.student)
     identity = processes.agree(lambda: identity_of(config, source))
-    return Job(trainer, roles.student, config.updates, positions, preview, decode, identity)
+
+    def many(noise: Tensor, _generator: torch.Generator, cond: Condition) -> Tensor:
+        levels = (*sampling_sigmas(TEACHER_PREVIEW_STEPS, recipe.shift), 0.0)
+        return guided_path(roles.teacher, noise, levels, recipe, cond)
+
+    draw_teacher = _preview(config, roles.teacher, source, processes, many)
+    return Job(trainer, roles.student, config.updates, positions, preview, decode, identity, draw_teacher)
 
 
 def _teacher_job(config: RunConfig, processes: Processes) -> Job:

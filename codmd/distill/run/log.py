@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,6 +73,18 @@ class RunLog:
         """One line about something that happened: a skipped update, a checkpoint."""
         if self._file is not None:
             print(json.dumps({"update": update, **values}), file=self._file, flush=True)
+
+    def watched(self, update: int, ratios: Mapping[str, float], left: Sequence[str]) -> None:
+        """One line of the fixed samples' ratios to the teacher's; a measure that left its band is marked."""
+        entry: dict[str, Any] = {"watch": {name: _json(value) for name, value in ratios.items()}}
+        self.event(update, **entry, **({"left_band": list(left)} if left else {}))
+        if self.writer is not None:
+            for name, value in ratios.items():
+                self.writer.add_scalar(f"watch/{name}", value, update)
+            if left:
+                self.writer.add_text(
+                    "watch/left_band", ", ".join(f"{name} {ratios[name]:.3g}" for name in left), update
+                )
 
     def __enter__(self) -> RunLog:
         return self

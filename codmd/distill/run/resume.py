@@ -17,6 +17,7 @@ from .identity import check_identity
 from .integrity import CheckpointError, read_meta
 from .job import Job, Trainer
 from .parallel import Processes
+from .watch import Watch
 
 PACKAGES = ("diffusers", "triton", "peft")
 
@@ -26,7 +27,7 @@ def skipped_updates(trainer: Trainer) -> dict[str, int]:
     return {name: optimizer.skipped for name, optimizer in trainer.optimizers.items()}
 
 
-def save(config: RunConfig, job: Job, store: CheckpointStore, team: Processes) -> int:
+def save(config: RunConfig, job: Job, store: CheckpointStore, team: Processes, watch: Watch | None = None) -> int:
     """Writes everything that training depends on; returns the update it belongs to."""
     trainer = job.trainer
     record = {
@@ -37,6 +38,7 @@ def save(config: RunConfig, job: Job, store: CheckpointStore, team: Processes) -
         "versions": {"codmd": __version__, "torch": str(torch.__version__), **{p: _version(p) for p in PACKAGES}},
         "config": config.as_mapping(),
         "identity": job.identity,
+        "watch": {} if watch is None else watch.record(trainer.update),
     }
     store.save(trainer.update, {**trainer.tensors(), **random_states(trainer, team)}, record)
     return trainer.update

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from torch import Tensor
+
 from codmd.atomic import replacing
 from codmd.distill.config.run_config import RunConfig
 from codmd.distill.update.optimizer import NonFiniteRun
 
 from .checkpoint import CheckpointStore, read_student
+from .integrity import read_meta
 from .job import Job, assemble
 from .lock import only_run
 from .log import RunLog, say
@@ -21,6 +24,7 @@ from .preview import to_pixels, write_preview
 from .resume import before_streak, resume, save, skipped_updates
 from .roles import RANDOM
 from .stop import stop_requests
+from .watch import LeftBand, Watch
 
 RANDOM_WEIGHTS = "its teacher has random weights"
 FIRST_VIDEO = "codmd train textures_tiny mode=teacher"
@@ -34,7 +38,7 @@ def run(config: RunConfig) -> int:
 
     Raises:
         ConfigError: the configuration cannot be used. CheckpointError: a checkpoint cannot be written or read.
-        NonFiniteRun: too many updates in a row were not finite.
+        NonFiniteRun: too many updates in a row were not finite. LeftBand: `watch.stop_on` ended the run.
     """
     with processes(config.parallel) as team:
         try:
@@ -68,6 +72,7 @@ def _train(config: RunConfig, team: Processes) -> int:
 def _updates(config: RunConfig, job: Job, store: CheckpointStore, team: Processes, saved: int | None) -> int:
     """Makes the updates that are left, and saves; returns the signal that ended them."""
     trainer, stopped = job.trainer, 0
+    watch = watch_of(config, job, store, saved)
     with (
         stop_requests() as stop,
         naming_sound(store),
@@ -84,11 +89,55 @@ def _updates(config: RunConfig, job: Job, store: CheckpointStore, team: Processe
                 log.scalars(trainer.update, {**measured.scalars(), "skipped": sum(skipped_updates(trainer).values())})
             if config.log.preview_every and is_due(trainer.update, config.log.preview_every, job.updates):
                 preview(config, job, team, log)
-            if is_due(trainer.update, config.checkpoint.every, job.updates):
-                saved = save(config, job, store, team)
+            saving = is_due(trainer.update, config.checkpoint.every, job.updates)
+            leaving = ""
+            if watch is not None and (saving or trainer.update % config.watch.every == 0):
+                leaving = look(watch, trainer.update, team, log)
+            if saving or (leaving and config.watch.stop_on != "nothing"):
+                saved = save(config, job, store, team, watch)
+            if leaving and config.watch.stop_on != "nothing":
+                raise LeftBand(ended_by_watch(config, store, leaving))
         if saved != trainer.update:
-            save(config, job, store, team)
+            save(config, job, store, team, watch)
     return stopped
+
+
+def watch_of(config: RunConfig, job: Job, store: CheckpointStore, saved: int | None) -> Watch | None:
+    """What watches this run, where its checkpoint left off; None unless asked for."""
+    if not config.watch.every or job.draw_teacher is None:
+        return None
+    watch = Watch(config.watch, lambda: preview_latents(job), job.draw_teacher())
+    if saved is not None:
+        newest = next((path for path in store.paths() if path.name.endswith(f"{saved:08d}")), None)
+        watch.restore({} if newest is None else read_meta(newest).get("watch", {}))
+    return watch
+
+
+def look(watch: Watch, update: int, team: Processes, log: RunLog) -> str:
+    """One look, in the log; says and returns what left its band, on every process as on the first."""
+    reading, leaving = watch.look(update)
+    log.watched(update, reading._asdict(), leaving)
+    low, high = watch.settings.band
+    left = " and ".join(f"{name} {getattr(reading, name):.3g}" for name in leaving)
+    message = f"update {update}: {left} left the band of {low:g} to {high:g} times the teacher's" if left else ""
+    message = team.share(message)
+    if message:
+        say(message, team)
+    return message
+
+
+def ended_by_watch(config: RunConfig, store: CheckpointStore, leaving: str) -> str:
+    """Rolls back if asked to; what the run says at its end."""
+    best = store.processes.share(store.best())
+    if best is None:
+        return f"{leaving}. No checkpoint before was looked at; a smaller checkpoint.every keeps one"
+    if config.watch.stop_on == "end":
+        return f"{leaving}. The best checkpoint is {best}; the same command goes on from here"
+    store.roll_back(best)
+    return (
+        f"{leaving}. Rolled back to the best checkpoint, {best}, which `codmd sample {config.folder}` takes; later "
+        "ones are set aside. Change the recipe before going on from it"
+    )
 
 
 def ended(config: RunConfig, job: Job, checkpoint: Path, begun: int, stopped: int) -> str:
@@ -133,14 +182,19 @@ def is_due(update: int, every: int, last: int) -> bool:
 
 
 def preview(config: RunConfig, job: Job, team: Processes, log: RunLog) -> None:
-    """Samples of the running average where there is one; drawn by all processes, written by the first."""
-    average = job.trainer.average
-    with nullcontext() if average is None else average.applied():
-        latents = job.draw_preview()
+    """The fixed samples as video; drawn by all processes, written by the first."""
+    latents = preview_latents(job)
     if team.first:
         pixels = to_pixels(latents, job.decode)
         folder = config.folder / "previews"
         write_preview(folder, log.writer, job.trainer.update, latents, pixels, config.log.fps)
+
+
+def preview_latents(job: Job) -> Tensor:
+    """Samples of the fixed prompts and noise, of the running average where there is one."""
+    average = job.trainer.average
+    with nullcontext() if average is None else average.applied():
+        return job.draw_preview()
 
 
 def export_teacher(config: RunConfig, job: Job, store: CheckpointStore, team: Processes) -> None:

@@ -6,16 +6,13 @@ diversity is lost.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from codmd.distill.config.recipe import DistillConfig
 from codmd.models.base import Condition, VideoDenoiser
 
-from .objective import guided_x0
-from .rollout import euler_step
+from .objective import guided_path
 from .schedule import sampling_sigmas
 
 
@@ -34,11 +31,7 @@ def first_step_loss(
     """
     taken, of = config.diversity_steps
     levels = sampling_sigmas(of, config.shift)[: taken + 1]
-    state = noise
-    with torch.no_grad():
-        for sigma, following in pairwise(levels):
-            level = torch.full((len(noise),), sigma, device=noise.device)
-            state = euler_step(state, guided_x0(teacher, state, level, config, cond), sigma, following)
+    state = guided_path(teacher, noise, levels, config, cond)
     top = torch.ones(len(noise), device=noise.device)
     velocity = noise - student.predict_x0(noise, top, cond)
     return (velocity - (noise - state) / (1 - levels[-1])).square().mean()

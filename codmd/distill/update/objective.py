@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from codmd.distill.config.recipe import DistillConfig
 from codmd.models.base import Condition, VideoDenoiser, cat_cond, per_sample
 
 from .noise import Randomness, noise_like
+from .rollout import euler_step
 from .schedule import sample_sigma
 
 
@@ -107,6 +109,18 @@ def guided_x0(teacher: VideoDenoiser, x_t: Tensor, sigma: Tensor, config: Distil
         return teacher.predict_x0(x_t, sigma, cond)
     form = conventions.resolve(config.convention).guidance_form
     return reference.guided(*_with_and_without(teacher, x_t, sigma, config, cond), config.guidance, form)
+
+
+@torch.no_grad()
+def guided_path(
+    teacher: VideoDenoiser, noise: Tensor, levels: Sequence[float], config: DistillConfig, cond: Condition = None
+) -> Tensor:
+    """The guided teacher's state at the last of `levels`, by Euler steps from `noise` [B, F, C, H, W] at the first."""
+    state = noise
+    for sigma, following in pairwise(levels):
+        level = torch.full((len(noise),), sigma, device=noise.device)
+        state = euler_step(state, guided_x0(teacher, state, level, config, cond), sigma, following)
+    return state
 
 
 def _with_and_without(
