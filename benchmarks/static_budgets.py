@@ -30,14 +30,14 @@ SHARED = {"sm_80": 80 * 1024, "sm_90": 128 * 1024, "sm_100": 145 * 1024, "gfx942
 """Of attention: tiles on their way, and on sm_90 and sm_100 Q and Q̇, within the 99, 227 and 227 KiB of NVIDIA GPUs."""
 
 REGISTERS = {
-    "pool_kernel": 168,
+    "pool_kernel": 184,
     "relation_rows_kernel": 255,
     "gram_kernel": 255,
     "apply_kernel": 128,
     "gram_batch_kernel": 256,
     "relations_kernel": 255,
     "apply_batch_kernel": 224,
-    "moments_kernel": 176,
+    "moments_kernel": 184,
     "decoupled_kernel": 96,
     "gradient_kernel": 48,
     "attention_jvp_kernel": 255,

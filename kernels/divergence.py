@@ -46,7 +46,7 @@ def divergence_rows(similarity, difference, row_valid, column_valid, temperature
     Args:
         similarity: S(x) [I, J] float32.
         difference: Δ [I, J] float32.
-        row_valid: [I, J] bool, equal along a row.
+        row_valid: [I, 1] bool, or [I, J] and equal along a row.
         column_valid: [1, J] bool; at least one is set wherever a row is valid.
         temperature: τ > 0.
     """

@@ -57,7 +57,7 @@ def test_every_configuration_keeps_to_its_budgets(compiled):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"registers": 300}, "300 registers, at most 168 allowed"),
+        ({"registers": 300}, "300 registers, at most 184 allowed"),
         ({"spilled": 8}, "8 spilled bytes, at most 0 allowed"),
         ({"local": 16}, "16 bytes of local memory, at most 0 allowed"),
         ({"shared": 50_000}, "50000 bytes of shared memory, at most 49152 allowed"),

@@ -71,7 +71,9 @@ if INTERPRETED:
         usual = terms_and_gradient(by_reference, student, upstream, **options)
         exact = codmd_truth(student, **options)(upstream)
         for value, plain, true in zip(found[0], usual[0], exact[0], strict=True):
-            assert relative_error(value, true) <= 2 * relative_error(plain, true) + 2e-5
+            # A relation that is exactly 0, as of one feature, comes out as the square of a rounding.
+            error = (value.double() - true).abs()
+            assert error <= (2 * relative_error(plain, true) + 2e-5) * true.abs() + 1e-12
         assert relative_error(found[1], exact[1]) <= 2 * relative_error(usual[1], exact[1]) + 5e-6
         return found
 
@@ -123,7 +125,7 @@ if INTERPRETED:
     def test_a_lane_never_meets_more_elements_than_it_counts(small_tiles, monkeypatch, pool):
         """Planes are looped over unsplit but for that limit, with every counter of one lane driven to the top."""
         monkeypatch.setattr(tiling, "MOST_SPLITS", 1)
-        student, arguments = scores((1, 1, 1, 1030, 16))
+        student, arguments = scores((1, 1, 1, 2060, 16))
         rule = replace(conventions.self_forcing, nan="keep")
         arguments["fake"][..., 0] = torch.nan
         student[..., 0] = torch.inf
@@ -134,7 +136,7 @@ if INTERPRETED:
         assert pass_.launcher.grid[0] == 2
         sums = pass_.values["workspace"][pass_.values["sums_at"] :].view(torch.float64)
         selected, nans, wild = sums[3:6].tolist()
-        assert (selected, nans, wild) == (1030 * 16, 1030, 1030)
+        assert (selected, nans, wild) == (2060 * 16, 2060, 2060)
 
     @pytest.mark.parametrize("kind", ["columns last", "every second column", "misaligned", "constant"])
     @pytest.mark.parametrize("pool", ["mean", (2, 1)])

@@ -495,24 +495,21 @@ if INTERPRETED:
 
     @triton.jit
     def tile_kernel(table, similarity, difference, count, features):
-        i = tl.arange(0, 16)[:, None] + tl.zeros([16, 16], tl.int32)
-        j = tl.arange(0, 16)[None, :]
-        i_valid = validity(table, i, count, 1, count, features)
-        j_valid = validity(table, j, count, 1, count, features)
-        i_norms = feature_norms(table, i, i_valid, 1, count, features)
-        j_norms = feature_norms(table, j, j_valid, 1, count, features)
-        s, delta = relation_tile(table, i, j, i_valid, j_valid, i_norms, j_norms, 1, count, features, 16, 16)
-        tl.store(similarity + i * 16 + j, s)
-        tl.store(difference + i * 16 + j, delta)
+        i = tl.arange(0, 16)[:, None]
+        valid = validity(table, i, count, features)
+        norms = feature_norms(table, i, valid, features, 16)
+        s, delta = relation_tile(table, i, i, valid, valid, norms, norms, features, 16)
+        tl.store(similarity + i * 16 + tl.trans(i), s)
+        tl.store(difference + i * 16 + tl.trans(i), delta)
 
     def test_a_vector_is_similar_to_itself_exactly():
         """S_ii = 1 and Δ_ii = 0: a rounding there, over a small τ, would shift the whole row's KL."""
-        table = torch.cat([torch.randn(3 * 7, 16, generator=torch.Generator().manual_seed(0)), torch.ones(1, 16)])
+        table = torch.cat([torch.randn(16, 3 * 7, generator=torch.Generator().manual_seed(0)), torch.ones(16, 1)], 1)
         similarity, difference = torch.empty(16, 16), torch.empty(16, 16)
         tile_kernel[(1,)](table, similarity, difference, 16, 7)
         assert similarity.diagonal().eq(1).all()
         assert difference.diagonal().eq(0).all()
-        x, r, d = (part.t().double() for part in table[:-1].chunk(3))
+        x, r, d = (part.double() for part in table[:, :-1].chunk(3, 1))
         unit = [torch.nn.functional.normalize(v) for v in (x, r, r + d)]
         torch.testing.assert_close(similarity.double(), unit[0] @ unit[0].t(), rtol=0, atol=3e-7)
         torch.testing.assert_close(

@@ -59,7 +59,7 @@ def distances(x, r, second, selected, inside):
 
 @triton.jit(
     do_not_specialize=[
-        "losses_at", "averages_at", "pieces_at", "matrices_at", "moments_at", "sums_at", "samples", "frames",
+        "losses_at", "averages_at", "pieces_at", "moments_at", "sums_at", "samples", "frames",
         "channels", "features", "segments",
     ],
     do_not_specialize_on_alignment=[
@@ -85,7 +85,7 @@ def moments_kernel(
     counters,  # [B + 1], zero before and after
     numbers,  # [6] or None: the values that follow
     temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
-    losses_at, averages_at, pieces_at, matrices_at, moments_at, sums_at,
+    losses_at, averages_at, pieces_at, moments_at, sums_at,
     samples, frames, channels, features, segments, height, width,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
     u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, n_b, n_f, n_c, n_h, n_w,
@@ -95,8 +95,8 @@ def moments_kernel(
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, GUARD: tl.constexpr, NAN: tl.constexpr,
     HUBER: tl.constexpr, SUM: tl.constexpr, LOSS_DIVIDED: tl.constexpr, WEIGHT_SQUARED: tl.constexpr,
-    RELATION: tl.constexpr, FRAMES: tl.constexpr, BATCH: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    RELATION: tl.constexpr, FRAMES: tl.constexpr, BATCH: tl.constexpr, AVERAGES: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements, but for the mask's."""
@@ -202,26 +202,26 @@ def moments_kernel(
         seen = (counts >> flag * COUNT_BITS) & low
         tl.store(piece + (3 + flag) * stride, tl.sum(tl.sum(seen, 1), 0).to(tl.float32))
 
-    third = features.to(tl.int64) * frames
-    table = workspace + b * (3 * third + frames)
+    row = 3 * features + 1
+    table = workspace + b * frames * row
     losses = workspace + losses_at
     averages = workspace + averages_at
     if pooled is not None:
         averages = pooled
     pieces = table
     if SPLITS > 1:
-        pieces = workspace + pieces_at + b * SPLITS * 3 * third
+        pieces = workspace + pieces_at + b * SPLITS * frames * row
     sums = (workspace + sums_at).to(tl.pointer_type(tl.float64), bitcast=True)
     if RELATION:
-        at = pieces + split.to(tl.int64) * 3 * third + (c * GRID_H + gy) * GRID_W * frames + f
+        at = pieces + (split * frames + f) * row + (channel * GRID_H + gy) * GRID_W
         if FLAT:
             share = 1.0 / ((bottom - top) * width).to(tl.float32)
             tl.store(at, tl.sum(tl.sum(sum_x, 1), 0) * share)
-            tl.store(at + third, tl.sum(tl.sum(sum_r, 1), 0) * share)
-            tl.store(at + 2 * third, tl.sum(tl.sum(sum_d, 1), 0) * share)
+            tl.store(at + features, tl.sum(tl.sum(sum_r, 1), 0) * share)
+            tl.store(at + 2 * features, tl.sum(tl.sum(sum_d, 1), 0) * share)
         else:
             store_regions(
-                at, frames, third, tl.sum(sum_x, 0), tl.sum(sum_r, 0), tl.sum(sum_d, 0), left, width, top, bottom,
+                at, features, tl.sum(sum_x, 0), tl.sum(sum_r, 0), tl.sum(sum_d, 0), left, width, top, bottom,
                 GRID_W, TILE_W,
             )  # fmt: skip
 
@@ -232,15 +232,14 @@ def moments_kernel(
         )  # fmt: skip
         if RELATION:
             finish_sample(
-                pieces, table, averages + b * (3 * features + 1), frame_mask, sample, frames, features, mask_b, mask_f,
-                SPLITS, BLOCK_F,
+                pieces, table, averages + b * row, frame_mask, sample, frames, features, mask_b, mask_f,
+                SPLITS, BLOCK_F, AVERAGES,
             )  # fmt: skip
         if FRAMES:
             tl.debug_barrier()
             loss = relation_in_one_block(
-                table, 1, frames, frames, features, number(numbers, TEMPERATURE, temperature),
-                workspace + matrices_at + b * (2 * frames + 2) * frames,
-                frame_grad + b * frames * features, 1.0 / samples, BLOCK_I, BLOCK_F, BLOCK_K,
+                table, frames, features, number(numbers, TEMPERATURE, temperature),
+                frame_grad + b * frames * features, 1.0 / samples, BLOCK_F, BLOCK_K,
             )  # fmt: skip
             tl.store(losses + sample, loss)
         if takes_last(counters + samples, samples):
@@ -250,8 +249,8 @@ def moments_kernel(
                 frame_term = ordered_sum(losses, samples, 16) / samples
             if BATCH:
                 batch_term = relation_in_one_block(
-                    averages, 3 * features + 1, 1, samples, features, number(numbers, TEMPERATURE, temperature),
-                    workspace + matrices_at, batch_grad, 1.0, BLOCK_I, BLOCK_N, BLOCK_K,
+                    averages, samples, features, number(numbers, TEMPERATURE, temperature), batch_grad, 1.0,
+                    BLOCK_N, BLOCK_K,
                 )  # fmt: skip
             if second is None:
                 dmd_loss, mean_g = finish_loss(

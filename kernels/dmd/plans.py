@@ -15,7 +15,7 @@ from codmd.ops.shapes import norm_shape
 from .. import limits
 from ..launch import Launcher, multiprocessors
 from ..plans import Workspace, padded, pair_of_strides
-from ..pooled.plans import ONE_TILE, ROWS_OF_A_TILE, RowsPlan, block_of, in_parallel, matrices
+from ..pooled.plans import FEATURES, RowsPlan, in_parallel, one_tile
 from ..tiling import Geometry, Tiling, cdiv, next_power_of_2, tile_planes
 from .algebra import MOMENTS
 from .decoupled import TOTALS, decoupled_kernel
@@ -98,7 +98,7 @@ class MomentsPlan:
         sigma, sample_weight, frame_mask, rule = call.sigma, call.sample_weight, call.frame_mask, call.convention
         pool = call.pool if call.related else (1, 1)
         tile, strides, (samples, frames, channels, height, width) = _cut(
-            (*call[:LATENTS], call.augment_real), call.mask, call.layout, pool, TILE_BYTES
+            (*call[:LATENTS], call.augment_real), call.mask, call.layout, pool, 2 * TILE_BYTES
         )
         tile = _countable(tile, cdiv(height, pool[0]), width)
         segments = len(rule.segments(frames)) - 1
@@ -116,13 +116,13 @@ class MomentsPlan:
         programs = channels * pool[0] * tile.splits
         moments, sums = int(MOMENTS.value) * samples * frames * programs, int(MOMENTS.value) * samples * segments
         workspace = Workspace(
-            tables=samples * row * frames, losses=samples, averages=0 if gather else samples * row,
-            pieces=samples * tile.splits * 3 * features * frames if tile.splits > 1 else 0,
-            matrices=self.rows.room if self.rows else matrices(samples, has_frames, frames, has_batch),
+            tables=samples * row * frames, losses=samples, averages=samples * row * has_batch,
+            pieces=samples * tile.splits * row * frames if tile.splits > 1 else 0,
+            shares=self.rows.room if self.rows else 0,
             moments=moments, sums=2 * sums,
         )  # fmt: skip
         self.workspace = workspace
-        self.rows_at = workspace.at("averages", "matrices")
+        self.rows_at = workspace.at("averages", "shares")
         self.samples, self.sums_shape = samples, (samples, int(MOMENTS.value), segments)
         self.norm_shape = norm_shape(call)
         self.value = None if call.augment_real is None else ValuePlan(call, workspace.at("sums"))
@@ -141,17 +141,16 @@ class MomentsPlan:
             (
                 *pool, *tile.constants, *_scope(rule), rule.guard, rule.nan, huber, rule.reduction == "sum",
                 rule.norm_divides == "loss", rule.weight_on == "direction", call.related, has_frames and here,
-                has_batch and here, ROWS_OF_A_TILE,
-                block_of(frames) if has_frames and here else next_power_of_2(frames),
-                block_of(min(samples, ONE_TILE)), 16,
+                has_batch and here, has_batch or gather,
+                one_tile(frames) if has_frames and here else next_power_of_2(frames), one_tile(samples), FEATURES,
                 next_power_of_2(segments),
                 max(1, min(next_power_of_2(samples), SUMS_TILE // next_power_of_2(segments))),
             ),
-            warps=4,
-            wavefronts=2,
-            registers=168 if call.augment_real is None else 192,
+            warps=8,
+            wavefronts=4,
+            registers=128,
             fixed=(
-                *workspace.at("losses", "averages", "pieces", "matrices", "moments", "sums"),
+                *workspace.at("losses", "averages", "pieces", "moments", "sums"),
                 samples, frames, channels, features, segments, height, width, *strides, *pair_of_strides(sigma),
                 1 if sample_weight is None else sample_weight.stride(0), *pair_of_strides(frame_mask),
                 float(rule.huber_c if huber else 0.0), float(rule.eps), float(rule.coefficient),

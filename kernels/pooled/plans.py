@@ -7,7 +7,7 @@ from torch import Tensor
 from codmd.ops.contract import Grid
 
 from .. import limits
-from ..launch import TRITON, Launcher
+from ..launch import Launcher
 from ..plans import Workspace, pair_of_strides
 from ..tiling import Geometry, cdiv, next_power_of_2, tile_planes
 from .pool import pool_kernel
@@ -16,35 +16,24 @@ from .rows import relation_rows_kernel
 ONE_TILE = 32
 """Vectors of a relation that the last block computes alone; above, row blocks run in parallel."""
 
-ROWS_OF_A_TILE = 16 if TRITON >= (3, 8) else 8
-"""Rows of a tile of the relation that a pass over the latents ends with; older releases of Triton spill with 16."""
+FEATURES = 16
+"""Features of a step of the products."""
 
-REGISTERS, REGISTERS_BOTH_TERMS = 128, 168
+ROWS, COLUMNS = 16, 64
+"""Of a tile of S, where row blocks run in parallel."""
+
+REGISTERS, REGISTERS_BOTH_TERMS = 128, 128
 """Four (three) blocks of four warps on a multiprocessor: 48 (36) KB of loads in flight, more than the memory needs."""
 
-FLOATS_PER_ROW_TILE = 2048
 
-
-def block_of(vectors: int) -> int:
-    """Tile edge for ``vectors``: a power of two that a dot accepts."""
-    return max(16, next_power_of_2(vectors))
-
-
-def row_blocks(vectors: int) -> tuple[int, int, int]:
-    """(BLOCK_I, BLOCK_J, row blocks) of a relation of ``vectors`` in :func:`relation_rows_kernel`."""
-    block_j = block_of(vectors)
-    block_i = max(1, min(16, FLOATS_PER_ROW_TILE // block_j))
-    return block_i, block_j, cdiv(vectors, block_i)
+def one_tile(vectors: int) -> int:
+    """Edge of the tile that holds the relation of up to ``ONE_TILE`` vectors: a power of two that a dot accepts."""
+    return max(16, next_power_of_2(min(vectors, ONE_TILE)))
 
 
 def in_parallel(frames: int, samples: int) -> bool:
     """Whether the relations of so many vectors (0: none is computed) take row blocks of a launch of their own."""
     return max(frames, samples) > ONE_TILE
-
-
-def matrices(samples: int, has_frames: bool, frames: int, has_batch: bool) -> int:
-    """Floats of scratch of the relations that the last blocks of a pass compute alone, one kind after the other."""
-    return max(samples * (2 * frames + 2) * frames * has_frames, (2 * samples + 2) * samples * has_batch)
 
 
 class RowsPlan:
@@ -59,31 +48,31 @@ class RowsPlan:
     """
 
     def __init__(self, samples: int, frames: int, batch: int, features: int, dmd: bool = False) -> None:
-        block_i, block_j, _ = row_blocks(max(frames if samples else 0, batch))
-        frame_blocks, batch_blocks = cdiv(frames, block_i), cdiv(batch, block_i) if batch else 0
+        every = max(16, next_power_of_2(max(frames if samples else 0, batch)))
+        frame_blocks, batch_blocks = cdiv(frames, ROWS), cdiv(batch, ROWS)
 
         def room(count: int, blocks: int) -> Workspace:
             share, square = count * features, count * count
             return Workspace(
                 losses=blocks, direct=share, transposed=blocks * share, row_radial=count,
-                column_radial=blocks * count, by_column=square, by_row=square,
+                column_radial=blocks * count, similarity=square, difference=square,
             )  # fmt: skip
 
         of_frame, of_batch = room(frames, frame_blocks), room(batch, batch_blocks)
-        every = Workspace(frames=samples * of_frame.size, batch=of_batch.size, totals=samples + 1)
-        names = "direct", "transposed", "row_radial", "column_radial", "by_column", "by_row"
-        self.room = every.size
+        both = Workspace(frames=samples * of_frame.size, batch=of_batch.size, totals=samples + 1)
+        names = "direct", "transposed", "row_radial", "column_radial", "similarity", "difference"
+        self.room = both.size
         self.relations = samples, frames
         self.batch = batch
         self.counters = samples + 2
         self.launch = Launcher(
             relation_rows_kernel,
             samples * frame_blocks + batch_blocks,
-            (samples > 0, batch > 0, dmd, block_i, block_j, 16),
-            warps=max(4, min(8, block_i * block_j // 128)),
+            (samples > 0, batch > 0, dmd, ROWS, every, COLUMNS, FEATURES, min(every, 128)),
+            warps=8,
             registers=255,
             fixed=(
-                samples, frames, features, frame_blocks, batch_blocks, batch, *every.at("batch", "totals"),
+                samples, frames, features, frame_blocks, batch_blocks, batch, *both.at("batch", "totals"),
                 of_frame.size, *of_frame.at(*names), *of_batch.at(*names),
             ),
         )  # fmt: skip
@@ -117,14 +106,13 @@ class ForwardPlan:
         if parallel:
             self.rows = RowsPlan(samples if has_frames else 0, frames, samples if has_batch else 0, features)
         row = 3 * features + 1
-        pieces = samples * tiling.splits * 3 * features * frames if tiling.splits > 1 else 0
-        room = self.rows.room if self.rows else matrices(samples, has_frames, frames, has_batch)
+        pieces = samples * tiling.splits * row * frames if tiling.splits > 1 else 0
         workspace = Workspace(
-            tables=samples * row * frames, losses=samples, averages=0 if gather else samples * row, pieces=pieces,
-            matrices=room,
+            tables=samples * row * frames, losses=samples, averages=samples * row * has_batch, pieces=pieces,
+            shares=self.rows.room if self.rows else 0,
         )  # fmt: skip
         self.workspace = workspace.size
-        self.rows_at = workspace.at("averages", "matrices")
+        self.rows_at = workspace.at("averages", "shares")
         self.frame_grad_shape = (samples, frames, features) if has_frames else 0
         self.batch_grad_shape = (samples, features) if has_batch else 0
         self.rows_shape = samples, row
@@ -135,19 +123,19 @@ class ForwardPlan:
             (
                 *pool,
                 *tiling.constants,
-                # The registers of both terms leave no room for tiles of 16 rows.
-                8 if has_frames and has_batch else ROWS_OF_A_TILE,
-                next_power_of_2(frames) if parallel or not has_frames else block_of(frames),
-                block_of(min(samples, ONE_TILE)),
-                16,
+                next_power_of_2(frames) if parallel or not has_frames else one_tile(frames),
+                one_tile(samples),
+                FEATURES,
                 has_frames and not parallel,
                 has_batch and not parallel,
+                has_batch or gather,
                 not parallel,
             ),
-            warps=4,
+            warps=8,
+            wavefronts=4,
             registers=REGISTERS_BOTH_TERMS if has_frames and has_batch else REGISTERS,
             fixed=(
-                *workspace.at("losses", "averages", "pieces", "matrices"), samples, frames, channels, features, height,
+                *workspace.at("losses", "averages", "pieces"), samples, frames, channels, features, height,
                 width, *sum(tiling.strides, ()), *pair_of_strides(frame_mask),
             ),
         )  # fmt: skip

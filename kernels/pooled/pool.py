@@ -2,7 +2,7 @@
 
 A program averages one piece of one region of one (sample, frame, channel) plane: Σx, Σr and Σ(f - r) in float32.
 The block that completes a sample adds the pieces in a fixed order, writes the sample's feature table
-``[3K + 1, F]`` (see :mod:`.algebra`) and its row ``[3K + 1]`` of time averages, and computes the frame
+``[F, 3K + 1]`` (see :mod:`.algebra`) and its row ``[3K + 1]`` of time averages, and computes the frame
 term; the block that completes the last sample computes the batch term and the total. Feature k = (c, gy, gx).
 """
 
@@ -11,6 +11,8 @@ import triton.language as tl
 
 from ..blocks import TEMPERATURE, difference_of, frame_validity, number, ordered_sum, store_terms, takes_last
 from .algebra import relation_in_one_block
+
+UNROLL = tl.constexpr(4)
 
 
 @triton.jit
@@ -66,8 +68,8 @@ def sum_columns(
 
 
 @triton.jit
-def store_regions(at, stride_k, third, x, r, d, left, width, top, bottom, GRID_W: tl.constexpr, TILE_W: tl.constexpr):
-    """Add the columns of each of GRID_W regions, divide by the region's area, store at ``at + gx·stride_k``."""
+def store_regions(at, features, x, r, d, left, width, top, bottom, GRID_W: tl.constexpr, TILE_W: tl.constexpr):
+    """Add the columns of each of GRID_W regions, divide by the region's area, store at ``at + gx``."""
     REGIONS: tl.constexpr = triton.next_power_of_2(GRID_W)
     ROOM: tl.constexpr = 2048 // TILE_W
     GROUP: tl.constexpr = REGIONS if REGIONS < ROOM else ROOM
@@ -78,44 +80,48 @@ def store_regions(at, stride_k, third, x, r, d, left, width, top, bottom, GRID_W
         area = ((gx + 1) * width // GRID_W - gx * width // GRID_W) * (bottom - top)
         chosen = region[None, :] == gx[:, None]
         share = 1.0 / tl.maximum(area, 1).to(tl.float32)
-        out = at + gx.to(tl.int64) * stride_k
+        out = at + gx
         kept = gx < GRID_W
         tl.store(out, tl.sum(tl.where(chosen, x[None, :], 0.0), 1) * share, mask=kept)
-        tl.store(out + third, tl.sum(tl.where(chosen, r[None, :], 0.0), 1) * share, mask=kept)
-        tl.store(out + 2 * third, tl.sum(tl.where(chosen, d[None, :], 0.0), 1) * share, mask=kept)
+        tl.store(out + features, tl.sum(tl.where(chosen, r[None, :], 0.0), 1) * share, mask=kept)
+        tl.store(out + 2 * features, tl.sum(tl.where(chosen, d[None, :], 0.0), 1) * share, mask=kept)
 
 
 @triton.jit
 def finish_sample(
     pieces, table, pooled, frame_mask, sample, frames, features, mask_b, mask_f,
-    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, AVERAGES: tl.constexpr,
 ):  # fmt: skip
-    """Complete one sample's table [3K + 1, F] from its pieces [SPLITS, 3K, F], and its time averages [3K + 1]."""
-    frame = tl.arange(0, BLOCK_F)
+    """Complete one sample's table [F, 3K + 1] from its pieces [SPLITS, F, 3K + 1]; and its time averages [3K + 1]."""
+    frame = tl.arange(0, BLOCK_F)[:, None]
     valid = frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f)
     weight = valid.to(tl.float32)
-    count = tl.sum(weight, 0)
-    rows = 3 * features
-    BLOCK_R: tl.constexpr = 512 // BLOCK_F if BLOCK_F < 512 else 1
-    for first in range(0, rows, BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        mask = (row < rows)[:, None] & valid[None, :]
-        at = row[:, None] * frames + frame[None, :]
-        value = tl.load(pieces + at, mask=mask, other=0.0)
-        if SPLITS > 1:
-            for split in range(1, SPLITS):
-                value += tl.load(pieces + split * rows * frames + at, mask=mask, other=0.0)
-        if SPLITS > 1 or frame_mask is not None:
-            # Invalid frames get zeros, so that a zero weight can multiply them.
-            tl.store(table + at, value, mask=(row < rows)[:, None] & (frame < frames)[None, :])
-        tl.store(pooled + row, tl.sum(value, 1) / tl.maximum(count, 1.0), mask=row < rows)
-    tl.store(table + rows * frames + frame, weight, mask=frame < frames)
-    tl.store(pooled + rows, count)
+    columns = 3 * features
+    line = frame * (columns + 1)
+    tl.store(table + line + columns, weight, mask=frame < frames)
+    if AVERAGES:
+        count = tl.sum(tl.sum(weight, 1), 0)
+        tl.store(pooled + columns, count)
+    if SPLITS > 1 or frame_mask is not None or AVERAGES:
+        BLOCK_R: tl.constexpr = 2048 // BLOCK_F
+        for first in range(0, columns, BLOCK_R):
+            k = first + tl.arange(0, BLOCK_R)[None, :]
+            at = line + k
+            value = tl.load(pieces + at, mask=valid & (k < columns), other=0.0)
+            for split in tl.range(1, SPLITS, loop_unroll_factor=UNROLL):
+                more = pieces + split * frames * (columns + 1) + at
+                value += tl.load(more, mask=valid & (k < columns), other=0.0)
+            if SPLITS > 1 or frame_mask is not None:
+                # Invalid frames get zeros, so that a zero weight can multiply them.
+                tl.store(table + at, value, mask=(frame < frames) & (k < columns))
+            if AVERAGES:
+                average = tl.sum(value, 0, keep_dims=True) / tl.maximum(count, 1.0)
+                tl.store(pooled + k, average, mask=k < columns)
 
 
 @triton.jit(
     do_not_specialize=[
-        "losses_at", "averages_at", "pieces_at", "matrices_at", "samples", "frames", "channels", "features"
+        "losses_at", "averages_at", "pieces_at", "samples", "frames", "channels", "features"
     ],
     do_not_specialize_on_alignment=[
         "frame_mask", "terms", "frame_grad", "batch_grad", "pooled", "workspace", "counters", "numbers"
@@ -128,17 +134,17 @@ def pool_kernel(
     frame_grad,  # [B, F, K]
     batch_grad,  # [B, K]
     pooled,  # [B, 3K + 1], or None: kept in the workspace
-    workspace,  # tables [B, 3K + 1, F], losses [B], averages [B, 3K + 1], pieces [B, SPLITS, 3K, F] if SPLITS > 1, and
-    # B matrices [2F + 2, F] or one [2B + 2, B]; see ForwardPlan
+    workspace,  # tables [B, F, 3K + 1], losses [B], averages [B, 3K + 1] if AVERAGES, pieces [B, SPLITS, F, 3K + 1] if
+    # SPLITS > 1; see ForwardPlan
     counters,  # [B + 1], zero before and after
     numbers,  # [6] or None: the values that follow
     temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
-    losses_at, averages_at, pieces_at, matrices_at, samples, frames, channels, features, height, width,
+    losses_at, averages_at, pieces_at, samples, frames, channels, features, height, width,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-    FRAMES: tl.constexpr, BATCH: tl.constexpr, TERMS: tl.constexpr,
+    BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    FRAMES: tl.constexpr, BATCH: tl.constexpr, AVERAGES: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements."""
     pid = tl.program_id(0)
@@ -150,8 +156,8 @@ def pool_kernel(
     frame = pid // (SPLITS * GRID_H * channels) % frames
 
     b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
-    third = features.to(tl.int64) * frames
-    table = workspace + b * (3 * third + frames)
+    row = 3 * features + 1
+    table = workspace + b * frames * row
     losses = workspace + losses_at
     if pooled is None:
         averages = workspace + averages_at
@@ -159,9 +165,8 @@ def pool_kernel(
         averages = pooled
     pieces = table
     if SPLITS > 1:
-        pieces = workspace + pieces_at + b * SPLITS * 3 * third
-    matrices = workspace + matrices_at
-    at = pieces + split.to(tl.int64) * 3 * third + (c * GRID_H + gy) * GRID_W * frames + f
+        pieces = workspace + pieces_at + b * SPLITS * frames * row
+    at = pieces + (split * frames + f) * row + (channel * GRID_H + gy) * GRID_W
 
     if frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f):
         top = gy * height // GRID_H
@@ -178,8 +183,8 @@ def pool_kernel(
             )
             share = 1.0 / size.to(tl.float32)
             tl.store(at, x * share)
-            tl.store(at + third, r * share)
-            tl.store(at + 2 * third, d * share)
+            tl.store(at + features, r * share)
+            tl.store(at + 2 * features, d * share)
         else:
             lines = tl.cdiv(bottom - top, SPLITS // COLUMN_TILES)
             left = split % COLUMN_TILES * TILE_W
@@ -188,19 +193,18 @@ def pool_kernel(
                 x_at, r_at, f_at, start, tl.minimum(bottom, start + lines), left, width,
                 x_h, x_w, r_h, r_w, f_h, f_w, TILE_H, TILE_W, VEC,
             )  # fmt: skip
-            store_regions(at, frames, third, x, r, d, left, width, top, bottom, GRID_W, TILE_W)
+            store_regions(at, features, x, r, d, left, width, top, bottom, GRID_W, TILE_W)
 
     if takes_last(counters + sample, per_sample):
         finish_sample(
-            pieces, table, averages + b * (3 * features + 1), frame_mask, sample, frames, features, mask_b, mask_f,
-            SPLITS, BLOCK_F,
+            pieces, table, averages + b * row, frame_mask, sample, frames, features, mask_b, mask_f,
+            SPLITS, BLOCK_F, AVERAGES,
         )  # fmt: skip
         tl.debug_barrier()
         if FRAMES:
             loss = relation_in_one_block(
-                table, 1, frames, frames, features, number(numbers, TEMPERATURE, temperature),
-                matrices + b * (2 * frames + 2) * frames, frame_grad + b * frames * features, 1.0 / samples,
-                BLOCK_I, BLOCK_F, BLOCK_K,
+                table, frames, features, number(numbers, TEMPERATURE, temperature),
+                frame_grad + b * frames * features, 1.0 / samples, BLOCK_F, BLOCK_K,
             )  # fmt: skip
             tl.store(losses + sample, loss)
         if TERMS:  # noqa: SIM102 (decided at compile time, the next at run time)
@@ -211,7 +215,7 @@ def pool_kernel(
                     frame_term = ordered_sum(losses, samples, BLOCK_B) / samples
                 if BATCH:
                     batch_term = relation_in_one_block(
-                        averages, 3 * features + 1, 1, samples, features, number(numbers, TEMPERATURE, temperature),
-                        matrices, batch_grad, 1.0, BLOCK_I, BLOCK_B, BLOCK_K,
+                        averages, samples, features, number(numbers, TEMPERATURE, temperature), batch_grad, 1.0,
+                        BLOCK_B, BLOCK_K,
                     )  # fmt: skip
                 store_terms(terms, batch_term, frame_term, numbers, batch_weight, frame_weight)
