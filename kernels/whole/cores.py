@@ -70,10 +70,10 @@ def operand(value):
 
 
 @triton.jit
-def matrix(value):
-    """[N, L] of [1, N, L], whose product all warps share; more matrices stay as they are."""
-    if value.shape[0] == 1:
-        return tl.reshape(value, [value.shape[1], value.shape[2]])
+def matrices(value):
+    """[G, N, L] of up to 32 rows as they are, a matrix a warp; of more rows all of them, [G·N, L], for all warps."""
+    if value.shape[1] > 32:
+        return tl.reshape(value, [value.shape[0] * value.shape[1], value.shape[2]])
     else:
         return value
 
@@ -104,21 +104,45 @@ def flushed(chain, total):
 
 
 @triton.jit
+def unit_matrix(G: tl.constexpr, N: tl.constexpr, L: tl.constexpr):
+    at = tl.arange(0, L)
+    unit = (at[:, None] == at[None, :]).to(tl.float32)
+    if N > 32:
+        return unit
+    else:
+        return tl.broadcast_to(unit[None, :, :], [G, L, L])
+
+
+@triton.jit
+def row_means(chain, count, G: tl.constexpr):
+    """[G, L] of products with the unit matrix, in which a warp has a matrix's rows together: few shuffles are left."""
+    N: tl.constexpr = chain.shape[0] // G if len(chain.shape) == 2 else chain.shape[1]
+    return tl.sum(tl.reshape(chain, [G, N, chain.shape[len(chain.shape) - 1]]), 1) / count
+
+
+@triton.jit
 def zero_grams(G: tl.constexpr, N: tl.constexpr):
-    if G == 1:
-        return tl.zeros([N, N], tl.float32)
+    """Grams of :func:`matrices` [G, N, L]."""
+    if N > 32:
+        return tl.zeros([G * N, G * N], tl.float32)
     else:
         return tl.zeros([G, N, N], tl.float32)
 
 
 @triton.jit
-def add_slices(value, SLICES: tl.constexpr):
-    """[B, ...] of [B·SLICES, ...], in pairs."""
-    for halving in tl.static_range(16):
-        if SLICES >> halving > 1:
-            pairs = tl.reshape(value, [value.shape[0] // 2, 2, value.shape[1], value.shape[2]])
-            even, odd = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
-            value = even + odd
+def sample_grams(value, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr):
+    """[B, N, N] of what :func:`zero_grams` began: slices are added in pairs, rows of two samples left out."""
+    if BLOCK_N > 32:
+        value = tl.reshape(value, [BLOCK_B, BLOCK_N, BLOCK_B, BLOCK_N])
+        b = tl.arange(0, BLOCK_B)
+        same = b[:, None, None, None] == b[None, None, :, None]
+        value = tl.sum(tl.where(same, value, 0.0), 2)
+    else:
+        for halving in tl.static_range(5):
+            if SLICES >> halving > 1:
+                pairs = tl.reshape(value, [value.shape[0] // 2, 2, BLOCK_N, BLOCK_N])
+                even, odd = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+                value = even + odd
     return value
 
 
@@ -135,113 +159,154 @@ def load_tile(
 
 
 @triton.jit
-def offsets(b, row, lane, stride_b, stride_f, step):
-    """[G, N, L] of rows ``row`` of samples ``b`` [G], columns ``lane`` [G, 1, L]."""
-    rows = b.to(tl.int64)[:, None, None] * stride_b + row.to(tl.int64)[None, :, None] * stride_f
+def lanes(G: tl.constexpr, SLICES: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Columns [G, 1, L] of a tile that the slices take."""
+    L: tl.constexpr = BLOCK_L // SLICES
+    return (tl.arange(0, G) % SLICES)[:, None, None] * L + tl.arange(0, L)[None, None, :]
+
+
+@triton.jit
+def offsets(own, row, lane, stride_b, stride_f, step):
+    """[G, N, L] of rows ``row`` of samples ``own`` [G], columns ``lane`` [G, 1, L]."""
+    rows = own.to(tl.int64)[:, None, None] * stride_b + row.to(tl.int64)[None, :, None] * stride_f
     return rows + lane.to(tl.int64) * step
 
 
 @triton.jit
-def slice_lanes(SLICES: tl.constexpr, G: tl.constexpr, BLOCK_L: tl.constexpr):
-    """The sample of each slice [G], and its columns [G, 1, L] of a tile."""
-    L: tl.constexpr = BLOCK_L // SLICES
-    g = tl.arange(0, G)
-    return g // SLICES, (g % SLICES)[:, None, None] * L + tl.arange(0, L)[None, None, :]
-
-
-@triton.jit
-def store_means(means, value, valid, tile, per_run, lane, length, VEC: tl.constexpr, BLOCK_L: tl.constexpr):
-    """The means over the ``valid`` rows of ``value`` [G, N, L], 0 elsewhere, to ``means`` at the columns of ``tile``."""
-    mean = tl.sum(value, 1) / tl.maximum(tl.sum(valid.to(tl.float32), 0), 1.0)
+def store_means(pooled, mean, tile, per_run, lane, length, VEC: tl.constexpr, BLOCK_L: tl.constexpr):
+    """``mean`` [G, L] to ``pooled`` at the columns of ``tile``."""
     start = tile % per_run * BLOCK_L
     lane = tl.reshape(lane, mean.shape)
-    line = means + (tl.cast(tile // per_run, tl.int64) * length + start)
+    line = pooled + (tl.cast(tile // per_run, tl.int64) * length + start)
     tl.store(line + lane, mean, mask=lane // VEC < (length - start) // VEC)
 
 
 @triton.jit
-def add_scores(r, f, rr, pp, ff):
-    """R, P and ‖f‖² with the products of tiles r and f [G, N, L]."""
-    wide = f.to(tl.float32)
-    high, low = two_parts(wide - r.to(tl.float32), r.dtype == tl.float16)
-    ff += tl.sum(square_of(wide), 2)
-    r, f, high, low = matrix(r), matrix(f), matrix(high), matrix(low)
-    chain = add_product(low, f, add_product(low, r, add_product(high, f, product(high, r))))
-    return flushed(product(r, r), rr), flushed(chain, pp), ff
+def outer(a, b, BLOCK_B: tl.constexpr):
+    """a_i b_j for every column, [B, B, columns], of [G, L]: B² numbers a column are too few for a dot."""
+    a = tl.reshape(a, [BLOCK_B, a.shape[0] // BLOCK_B * a.shape[1]])
+    b = tl.reshape(b, a.shape)
+    return a[:, None, :] * b[None, :, :]
 
 
 @triton.jit
-def whole_gram(value, SLICES: tl.constexpr):
-    """[N, N] of the slices of one sample."""
-    if SLICES > 1:
-        value = add_slices(value, SLICES)
-        value = tl.reshape(value, [value.shape[1], value.shape[2]])
-    return value
-
-
-@triton.jit
-def student_gram(
-    student, pooled, b, i, valid, first, last, runs, run_lines, length, x_b, x_f, x_c, x_h, x_w,
-    SLICES: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+def student_grams(
+    student, pooled, sample, own, lane, i, valid, first, last, runs, run_lines, length, x_b, x_f, x_c, x_h, x_w,
+    SLICES: tl.constexpr, VEC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """X [N, N] of tiles ``first : last`` of sample b; the time averages of x there to ``pooled``, if not None."""
-    own, lane = slice_lanes(SLICES, SLICES, BLOCK_L)
+    """X of the frames [B, N, N] and of the time averages [B, B], columns of tiles ``first : last``.
+
+    Slice g is of sample ``sample`` + ``own`` [G], columns ``lane`` [G, 1, L] of a tile, rows ``valid`` [G, N]. Where
+    ``pooled`` is not None the averages go there instead, of one sample.
+    """
     per_run = tl.cdiv(length, BLOCK_L)
-    inner = offsets(own, i, lane, 0, x_f * VEC, x_w)
-    rows = valid[None, :, None]
-    xx = zero_grams(SLICES, BLOCK_N)
+    count = tl.maximum(tl.sum(valid.to(tl.float32), 1), 1.0)[:, None]
+    at = offsets(own, i, lane, x_b * VEC, x_f * VEC, x_w)
+    rows = valid[:, :, None]
+    G: tl.constexpr = BLOCK_B * SLICES
+    L: tl.constexpr = BLOCK_L // SLICES
+    xx = zero_grams(G, BLOCK_N)
+    averages_xx = tl.zeros([BLOCK_B, BLOCK_B, BLOCK_L], tl.float32)
+    unit = unit_matrix(G, BLOCK_N, L).to(student.dtype.element_ty)
+    x = load_tile(
+        student, at, lane, rows, first, last, per_run, run_lines, length, sample, x_b, x_c, x_h, x_w, VEC, BLOCK_L
+    )
     coming = load_tile(
-        student, inner, lane, rows, first, last, per_run, run_lines, length, b, x_b, x_c, x_h, x_w, VEC, BLOCK_L
+        student, at, lane, rows, first + 1, last, per_run, run_lines, length, sample, x_b, x_c, x_h, x_w, VEC, BLOCK_L
     )
     for tile in range(first, last):
-        x = coming
-        coming = load_tile(
-            student, inner, lane, rows, tile + 1, last, per_run, run_lines, length, b, x_b, x_c, x_h, x_w, VEC, BLOCK_L
-        )
+        later = load_tile(
+            student, at, lane, rows, tile + 2, last, per_run, run_lines, length, sample, x_b, x_c, x_h, x_w,
+            VEC, BLOCK_L,
+        )  # fmt: skip
+        x = matrices(x)
+        if pooled is not None or BLOCK_B > 1:
+            average = row_means(product(x, unit), count, G)
         if pooled is not None:
-            line = pooled + b * (3 * runs.to(tl.int64) * length + 1)
-            store_means(line, x.to(tl.float32), valid, tile, per_run, lane, length, VEC, BLOCK_L)
-        xx = flushed(product(matrix(x), matrix(x)), xx)
-    return whole_gram(xx, SLICES)
+            line = pooled + sample * (3 * runs.to(tl.int64) * length + 1)
+            store_means(line, average, tile, per_run, lane, length, VEC, BLOCK_L)
+        if BLOCK_B > 1:
+            averages_xx += outer(average, average, BLOCK_B)
+        if FRAMES:
+            xx = flushed(product(x, x), xx)
+        x, coming = coming, later
+    return sample_grams(xx, BLOCK_B, BLOCK_N, SLICES), tl.sum(averages_xx, 2)
 
 
 @triton.jit
 def score_grams(
-    real, fake, pooled, b, i, valid, first, last, runs, run_lines, length,
+    real, fake, pooled, sample, own, lane, i, valid, first, last, runs, run_lines, length,
     r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
-    SLICES: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    SLICES: tl.constexpr, VEC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """R, T [N, N] and ‖f‖² [N] of tiles ``first : last``; the time averages of r and d to ``pooled``, if not None."""
-    own, lane = slice_lanes(SLICES, SLICES, BLOCK_L)
+    """R, T, ‖f‖² of the frames [B, N, N], [B, N] and of the time averages [B, B], [B]; else as :func:`student_grams`."""
     per_run = tl.cdiv(length, BLOCK_L)
-    inner_r = offsets(own, i, lane, 0, r_f * VEC, r_w)
-    inner_f = offsets(own, i, lane, 0, f_f * VEC, f_w)
-    rows = valid[None, :, None]
-    rr = zero_grams(SLICES, BLOCK_N)
-    pp = zero_grams(SLICES, BLOCK_N)
-    ff = tl.zeros([SLICES, BLOCK_N], tl.float32)
+    count = tl.maximum(tl.sum(valid.to(tl.float32), 1), 1.0)[:, None]
+    at_r = offsets(own, i, lane, r_b * VEC, r_f * VEC, r_w)
+    at_f = offsets(own, i, lane, f_b * VEC, f_f * VEC, f_w)
+    rows = valid[:, :, None]
+    G: tl.constexpr = BLOCK_B * SLICES
+    L: tl.constexpr = BLOCK_L // SLICES
+    rr, pp = zero_grams(G, BLOCK_N), zero_grams(G, BLOCK_N)
+    ff = tl.zeros([G, BLOCK_N, L // 8], tl.float32)
+    averages_rr = tl.zeros([BLOCK_B, BLOCK_B, BLOCK_L], tl.float32)
+    averages_tt = tl.zeros([BLOCK_B, BLOCK_B, BLOCK_L], tl.float32)
+    averages_ff = tl.zeros([G, L], tl.float32)
+    unit = unit_matrix(G, BLOCK_N, L).to(real.dtype.element_ty)
+    r = load_tile(
+        real, at_r, lane, rows, first, last, per_run, run_lines, length, sample, r_b, r_c, r_h, r_w, VEC, BLOCK_L
+    )
+    f = load_tile(
+        fake, at_f, lane, rows, first, last, per_run, run_lines, length, sample, f_b, f_c, f_h, f_w, VEC, BLOCK_L
+    )
     coming_r = load_tile(
-        real, inner_r, lane, rows, first, last, per_run, run_lines, length, b, r_b, r_c, r_h, r_w, VEC, BLOCK_L
+        real, at_r, lane, rows, first + 1, last, per_run, run_lines, length, sample, r_b, r_c, r_h, r_w, VEC, BLOCK_L
     )
     coming_f = load_tile(
-        fake, inner_f, lane, rows, first, last, per_run, run_lines, length, b, f_b, f_c, f_h, f_w, VEC, BLOCK_L
+        fake, at_f, lane, rows, first + 1, last, per_run, run_lines, length, sample, f_b, f_c, f_h, f_w, VEC, BLOCK_L
     )
     for tile in range(first, last):
-        r, f = coming_r, coming_f
-        coming_r = load_tile(
-            real, inner_r, lane, rows, tile + 1, last, per_run, run_lines, length, b, r_b, r_c, r_h, r_w, VEC, BLOCK_L
-        )
-        coming_f = load_tile(
-            fake, inner_f, lane, rows, tile + 1, last, per_run, run_lines, length, b, f_b, f_c, f_h, f_w, VEC, BLOCK_L
-        )
+        later_r = load_tile(
+            real, at_r, lane, rows, tile + 2, last, per_run, run_lines, length, sample, r_b, r_c, r_h, r_w,
+            VEC, BLOCK_L,
+        )  # fmt: skip
+        later_f = load_tile(
+            fake, at_f, lane, rows, tile + 2, last, per_run, run_lines, length, sample, f_b, f_c, f_h, f_w,
+            VEC, BLOCK_L,
+        )  # fmt: skip
+        wide = f.to(tl.float32)
+        if pooled is not None or BLOCK_B > 1:
+            d = difference_of(r.to(tl.float32), wide)
+        else:
+            d = wide - r.to(tl.float32)
+        high, low = two_parts(d, r.dtype == tl.float16)
+        r, f, high, low = matrices(r), matrices(f), matrices(high), matrices(low)
+        if pooled is not None or BLOCK_B > 1:
+            mean_r = row_means(product(r, unit), count, G)
+            mean_d = row_means(add_product(low, unit, product(high, unit)), count, G)
         if pooled is not None:
             features = runs.to(tl.int64) * length
-            line = pooled + b * (3 * features + 1) + features
-            wide = r.to(tl.float32)
-            store_means(line, wide, valid, tile, per_run, lane, length, VEC, BLOCK_L)
-            d = difference_of(wide, f.to(tl.float32))
-            store_means(line + features, d, valid, tile, per_run, lane, length, VEC, BLOCK_L)
-        rr, pp, ff = add_scores(r, f, rr, pp, ff)
-    tt = whole_gram(pp, SLICES)
-    ff = tl.sum(ff, 0)
-    return whole_gram(rr, SLICES), 0.5 * (tt + tl.trans(tt)), ff
+            line = pooled + sample * (3 * features + 1) + features
+            store_means(line, mean_r, tile, per_run, lane, length, VEC, BLOCK_L)
+            store_means(line + features, mean_d, tile, per_run, lane, length, VEC, BLOCK_L)
+        if BLOCK_B > 1:
+            averages_rr += outer(mean_r, mean_r, BLOCK_B)
+            averages_tt += outer(mean_d, mean_r + 0.5 * mean_d, BLOCK_B)
+            averages_ff += square_of(mean_r + mean_d)
+        if FRAMES:
+            ff += tl.sum(tl.reshape(square_of(wide), [G, BLOCK_N, L // 8, 8]), 3)
+            rr = flushed(product(r, r), rr)
+            pp = flushed(add_product(low, f, add_product(low, r, add_product(high, f, product(high, r)))), pp)
+        r, f, coming_r, coming_f = coming_r, coming_f, later_r, later_f
+    pp = sample_grams(pp, BLOCK_B, BLOCK_N, SLICES)
+    averages_tt = tl.sum(averages_tt, 2)
+    return (
+        sample_grams(rr, BLOCK_B, BLOCK_N, SLICES),
+        0.5 * (pp + tl.permute(pp, (0, 2, 1))),
+        tl.sum(tl.reshape(tl.sum(ff, 2), [BLOCK_B, SLICES, BLOCK_N]), 1),
+        tl.sum(averages_rr, 2),
+        averages_tt + tl.trans(averages_tt),
+        tl.sum(tl.reshape(averages_ff, [BLOCK_B, BLOCK_L]), 1),
+    )

@@ -68,6 +68,10 @@ def gram_kernel(
     j = second_block * BLOCK_N + tl.arange(0, BLOCK_N)
     i_valid = frame_validity(frame_mask, sample, i, frames, mask_b, mask_f)
     j_valid = frame_validity(frame_mask, sample, j, frames, mask_b, mask_f)
+    if SLICES:
+        own = tl.zeros([SLICES], tl.int32)
+        lane = cores.lanes(SLICES, SLICES, BLOCK_L)
+        own_valid = tl.broadcast_to(i_valid[None, :], [SLICES, BLOCK_N])
 
     half = frames * (frames + 1) // 2
     scores_size = 2 * half + frames
@@ -80,10 +84,11 @@ def gram_kernel(
     if of_student:
         share = tl.cdiv(tiles, SPLITS_X)
         if SLICES:
-            xx = cores.student_gram(
-                student, pooled, b, i, i_valid, split * share, tl.minimum(tiles, split * share + share), runs,
-                run_lines, length, x_b, x_f, x_c, x_h, x_w, SLICES, VEC, BLOCK_N, BLOCK_L,
+            xx, _averages_xx = cores.student_grams(
+                student, pooled, b, own, lane, i, own_valid, split * share, tl.minimum(tiles, split * share + share),
+                runs, run_lines, length, x_b, x_f, x_c, x_h, x_w, SLICES, VEC, 1, BLOCK_N, BLOCK_L, True,
             )  # fmt: skip
+            xx = tl.reshape(xx, [BLOCK_N, BLOCK_N])
         else:
             xx = stream.student_gram(
                 student, frame_mask, pooled, sample, b, i, j, i_valid, j_valid,
@@ -95,10 +100,13 @@ def gram_kernel(
     else:
         share = tl.cdiv(tiles, SPLITS_S)
         if SLICES:
-            rr, tt, ff = cores.score_grams(
-                real, fake, pooled, b, i, i_valid, split * share, tl.minimum(tiles, split * share + share), runs,
-                run_lines, length, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, SLICES, VEC, BLOCK_N, BLOCK_L,
+            rr, tt, ff, _rr, _tt, _ff = cores.score_grams(
+                real, fake, pooled, b, own, lane, i, own_valid, split * share,
+                tl.minimum(tiles, split * share + share), runs, run_lines, length,
+                r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, SLICES, VEC, 1, BLOCK_N, BLOCK_L, True,
             )  # fmt: skip
+            rr, tt = tl.reshape(rr, [BLOCK_N, BLOCK_N]), tl.reshape(tt, [BLOCK_N, BLOCK_N])
+            ff = tl.reshape(ff, [BLOCK_N])
         else:
             rr, tt, ff = stream.score_grams(
                 real, fake, frame_mask, pooled, sample, b, i, j, i_valid, j_valid,

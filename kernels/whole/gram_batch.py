@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..blocks import difference_of, frame_validity, square_of, takes_last
+from . import cores
 from .algebra import add_pieces, triangle
 from .stream import tile_address
 
@@ -83,7 +84,7 @@ def score_grams(
     r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
     VEC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """R, T, ‖f‖² of the frames [B, N, N], [B, N] and of the time averages [B, B], [B]; T without its transpose."""
+    """R, T, ‖f‖² of the frames [B, N, N], [B, N] and of the time averages [B, B], [B]."""
     rr = tl.zeros([BLOCK_B, BLOCK_N, BLOCK_N], tl.float32)
     tt = tl.zeros([BLOCK_B, BLOCK_N, BLOCK_N], tl.float32)
     ff = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -108,6 +109,8 @@ def score_grams(
             ff += tl.sum(square_of(f), 2)
             rr = batched_dot(r, r, rr)
             tt = batched_dot(d, 0.5 * (r + f), tt)
+    tt += tl.permute(tt, (0, 2, 1))
+    averages_tt += tl.trans(averages_tt)
     return rr, tt, ff, averages_rr, averages_tt, averages_ff
 
 
@@ -124,9 +127,11 @@ def gram_batch_kernel(
     samples, frames, run_lines, length, tiles, pieces_at,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
     SPLITS_X: tl.constexpr, SPLITS_S: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, FRAMES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, SLICES: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
     """Grid [SPLITS_X + SPLITS_S]: splits of x, then of r and f. FRAMES: with the frame relations.
+
+    SLICES of a tile, for each sample, go to tensor cores; 0: IEEE dots of any dtype.
 
     Strides of b, f, c, h are in units of VEC elements.
     """
@@ -138,6 +143,11 @@ def gram_batch_kernel(
     i = tl.arange(0, BLOCK_N)
     valid = valid_rows(frame_mask, b, i, samples, frames, mask_b, mask_f)
     count = valid_count(valid)
+
+    if SLICES:
+        own = tl.arange(0, BLOCK_B * SLICES) // SLICES
+        lane = cores.lanes(BLOCK_B * SLICES, SLICES, BLOCK_L)
+        own_valid = valid_rows(frame_mask, own, i, samples, frames, mask_b, mask_f)
 
     half = frames * (frames + 1) // 2
     half_b = samples * (samples + 1) // 2
@@ -155,10 +165,16 @@ def gram_batch_kernel(
     frames_at = triangle(i[:, None], i[None, :], frames)[None, :, :]
     if of_student:
         share = tl.cdiv(tiles, SPLITS_X)
-        xx, averages_xx = student_grams(
-            student, b, i, valid, count, split * share, tl.minimum(tiles, split * share + share), run_lines, length,
-            x_b, x_f, x_c, x_h, x_w, VEC, BLOCK_B, BLOCK_N, BLOCK_L, FRAMES,
-        )  # fmt: skip
+        if SLICES:
+            xx, averages_xx = cores.student_grams(
+                student, None, 0, own, lane, i, own_valid, split * share, tl.minimum(tiles, split * share + share), 0,
+                run_lines, length, x_b, x_f, x_c, x_h, x_w, SLICES, VEC, BLOCK_B, BLOCK_N, BLOCK_L, FRAMES,
+            )  # fmt: skip
+        else:
+            xx, averages_xx = student_grams(
+                student, b, i, valid, count, split * share, tl.minimum(tiles, split * share + share), run_lines, length,
+                x_b, x_f, x_c, x_h, x_w, VEC, BLOCK_B, BLOCK_N, BLOCK_L, FRAMES,
+            )  # fmt: skip
         averages = piece
         if FRAMES:
             averages += samples * half
@@ -166,20 +182,27 @@ def gram_batch_kernel(
         tl.store(averages + at, averages_xx, mask=upper)
     else:
         share = tl.cdiv(tiles, SPLITS_S)
-        rr, tt, ff, averages_rr, averages_tt, averages_ff = score_grams(
-            real, fake, b, i, valid, count, split * share, tl.minimum(tiles, split * share + share), run_lines, length,
-            r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, VEC, BLOCK_B, BLOCK_N, BLOCK_L, FRAMES,
-        )  # fmt: skip
+        if SLICES:
+            rr, tt, ff, averages_rr, averages_tt, averages_ff = cores.score_grams(
+                real, fake, None, 0, own, lane, i, own_valid, split * share, tl.minimum(tiles, split * share + share),
+                0, run_lines, length, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
+                SLICES, VEC, BLOCK_B, BLOCK_N, BLOCK_L, FRAMES,
+            )  # fmt: skip
+        else:
+            rr, tt, ff, averages_rr, averages_tt, averages_ff = score_grams(
+                real, fake, b, i, valid, count, split * share, tl.minimum(tiles, split * share + share), run_lines,
+                length, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, VEC, BLOCK_B, BLOCK_N, BLOCK_L, FRAMES,
+            )  # fmt: skip
         averages = piece
         if FRAMES:
             averages += samples * (2 * half + frames)
-            own = piece + b[:, None, None] * (2 * half + frames)
-            tl.store(own + frames_at, rr, mask=frames_inside)
-            tl.store(own + half + frames_at, tt + tl.permute(tt, 0, 2, 1), mask=frames_inside)
+            own_s = piece + b[:, None, None] * (2 * half + frames)
+            tl.store(own_s + frames_at, rr, mask=frames_inside)
+            tl.store(own_s + half + frames_at, tt, mask=frames_inside)
             own_ff = piece + b[:, None] * (2 * half + frames) + 2 * half + i[None, :]
             tl.store(own_ff, ff, mask=(b < samples)[:, None] & (i < frames)[None, :])
         tl.store(averages + at, averages_rr, mask=upper)
-        tl.store(averages + half_b + at, averages_tt + tl.trans(averages_tt), mask=upper)
+        tl.store(averages + half_b + at, averages_tt, mask=upper)
         tl.store(averages + 2 * half_b + b, averages_ff, mask=b < samples)
 
     group = split // GROUP

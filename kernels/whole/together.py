@@ -56,10 +56,16 @@ class TogetherPlan:
     """Launches of :func:`gram_batch_kernel` and :func:`relations_kernel`; ``with_frames``: with the frame relations."""
 
     def __init__(
-        self, samples: int, frames: int, runs: Runs, processors: int, with_frames: bool, mask_strides: tuple[int, int]
-    ) -> None:
+        self, samples: int, frames: int, runs: Runs, processors: int, with_frames: bool, mask_strides: tuple[int, int],
+        half_precision: bool,
+    ) -> None:  # fmt: skip
         block_b, block_n = _blocks(samples, frames)
-        block_l = _columns(block_b, block_n, runs.vec)
+        slices = 0
+        if half_precision:
+            slices = 1 if block_n > 32 else cdiv(8, block_b)
+            block_l = 16 * slices
+        else:
+            block_l = _columns(block_b, block_n, runs.vec)
         tiles = runs.tiles(block_l)
         most = cdiv(tiles, 4)
         # Half as many bytes and dots for x as for r and f.
@@ -84,8 +90,8 @@ class TogetherPlan:
         self.grams = Launcher(
             gram_batch_kernel,
             splits_x + splits_s,
-            (splits_x, splits_s, GROUP, runs.vec, block_b, block_n, block_l, with_frames),
-            warps=4 if block_b * block_n**2 <= 2048 else 8,
+            (splits_x, splits_s, GROUP, runs.vec, block_b, block_n, block_l, slices, with_frames),
+            warps=8 if half_precision or block_b * block_n**2 > 2048 else 4,
             registers=255,
             fixed=(
                 samples, frames, runs.lines, runs.length, tiles, *workspace.at("pieces"), *sum(runs.strides, ()),
@@ -135,7 +141,8 @@ def relation(call: Relation) -> Found:
         geometries = tuple(Geometry.of(student.shape, s, layout) for s in strides)
         limits.check(geometries[0].sizes, None, True, frame)
         runs = Runs(geometries, (student.element_size(),) * 3, aligned is True)
-        return TogetherPlan(samples, frames, runs, multiprocessors(device), frame, pair_of_strides(frame_mask))
+        processors, half = multiprocessors(device), student.element_size() == 2
+        return TogetherPlan(samples, frames, runs, processors, frame, pair_of_strides(frame_mask), half)
 
     key = (
         TogetherPlan, student.shape, strides, aligned, student.dtype, device, layout, frame, mask_key(frame_mask),
