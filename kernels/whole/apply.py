@@ -6,7 +6,58 @@ Dots are IEEE float32. The same pass turns the batch relation's M and the gather
 import triton
 import triton.language as tl
 
+from . import cores
 from ..blocks import BATCH_WEIGHT, FRAME_WEIGHT, frame_validity, number, upstream
+
+
+@triton.jit
+def apply_tiles(
+    out, student, frame_mask, matrices, batch_grad, frame_scale, batch_scale, sample, split,
+    frames, runs, run_lines, length, o_f, o_c, o_h, o_w, x_b, x_f, x_c, x_h, x_w, mask_b, mask_f,
+    SPLITS: tl.constexpr, SLICES: tl.constexpr, JOINED: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """The gradient of bfloat16 and float16 latents: M in two parts by tensor cores, see :mod:`.cores`."""
+    b = sample.to(tl.int64)
+    own = tl.zeros([SLICES], tl.int32)
+    i = tl.arange(0, BLOCK_N)
+    valid = tl.broadcast_to(
+        frame_validity(frame_mask, sample, i, frames, mask_b, mask_f)[None, :, None], [SLICES, BLOCK_N, 1]
+    )
+    lane = cores.lanes(SLICES, SLICES, BLOCK_L)
+    tiles = runs * tl.cdiv(length, BLOCK_L)
+    share = tl.cdiv(tiles, SPLITS)
+    first, last = split * share, tl.minimum(tiles, split * share + share)
+    at_x = cores.offsets(own, i, lane, 0, x_f * VEC, x_w)
+    at_o = cores.offsets(own, i, lane, 0, o_f * VEC, o_w)
+    if matrices is not None:
+        student += b * x_b * VEC
+        row, column = i[None, :, None], i[None, None, :]
+        known = (row < frames) & (column < frames)
+        m = tl.load(matrices + b * frames * frames + row * frames + column, mask=known, other=0.0)
+        high, low, scale = cores.scaled_parts(m, student.dtype.element_ty == tl.float16)
+        high = tl.broadcast_to(high, [SLICES, BLOCK_N, BLOCK_N])
+        low = tl.broadcast_to(low, [SLICES, BLOCK_N, BLOCK_N])
+        scale *= frame_scale
+        # A masked frame's row of M is 0, and 0 times its values may be NaN: they are not read.
+        x = cores.load_tile(student, at_x, lane, valid, first, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L)
+    for tile in range(first, last):
+        run, start = cores.place(tile, length, JOINED, BLOCK_L)
+        value = tl.zeros([SLICES, BLOCK_N, BLOCK_L // SLICES], tl.float32)
+        if matrices is not None:
+            coming = cores.load_tile(
+                student, at_x, lane, valid, tile + 1, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L
+            )
+            value = cores.applied_parts(high, low, x) * scale
+            x = coming
+        if batch_grad is not None:
+            at = batch_grad + b * runs * length + tl.cast(run, tl.int64) * length + start
+            value += batch_scale * tl.load(at + lane, mask=lane // VEC < (length - start) // VEC, other=0.0)
+        value = tl.where(valid, value, 0.0).to(out.dtype.element_ty)
+        cores.store_tile(
+            out, at_o, value, lane, (i < frames)[None, :, None], tile, run_lines, length, o_c, o_h, o_w,
+            JOINED, VEC, BLOCK_L,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -27,9 +78,12 @@ def apply_kernel(
     frames, runs, run_lines, length, tiles, first_row, rows,
     o_b, o_f, o_c, o_h, o_w, x_b, x_f, x_c, x_h, x_w, mask_b, mask_f,
     SPLITS: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_F: tl.constexpr, EXCHANGED: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_F: tl.constexpr, EXCHANGED: tl.constexpr, SLICES: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B·SPLITS·BLOCKS]. Rows ``first_row : first_row + rows`` of the product go to ``out``."""
+    """Grid [B·SPLITS·BLOCKS]. Rows ``first_row : first_row + rows`` of the product go to ``out``.
+
+    SLICES of a tile go to tensor cores, all rows in one block; 0: IEEE dots. JOINED: a vector is one run.
+    """
     pid = tl.program_id(0)
     block = pid % BLOCKS
     split = pid // BLOCKS % SPLITS
@@ -50,6 +104,13 @@ def apply_kernel(
     counted = frame_validity(frame_mask, sample, every, frames, mask_b, mask_f)
     batch_scale = batch_scale / tl.maximum(tl.sum(counted.to(tl.float32), 0), 1.0)
 
+    if SLICES:
+        apply_tiles(
+            out + b * o_b * VEC, student, frame_mask, matrices, batch_grad, frame_scale, batch_scale, sample, split,
+            frames, runs, run_lines, length, o_f, o_c, o_h, o_w, x_b, x_f, x_c, x_h, x_w, mask_b, mask_f,
+            SPLITS, SLICES, JOINED, VEC, BLOCK_N, BLOCK_L,
+        )  # fmt: skip
+        return
     per_run = tl.cdiv(length, BLOCK_L)
     share = tl.cdiv(tiles, SPLITS)
     lane = tl.arange(0, BLOCK_L)[None, :]

@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 
 from ..blocks import INTERPRETED, difference_of, square_of
-from .stream import tile_address
 
 LARGEST_HALF = tl.constexpr(65504.0)
+LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+"""Of float32: no sum of squares that are not all zero is less."""
 
 
 @triton.jit
@@ -61,6 +62,22 @@ def two_parts(d, HALF: tl.constexpr):
 
 
 @triton.jit
+def scaled_parts(value, HALF: tl.constexpr):
+    """Two parts of a float32 tensor, and the scale of their sum.
+
+    In float16 the largest element is a power of two away from 2¹⁴ to 2¹⁵, for its range is short.
+    """
+    scale = 1.0
+    if HALF:
+        largest = tl.max(tl.reshape(tl.abs(value), [value.numel]), 0)
+        exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF, 15)
+        value *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+        scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    high, low = two_parts(value, HALF)
+    return high, low, scale
+
+
+@triton.jit
 def operand(value):
     """``value`` for a product: float32 in the interpreter, which has no arithmetic in bfloat16."""
     if INTERPRETED:
@@ -71,9 +88,9 @@ def operand(value):
 
 @triton.jit
 def matrices(value):
-    """[G, N, L] of up to 32 rows as they are, a matrix a warp; of more rows all of them, [G·N, L], for all warps."""
+    """[G, N, L] of up to 32 rows as they are, a matrix a warp; of more rows the only one, [N, L], for all warps."""
     if value.shape[1] > 32:
-        return tl.reshape(value, [value.shape[0] * value.shape[1], value.shape[2]])
+        return tl.reshape(value, [value.shape[1], value.shape[2]])
     else:
         return value
 
@@ -114,29 +131,46 @@ def unit_matrix(G: tl.constexpr, N: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def row_means(chain, count, G: tl.constexpr):
+def row_means(chain, count):
     """[G, L] of products with the unit matrix, in which a warp has a matrix's rows together: few shuffles are left."""
-    N: tl.constexpr = chain.shape[0] // G if len(chain.shape) == 2 else chain.shape[1]
-    return tl.sum(tl.reshape(chain, [G, N, chain.shape[len(chain.shape) - 1]]), 1) / count
+    if len(chain.shape) == 2:
+        chain = tl.reshape(chain, [1, chain.shape[0], chain.shape[1]])
+    return tl.sum(chain, 1) / count
 
 
 @triton.jit
 def zero_grams(G: tl.constexpr, N: tl.constexpr):
     """Grams of :func:`matrices` [G, N, L]."""
     if N > 32:
-        return tl.zeros([G * N, G * N], tl.float32)
+        return tl.zeros([N, N], tl.float32)
     else:
         return tl.zeros([G, N, N], tl.float32)
 
 
 @triton.jit
+def applied(a, x):
+    """a x of matrices [G, M, N] and [G, N, L]."""
+    return tl.dot(operand(a), operand(x))
+
+
+@triton.jit
+def applied_parts(high, low, x):
+    """(``high`` + ``low``) x of matrices [G, N, N] and [G, N, L]. All warps share the product of a single one."""
+    if x.shape[0] == 1:
+        high = operand(tl.reshape(high, [high.shape[1], high.shape[2]]))
+        low = operand(tl.reshape(low, [low.shape[1], low.shape[2]]))
+        flat = operand(tl.reshape(x, [x.shape[1], x.shape[2]]))
+        value = tl.dot(high, flat, tl.dot(low, flat))
+        return tl.reshape(value, [1, value.shape[0], value.shape[1]])
+    else:
+        return tl.dot(operand(high), operand(x), applied(low, x))
+
+
+@triton.jit
 def sample_grams(value, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr):
-    """[B, N, N] of what :func:`zero_grams` began: slices are added in pairs, rows of two samples left out."""
+    """[B, N, N] of what :func:`zero_grams` began; slices are added in pairs."""
     if BLOCK_N > 32:
-        value = tl.reshape(value, [BLOCK_B, BLOCK_N, BLOCK_B, BLOCK_N])
-        b = tl.arange(0, BLOCK_B)
-        same = b[:, None, None, None] == b[None, None, :, None]
-        value = tl.sum(tl.where(same, value, 0.0), 2)
+        value = tl.reshape(value, [BLOCK_B, BLOCK_N, BLOCK_N])
     else:
         for halving in tl.static_range(5):
             if SLICES >> halving > 1:
@@ -147,15 +181,40 @@ def sample_grams(value, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl
 
 
 @triton.jit
+def place(tile, length, JOINED: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Run and first column of a tile; JOINED: there is one run."""
+    if JOINED:
+        return 0, tile * BLOCK_L
+    else:
+        per_run = tl.cdiv(length, BLOCK_L)
+        return tile // per_run, tile % per_run * BLOCK_L
+
+
+@triton.jit
 def load_tile(
-    base, inner, lane, rows, tile, last, per_run, run_lines, length, b, s_b, s_c, s_h, step,
-    VEC: tl.constexpr, BLOCK_L: tl.constexpr,
+    base, inner, lane, rows, tile, last, run_lines, length, s_c, s_h, step,
+    JOINED: tl.constexpr, VEC: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """``base`` [G, N, L] at offsets ``inner`` from the start of ``tile``; 0 outside and from tile ``last`` on."""
-    start = tile % per_run * BLOCK_L
-    at = tile_address(base, tile, per_run, run_lines, b, s_b, s_c, s_h, VEC) + start.to(tl.int64) * step
+    run, start = place(tile, length, JOINED, BLOCK_L)
+    at = base + tl.cast(start, tl.int64) * step
+    if not JOINED:
+        at += ((run // run_lines).to(tl.int64) * s_c + (run % run_lines).to(tl.int64) * s_h) * VEC
     vectors = tl.where(tile < last, (length - start) // VEC, 0)
     return tl.load(at + inner, mask=rows & (lane // VEC < vectors), other=0.0)
+
+
+@triton.jit
+def store_tile(
+    base, inner, value, lane, rows, tile, run_lines, length, s_c, s_h, step,
+    JOINED: tl.constexpr, VEC: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """``value`` [G, N, L] where :func:`load_tile` reads."""
+    run, start = place(tile, length, JOINED, BLOCK_L)
+    at = base + tl.cast(start, tl.int64) * step
+    if not JOINED:
+        at += ((run // run_lines).to(tl.int64) * s_c + (run % run_lines).to(tl.int64) * s_h) * VEC
+    tl.store(at + inner, value, mask=rows & (lane // VEC < (length - start) // VEC))
 
 
 @triton.jit
@@ -173,11 +232,13 @@ def offsets(own, row, lane, stride_b, stride_f, step):
 
 
 @triton.jit
-def store_means(pooled, mean, tile, per_run, lane, length, VEC: tl.constexpr, BLOCK_L: tl.constexpr):
+def store_means(
+    pooled, mean, tile, lane, length, JOINED: tl.constexpr, VEC: tl.constexpr, BLOCK_L: tl.constexpr
+):  # fmt: skip
     """``mean`` [G, L] to ``pooled`` at the columns of ``tile``."""
-    start = tile % per_run * BLOCK_L
+    run, start = place(tile, length, JOINED, BLOCK_L)
     lane = tl.reshape(lane, mean.shape)
-    line = pooled + (tl.cast(tile // per_run, tl.int64) * length + start)
+    line = pooled + (tl.cast(run, tl.int64) * length + start)
     tl.store(line + lane, mean, mask=lane // VEC < (length - start) // VEC)
 
 
@@ -191,121 +252,108 @@ def outer(a, b, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def student_grams(
-    student, pooled, sample, own, lane, i, valid, first, last, runs, run_lines, length, x_b, x_f, x_c, x_h, x_w,
-    SLICES: tl.constexpr, VEC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    FRAMES: tl.constexpr,
+    student, pooled, own, i, valid, split, runs, run_lines, length, x_b, x_f, x_c, x_h, x_w,
+    SPLITS: tl.constexpr, SLICES: tl.constexpr, JOINED: tl.constexpr, VEC: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """X of the frames [B, N, N] and of the time averages [B, B], columns of tiles ``first : last``.
+    """X of the frames [B, N, N] and of the time averages [B, B] of one split of the columns.
 
-    Slice g is of sample ``sample`` + ``own`` [G], columns ``lane`` [G, 1, L] of a tile, rows ``valid`` [G, N]. Where
-    ``pooled`` is not None the averages go there instead, of one sample.
+    Slice g is of sample ``own`` [G] and rows ``valid`` [G, N]. Where ``pooled`` is not None the averages, of one
+    sample, go there instead.
     """
-    per_run = tl.cdiv(length, BLOCK_L)
-    count = tl.maximum(tl.sum(valid.to(tl.float32), 1), 1.0)[:, None]
-    at = offsets(own, i, lane, x_b * VEC, x_f * VEC, x_w)
-    rows = valid[:, :, None]
     G: tl.constexpr = BLOCK_B * SLICES
     L: tl.constexpr = BLOCK_L // SLICES
+    tiles = runs * tl.cdiv(length, BLOCK_L)
+    share = tl.cdiv(tiles, SPLITS)
+    first, last = split * share, tl.minimum(tiles, split * share + share)
+    lane = lanes(G, SLICES, BLOCK_L)
+    at, rows = offsets(own, i, lane, x_b * VEC, x_f * VEC, x_w), valid[:, :, None]
+    count = tl.maximum(tl.sum(valid.to(tl.float32), 1), 1.0)[:, None]
+    unit = unit_matrix(G, BLOCK_N, L).to(student.dtype.element_ty)
     xx = zero_grams(G, BLOCK_N)
     averages_xx = tl.zeros([BLOCK_B, BLOCK_B, BLOCK_L], tl.float32)
-    unit = unit_matrix(G, BLOCK_N, L).to(student.dtype.element_ty)
-    x = load_tile(
-        student, at, lane, rows, first, last, per_run, run_lines, length, sample, x_b, x_c, x_h, x_w, VEC, BLOCK_L
-    )
-    coming = load_tile(
-        student, at, lane, rows, first + 1, last, per_run, run_lines, length, sample, x_b, x_c, x_h, x_w, VEC, BLOCK_L
-    )
+    x = load_tile(student, at, lane, rows, first, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L)
     for tile in range(first, last):
-        later = load_tile(
-            student, at, lane, rows, tile + 2, last, per_run, run_lines, length, sample, x_b, x_c, x_h, x_w,
-            VEC, BLOCK_L,
-        )  # fmt: skip
+        coming = load_tile(
+            student, at, lane, rows, tile + 1, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L
+        )
         x = matrices(x)
         if pooled is not None or BLOCK_B > 1:
-            average = row_means(product(x, unit), count, G)
+            average = row_means(product(x, unit), count)
         if pooled is not None:
-            line = pooled + sample * (3 * runs.to(tl.int64) * length + 1)
-            store_means(line, average, tile, per_run, lane, length, VEC, BLOCK_L)
+            store_means(pooled, average, tile, lane, length, JOINED, VEC, BLOCK_L)
         if BLOCK_B > 1:
             averages_xx += outer(average, average, BLOCK_B)
         if FRAMES:
             xx = flushed(product(x, x), xx)
-        x, coming = coming, later
+        x = coming
     return sample_grams(xx, BLOCK_B, BLOCK_N, SLICES), tl.sum(averages_xx, 2)
 
 
 @triton.jit
 def score_grams(
-    real, fake, pooled, sample, own, lane, i, valid, first, last, runs, run_lines, length,
-    r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
-    SLICES: tl.constexpr, VEC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
-    FRAMES: tl.constexpr,
+    real, fake, pooled, own, i, valid, split, runs, run_lines, length, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
+    SPLITS: tl.constexpr, SLICES: tl.constexpr, JOINED: tl.constexpr, VEC: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
     """R, T, ‖f‖² of the frames [B, N, N], [B, N] and of the time averages [B, B], [B]; else as :func:`student_grams`."""
-    per_run = tl.cdiv(length, BLOCK_L)
-    count = tl.maximum(tl.sum(valid.to(tl.float32), 1), 1.0)[:, None]
-    at_r = offsets(own, i, lane, r_b * VEC, r_f * VEC, r_w)
-    at_f = offsets(own, i, lane, f_b * VEC, f_f * VEC, f_w)
-    rows = valid[:, :, None]
     G: tl.constexpr = BLOCK_B * SLICES
     L: tl.constexpr = BLOCK_L // SLICES
+    tiles = runs * tl.cdiv(length, BLOCK_L)
+    share = tl.cdiv(tiles, SPLITS)
+    first, last = split * share, tl.minimum(tiles, split * share + share)
+    lane = lanes(G, SLICES, BLOCK_L)
+    at_r, at_f = offsets(own, i, lane, r_b * VEC, r_f * VEC, r_w), offsets(own, i, lane, f_b * VEC, f_f * VEC, f_w)
+    rows = valid[:, :, None]
+    count = tl.maximum(tl.sum(valid.to(tl.float32), 1), 1.0)[:, None]
+    unit = unit_matrix(G, BLOCK_N, L).to(real.dtype.element_ty)
     rr, pp = zero_grams(G, BLOCK_N), zero_grams(G, BLOCK_N)
-    ff = tl.zeros([G, BLOCK_N, L // 8], tl.float32)
+    ff, largest = tl.zeros([G, BLOCK_N, L // 8], tl.float32), tl.zeros([G, BLOCK_N, L // 8], tl.float32)
     averages_rr = tl.zeros([BLOCK_B, BLOCK_B, BLOCK_L], tl.float32)
     averages_tt = tl.zeros([BLOCK_B, BLOCK_B, BLOCK_L], tl.float32)
     averages_ff = tl.zeros([G, L], tl.float32)
-    unit = unit_matrix(G, BLOCK_N, L).to(real.dtype.element_ty)
-    r = load_tile(
-        real, at_r, lane, rows, first, last, per_run, run_lines, length, sample, r_b, r_c, r_h, r_w, VEC, BLOCK_L
-    )
-    f = load_tile(
-        fake, at_f, lane, rows, first, last, per_run, run_lines, length, sample, f_b, f_c, f_h, f_w, VEC, BLOCK_L
-    )
-    coming_r = load_tile(
-        real, at_r, lane, rows, first + 1, last, per_run, run_lines, length, sample, r_b, r_c, r_h, r_w, VEC, BLOCK_L
-    )
-    coming_f = load_tile(
-        fake, at_f, lane, rows, first + 1, last, per_run, run_lines, length, sample, f_b, f_c, f_h, f_w, VEC, BLOCK_L
-    )
+    r = load_tile(real, at_r, lane, rows, first, last, run_lines, length, r_c, r_h, r_w, JOINED, VEC, BLOCK_L)
+    f = load_tile(fake, at_f, lane, rows, first, last, run_lines, length, f_c, f_h, f_w, JOINED, VEC, BLOCK_L)
     for tile in range(first, last):
-        later_r = load_tile(
-            real, at_r, lane, rows, tile + 2, last, per_run, run_lines, length, sample, r_b, r_c, r_h, r_w,
-            VEC, BLOCK_L,
-        )  # fmt: skip
-        later_f = load_tile(
-            fake, at_f, lane, rows, tile + 2, last, per_run, run_lines, length, sample, f_b, f_c, f_h, f_w,
-            VEC, BLOCK_L,
-        )  # fmt: skip
+        coming_r = load_tile(
+            real, at_r, lane, rows, tile + 1, last, run_lines, length, r_c, r_h, r_w, JOINED, VEC, BLOCK_L
+        )
+        coming_f = load_tile(
+            fake, at_f, lane, rows, tile + 1, last, run_lines, length, f_c, f_h, f_w, JOINED, VEC, BLOCK_L
+        )
         wide = f.to(tl.float32)
-        if pooled is not None or BLOCK_B > 1:
+        if pooled is not None:
             d = difference_of(r.to(tl.float32), wide)
         else:
             d = wide - r.to(tl.float32)
         high, low = two_parts(d, r.dtype == tl.float16)
         r, f, high, low = matrices(r), matrices(f), matrices(high), matrices(low)
         if pooled is not None or BLOCK_B > 1:
-            mean_r = row_means(product(r, unit), count, G)
-            mean_d = row_means(add_product(low, unit, product(high, unit)), count, G)
+            mean_r = row_means(product(r, unit), count)
+            mean_d = row_means(add_product(low, unit, product(high, unit)), count)
         if pooled is not None:
             features = runs.to(tl.int64) * length
-            line = pooled + sample * (3 * features + 1) + features
-            store_means(line, mean_r, tile, per_run, lane, length, VEC, BLOCK_L)
-            store_means(line + features, mean_d, tile, per_run, lane, length, VEC, BLOCK_L)
+            store_means(pooled + features, mean_r, tile, lane, length, JOINED, VEC, BLOCK_L)
+            store_means(pooled + 2 * features, mean_d, tile, lane, length, JOINED, VEC, BLOCK_L)
         if BLOCK_B > 1:
             averages_rr += outer(mean_r, mean_r, BLOCK_B)
             averages_tt += outer(mean_d, mean_r + 0.5 * mean_d, BLOCK_B)
-            averages_ff += square_of(mean_r + mean_d)
+            averages_ff += square_of(row_means(product(f, unit), count))
         if FRAMES:
-            ff += tl.sum(tl.reshape(square_of(wide), [G, BLOCK_N, L // 8, 8]), 3)
+            wide = tl.reshape(wide, [G, BLOCK_N, L // 8, 8])
+            ff += tl.sum(wide * wide, 3)
+            largest = tl.maximum(largest, tl.max(tl.abs(wide), 3))
             rr = flushed(product(r, r), rr)
             pp = flushed(add_product(low, f, add_product(low, r, add_product(high, f, product(high, r)))), pp)
-        r, f, coming_r, coming_f = coming_r, coming_f, later_r, later_f
+        r, f = coming_r, coming_f
     pp = sample_grams(pp, BLOCK_B, BLOCK_N, SLICES)
+    ff = tl.sum(tl.reshape(tl.sum(ff, 2), [BLOCK_B, SLICES, BLOCK_N]), 1)
+    largest = tl.max(tl.reshape(tl.max(largest, 2), [BLOCK_B, SLICES, BLOCK_N]), 1)
     averages_tt = tl.sum(averages_tt, 2)
     return (
         sample_grams(rr, BLOCK_B, BLOCK_N, SLICES),
         0.5 * (pp + tl.permute(pp, (0, 2, 1))),
-        tl.sum(tl.reshape(tl.sum(ff, 2), [BLOCK_B, SLICES, BLOCK_N]), 1),
+        tl.where(largest > 0.0, tl.maximum(ff, LEAST_NORMAL, tl.PropagateNan.ALL), ff),
         tl.sum(averages_rr, 2),
         averages_tt + tl.trans(averages_tt),
         tl.sum(tl.reshape(averages_ff, [BLOCK_B, BLOCK_L]), 1),

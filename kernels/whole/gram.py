@@ -38,13 +38,14 @@ def gram_kernel(
     samples, frames, runs, run_lines, length, tiles, sums_at, scratch_at, losses_at, pieces_at,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
     SPLITS_X: tl.constexpr, SPLITS_S: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_J: tl.constexpr,
+    SLICES: tl.constexpr, BLOCK_X: tl.constexpr, JOINED: tl.constexpr,
     GRAMS: tl.constexpr, DIFFERENCE: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·(SPLITS_X + SPLITS_S)·BLOCKS(BLOCKS + 1)/2]: splits of x, then of r and f, for every pair of row blocks.
 
-    Strides of b, f, c, h are in units of VEC elements. SLICES of a tile go to tensor cores; 0: IEEE dots of any dtype.
-    With BATCH the relation is the batch term.
+    Strides of b, f, c, h are in units of VEC elements. SLICES of a tile go to tensor cores, of x in tiles of
+    BLOCK_X columns; 0: IEEE dots. JOINED: a vector is one run. With BATCH the relation is the batch term.
     """
     PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
     GROUPS_X: tl.constexpr = (SPLITS_X + GROUP - 1) // GROUP
@@ -70,8 +71,10 @@ def gram_kernel(
     j_valid = frame_validity(frame_mask, sample, j, frames, mask_b, mask_f)
     if SLICES:
         own = tl.zeros([SLICES], tl.int32)
-        lane = cores.lanes(SLICES, SLICES, BLOCK_L)
         own_valid = tl.broadcast_to(i_valid[None, :], [SLICES, BLOCK_N])
+        means = pooled
+        if pooled is not None:
+            means += b * (3 * runs.to(tl.int64) * length + 1)
 
     half = frames * (frames + 1) // 2
     scores_size = 2 * half + frames
@@ -85,8 +88,8 @@ def gram_kernel(
         share = tl.cdiv(tiles, SPLITS_X)
         if SLICES:
             xx, _averages_xx = cores.student_grams(
-                student, pooled, b, own, lane, i, own_valid, split * share, tl.minimum(tiles, split * share + share),
-                runs, run_lines, length, x_b, x_f, x_c, x_h, x_w, SLICES, VEC, 1, BLOCK_N, BLOCK_L, True,
+                student + b * x_b * VEC, means, own, i, own_valid, split, runs, run_lines, length,
+                0, x_f, x_c, x_h, x_w, SPLITS_X, SLICES, JOINED, VEC, 1, BLOCK_N, BLOCK_X, True,
             )  # fmt: skip
             xx = tl.reshape(xx, [BLOCK_N, BLOCK_N])
         else:
@@ -101,9 +104,8 @@ def gram_kernel(
         share = tl.cdiv(tiles, SPLITS_S)
         if SLICES:
             rr, tt, ff, _rr, _tt, _ff = cores.score_grams(
-                real, fake, pooled, b, own, lane, i, own_valid, split * share,
-                tl.minimum(tiles, split * share + share), runs, run_lines, length,
-                r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, SLICES, VEC, 1, BLOCK_N, BLOCK_L, True,
+                real + b * r_b * VEC, fake + b * f_b * VEC, means, own, i, own_valid, split, runs, run_lines, length,
+                0, r_f, r_c, r_h, r_w, 0, f_f, f_c, f_h, f_w, SPLITS_S, SLICES, JOINED, VEC, 1, BLOCK_N, BLOCK_L, True,
             )  # fmt: skip
             rr, tt = tl.reshape(rr, [BLOCK_N, BLOCK_N]), tl.reshape(tt, [BLOCK_N, BLOCK_N])
             ff = tl.reshape(ff, [BLOCK_N])

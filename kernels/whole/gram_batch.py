@@ -115,7 +115,7 @@ def score_grams(
 
 
 @triton.jit(
-    do_not_specialize=["samples", "frames", "run_lines", "tiles", "pieces_at"],
+    do_not_specialize=["samples", "frames", "runs", "run_lines", "tiles", "pieces_at"],
     do_not_specialize_on_alignment=["frame_mask", "workspace", "counters"],
 )
 def gram_batch_kernel(
@@ -124,14 +124,16 @@ def gram_batch_kernel(
     workspace,  # sums of groups, and from pieces_at on the pieces of all splits: triangles of the frame relations of
     # each sample, then of the batch relation; X of x-programs, and R, T, ‖f‖² of the others
     counters,  # [all groups], zero before and after
-    samples, frames, run_lines, length, tiles, pieces_at,
+    samples, frames, runs, run_lines, length, tiles, pieces_at,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
     SPLITS_X: tl.constexpr, SPLITS_S: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, SLICES: tl.constexpr, FRAMES: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    SLICES: tl.constexpr, BLOCK_X: tl.constexpr, JOINED: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
     """Grid [SPLITS_X + SPLITS_S]: splits of x, then of r and f. FRAMES: with the frame relations.
 
-    SLICES of a tile, for each sample, go to tensor cores; 0: IEEE dots of any dtype.
+    SLICES of a tile, for each sample, go to tensor cores, of x in tiles of BLOCK_X columns; 0: IEEE dots. JOINED: a
+    vector is one run.
 
     Strides of b, f, c, h are in units of VEC elements.
     """
@@ -146,7 +148,6 @@ def gram_batch_kernel(
 
     if SLICES:
         own = tl.arange(0, BLOCK_B * SLICES) // SLICES
-        lane = cores.lanes(BLOCK_B * SLICES, SLICES, BLOCK_L)
         own_valid = valid_rows(frame_mask, own, i, samples, frames, mask_b, mask_f)
 
     half = frames * (frames + 1) // 2
@@ -167,8 +168,8 @@ def gram_batch_kernel(
         share = tl.cdiv(tiles, SPLITS_X)
         if SLICES:
             xx, averages_xx = cores.student_grams(
-                student, None, 0, own, lane, i, own_valid, split * share, tl.minimum(tiles, split * share + share), 0,
-                run_lines, length, x_b, x_f, x_c, x_h, x_w, SLICES, VEC, BLOCK_B, BLOCK_N, BLOCK_L, FRAMES,
+                student, None, own, i, own_valid, split, runs, run_lines, length, x_b, x_f, x_c, x_h, x_w,
+                SPLITS_X, SLICES, JOINED, VEC, BLOCK_B, BLOCK_N, BLOCK_X, FRAMES,
             )  # fmt: skip
         else:
             xx, averages_xx = student_grams(
@@ -184,9 +185,9 @@ def gram_batch_kernel(
         share = tl.cdiv(tiles, SPLITS_S)
         if SLICES:
             rr, tt, ff, averages_rr, averages_tt, averages_ff = cores.score_grams(
-                real, fake, None, 0, own, lane, i, own_valid, split * share, tl.minimum(tiles, split * share + share),
-                0, run_lines, length, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
-                SLICES, VEC, BLOCK_B, BLOCK_N, BLOCK_L, FRAMES,
+                real, fake, None, own, i, own_valid, split, runs, run_lines, length,
+                r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
+                SPLITS_S, SLICES, JOINED, VEC, BLOCK_B, BLOCK_N, BLOCK_L, FRAMES,
             )  # fmt: skip
         else:
             rr, tt, ff, averages_rr, averages_tt, averages_ff = score_grams(

@@ -170,7 +170,8 @@ def gradient(out: Tensor, upstream: Upstream, call: Relation, found: Found) -> N
         relations, vectors = geometries[0].sizes[:2]
         runs = Runs(geometries, (out.element_size(),) * 2, aligned is True)
         mask = pair_of_strides(frame_mask)
-        return ApplyPlan(relations, vectors, 0, vectors, runs, multiprocessors(out.device), mask, exchanged)
+        processors, half = multiprocessors(out.device), out.element_size() == 2
+        return ApplyPlan(relations, vectors, 0, vectors, runs, processors, mask, exchanged, half)
 
     key = (
         ApplyPlan, out.shape, strides, aligned, out.dtype, out.device, layout, has_matrices, has_batch, exchanged,

@@ -15,8 +15,11 @@ APPLY_TILE = 4096
 BLOCK_J = 16
 """Depth of a dot: an IEEE float32 dot holds its operands in registers."""
 
-CORES = {16: (8, 128, 8), 32: (8, 128, 8), 64: (1, 64, 8), 128: (1, 32, 16)}
-"""Slices and columns of a tile, and warps, by rows: what tensor cores take of bfloat16 and float16 latents."""
+CORES = {16: (8, 128, 256, 8), 32: (8, 128, 256, 8), 64: (1, 64, 128, 8), 128: (1, 32, 64, 16)}
+"""Slices and columns of a tile of r and f, columns of one of x, and warps, by rows: bfloat16 and float16 latents."""
+
+APPLY_CORES = {16: (8, 256, 8), 32: (8, 128, 8), 64: (1, 64, 8), 128: (1, 64, 8)}
+"""The same of the gradient: slices, columns, warps."""
 
 
 class GramPlan:
@@ -41,12 +44,12 @@ class GramPlan:
         slices = 0
         if half_precision and grams:
             block_n = max(16, next_power_of_2(vectors))
-            slices, block_l, warps = CORES[block_n]
+            slices, block_l, block_x, warps = CORES[block_n]
         else:
             block_n = max(16, min(64, next_power_of_2(vectors)))
             # The addresses of time averages leave the registers room for tiles of one dot.
             block_l = 2 * BLOCK_J if block_n <= 32 and not means else BLOCK_J
-            warps = 8 if block_n > 32 else 4
+            block_x, warps = block_l, 8 if block_n > 32 else 4
         blocks = cdiv(vectors, block_n)
         pairs = blocks * (blocks + 1) // 2
         tiles = runs.tiles(block_l)
@@ -70,7 +73,7 @@ class GramPlan:
             samples * (splits_x + splits_s) * pairs,
             (
                 splits_x, splits_s, GROUP, blocks, runs.vec, block_n, block_l,
-                max(16, next_power_of_2(vectors)), slices, grams, difference, batch,
+                max(16, next_power_of_2(vectors)), slices, block_x, runs.count == 1, grams, difference, batch,
             ),
             warps=warps,
             registers=255,
@@ -97,17 +100,26 @@ class ApplyPlan:
         processors: int,
         mask_strides: tuple[int, int],
         exchanged: bool = False,
+        half_precision: bool = False,
     ) -> None:
-        block_n = max(16, min(64, next_power_of_2(rows)))
+        if half_precision:
+            block_n = max(16, next_power_of_2(rows))
+            slices, block_l, warps = APPLY_CORES[block_n]
+        else:
+            block_n = max(16, min(64, next_power_of_2(rows)))
+            block_l = min(128, APPLY_TILE // block_n)
+            slices, warps = 0, block_n * block_l // 512
         blocks = cdiv(rows, block_n)
-        block_l = min(128, APPLY_TILE // block_n)
         tiles = runs.tiles(block_l)
         splits = max(1, min(tiles, cdiv(8 * processors, samples * blocks)))
         self.launch = Launcher(
             apply_kernel,
             samples * splits * blocks,
-            (splits, blocks, runs.vec, block_n, block_l, BLOCK_J, next_power_of_2(vectors), exchanged),
-            warps=block_n * block_l // 512,
+            (
+                splits, blocks, runs.vec, block_n, block_l, BLOCK_J, next_power_of_2(vectors), exchanged, slices,
+                runs.count == 1,
+            ),
+            warps=warps,
             registers=255,
             fixed=(
                 vectors, runs.count, runs.lines, runs.length, tiles, first, rows, *sum(runs.strides, ()), *mask_strides,

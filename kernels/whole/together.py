@@ -21,11 +21,14 @@ from .gram_batch import gram_batch_kernel
 from .matrices import relations_kernel
 from .runs import Runs
 
-MOST_PRODUCTS = 8192
-"""Elements of the Gram matrices of all samples, padded, that the registers of eight warps hold twice."""
-
 MOST_ROWS = 256
 """Rows of all samples, padded, of a tile of 16 columns."""
+
+MOST_FRAMES = 32
+"""Rows of a sample, padded, whose Gram matrices the registers of a warp hold."""
+
+MOST_PRODUCTS = MOST_ROWS * MOST_FRAMES
+"""Elements of the Gram matrices of all samples, that the registers of eight warps hold twice."""
 
 BLOCK_J = 16
 """Depth of a dot of the gradient: an IEEE float32 dot holds its operands in registers."""
@@ -48,8 +51,7 @@ def _columns(block_b: int, block_n: int, vec: int) -> int:
 def is_together(samples: int, frames: int) -> bool:
     """Whether the batch gradient of whole latents is the matrix M ``[1, B, B]``, and no table of averages is kept."""
     block_b, block_n = _blocks(samples, frames)
-    fits = block_b * block_n <= MOST_ROWS and block_b * block_n**2 <= MOST_PRODUCTS
-    return DOTS_OF_EIGHT and samples > 1 and frames > 1 and fits
+    return DOTS_OF_EIGHT and samples > 1 < frames and block_n <= MOST_FRAMES and block_b * block_n <= MOST_ROWS
 
 
 class TogetherPlan:
@@ -62,10 +64,10 @@ class TogetherPlan:
         block_b, block_n = _blocks(samples, frames)
         slices = 0
         if half_precision:
-            slices = 1 if block_n > 32 else cdiv(8, block_b)
-            block_l = 16 * slices
+            slices = cdiv(8, block_b)
+            block_l, block_x = 16 * slices, 32 * slices
         else:
-            block_l = _columns(block_b, block_n, runs.vec)
+            block_l = block_x = _columns(block_b, block_n, runs.vec)
         tiles = runs.tiles(block_l)
         most = cdiv(tiles, 4)
         # Half as many bytes and dots for x as for r and f.
@@ -90,12 +92,12 @@ class TogetherPlan:
         self.grams = Launcher(
             gram_batch_kernel,
             splits_x + splits_s,
-            (splits_x, splits_s, GROUP, runs.vec, block_b, block_n, block_l, slices, with_frames),
+            (splits_x, splits_s, GROUP, runs.vec, block_b, block_n, block_l, slices, block_x, runs.count == 1, with_frames),
             warps=8 if half_precision or block_b * block_n**2 > 2048 else 4,
             registers=255,
             fixed=(
-                samples, frames, runs.lines, runs.length, tiles, *workspace.at("pieces"), *sum(runs.strides, ()),
-                *mask_strides,
+                samples, frames, runs.count, runs.lines, runs.length, tiles, *workspace.at("pieces"),
+                *sum(runs.strides, ()), *mask_strides,
             ),
         )  # fmt: skip
         self.relations = Launcher(
@@ -114,18 +116,26 @@ class TogetherPlan:
 class TogetherGradientPlan:
     """Launch of :func:`apply_batch_kernel`."""
 
-    def __init__(self, samples: int, frames: int, runs: Runs, processors: int, mask_strides: tuple[int, int]) -> None:
+    def __init__(
+        self, samples: int, frames: int, runs: Runs, processors: int, mask_strides: tuple[int, int],
+        half_precision: bool,
+    ) -> None:  # fmt: skip
         block_b, block_n = _blocks(samples, frames)
+        slices = 0
         block_l = max(16, min(64, 4096 // (block_b * block_n)))
+        warps = max(4, block_b * block_n * block_l // 512)
+        if half_precision:
+            slices, warps = cdiv(8, block_b), 8
+            block_l = 32 * slices
         tiles = runs.tiles(block_l)
         splits = max(1, min(tiles, 8 * processors))
         self.launch = Launcher(
             apply_batch_kernel,
             splits,
-            (splits, runs.vec, block_b, block_n, block_l, BLOCK_J),
-            warps=max(4, block_b * block_n * block_l // 512),
+            (splits, runs.vec, block_b, block_n, block_l, BLOCK_J, slices, runs.count == 1),
+            warps=warps,
             registers=255,
-            fixed=(samples, frames, runs.lines, runs.length, tiles, *sum(runs.strides, ()), *mask_strides),
+            fixed=(samples, frames, runs.count, runs.lines, runs.length, tiles, *sum(runs.strides, ()), *mask_strides),
         )
 
 
@@ -171,7 +181,8 @@ def gradient(out: Tensor, upstream: Upstream, call: Relation, found: Found) -> N
         geometries = tuple(Geometry.of(out.shape, s, layout) for s in strides)
         runs = Runs(geometries, (out.element_size(),) * 2, aligned is True)
         processors = multiprocessors(out.device)
-        return TogetherGradientPlan(*geometries[0].sizes[:2], runs, processors, pair_of_strides(frame_mask))
+        mask, half = pair_of_strides(frame_mask), out.element_size() == 2
+        return TogetherGradientPlan(*geometries[0].sizes[:2], runs, processors, mask, half)
 
     key = (
         TogetherGradientPlan, out.shape, strides, aligned, out.dtype, out.device, layout, has_frames,
