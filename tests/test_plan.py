@@ -12,7 +12,9 @@ from codmd.distill.config.recipe import DistillConfig
 from codmd.distill.config.run_config import read_config
 from codmd.distill.config.sections import DataSettings, ModelSettings
 from codmd.distill.plan import footprint as footprints
-from codmd.distill.plan.layouts import Forwards, Layout, Sizes, layouts, plan
+from codmd.distill.plan import layouts as layouts_module
+from codmd.distill.plan import page as page_module
+from codmd.distill.plan.layouts import HEADROOM, Forwards, Layout, Sizes, context_layouts, layouts, plan
 from codmd.distill.plan.page import PLACEHOLDERS, TITLE, describe, page
 from codmd.distill.run.job import assemble
 from codmd.distill.run.parallel import Processes
@@ -31,7 +33,7 @@ def _one_thread():
 @pytest.fixture
 def weights_only(monkeypatch):
     """Plans without activations, whose measurement takes seconds."""
-    monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0))
+    monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0, 0, 0))
 
 
 def test_a_cycle_costs_the_published_number_of_forwards():
@@ -173,6 +175,35 @@ def test_the_table_has_a_row_for_every_layout(tmp_path):
     toy = ModelSettings("toy", options_class("toy")(weights="random"))
     unguided = replace(run_config(toy), distill=DistillConfig(batch_size=64))
     assert "| 8 | full |" in describe(unguided, (8,))
+
+
+@pytest.mark.usefixtures("weights_only")
+def test_gpus_that_share_samples_exchange_tokens_and_accumulate_more(tmp_path):
+    config = run_config(wan(tmp_path, 2))
+    alone, pair = (Layout("full", 8, 8, context=context) for context in (1, 2))
+    sizes = Sizes.of(config, 1)
+    exchanging = replace(sizes, whole=replace(sizes.whole, exchanged_training=1000, exchanged_inference=100))
+    assert (plan(config, alone, sizes).micro_batches, plan(config, pair, sizes).micro_batches) == (4, 8)
+    moved = plan(config, pair, exchanging).received - plan(config, pair, sizes).received
+    # Of a micro-batch: 11.5 student's, 2 teacher's (batched guidance) and 1 critic's forwards, 6 with gradient.
+    assert moved == pytest.approx(8 * (14.5 * 100 + 6 * 1000))
+    assert [layout.context for layout in context_layouts(alone, [1, 2, 4, 5, 8, 20])] == [2, 4, 8]
+    assert context_layouts(replace(alone, offload_teacher=True), [1, 2]) == []
+
+
+def test_a_row_with_shared_samples_stands_where_it_makes_a_smaller_card_do(tmp_path, monkeypatch):
+    config = run_config(wan(tmp_path, 2))
+    needed = {layout.context: plan(config, layout, Sizes.of(config, 1, layout.context)).total * 1e-9
+              for layout in (Layout("full", 8, 8), Layout("full", 8, 8, context=2))}  # fmt: skip
+    between = (needed[1] + needed[2]) / 2 / HEADROOM
+    for module in (page_module, layouts_module):
+        monkeypatch.setattr(module, "CAPACITIES", (between, 2 * between))
+    rows = [line for line in describe(config, (8,)).splitlines() if line.startswith("| 8 | full")]
+    assert ["context 2" in row for row in rows[:2]] == [False, True]
+    assert "context" not in "".join(rows[2:])
+    for module in (page_module, layouts_module):
+        monkeypatch.setattr(module, "CAPACITIES", (1.0,))
+    assert "context" not in describe(config, (8,))
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
