@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from fresh import Command
 from plan_cases import wan
 from process_runs import assert_same_curve, assert_same_student, curve, torchrun, write_embeddings
+from safetensors.torch import load_file
+from tiny_wan import PROMPTS, write_pipeline
 from torch.distributed.device_mesh import init_device_mesh
 from train_cases import train
 from workers import run_processes
 
-from codmd import models
+from codmd import cli, models
 from codmd.distill.config.sections import ParallelSettings
 from codmd.distill.config.typed import ConfigError
 from codmd.distill.plan.footprint import LiveBytes, flash_attention, footprint
@@ -106,3 +109,29 @@ def test_a_degree_that_does_not_divide_the_processes_is_refused(monkeypatch):
 def test_a_model_without_tokens_is_refused():
     with pytest.raises(ValueError, match="ToyDenoiser has no context parallelism"):
         models.build("toy", weights="random").split_tokens(None)
+
+
+def test_two_processes_sample_one_video_together(tmp_path):
+    folder, prompts = write_pipeline(tmp_path / "pipeline"), tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPTS[0]}\n{PROMPTS[1]}\n")
+    size = ["--frames", "5", "--height", "32", "--width", "32", "--compute", "float32", "--device", "cpu"]
+    command = ["sample", str(folder), "--sigmas", "1,0.5", "--prompts", str(prompts), *size]
+    assert cli.main([*command, "--out", str(tmp_path / "one")]) == 0
+    assert cli.main([*command, "--out", str(tmp_path / "latents"), "--latents"]) == 0
+    for name, options in (("two", []), ("pair", ["--latents"])):
+        shared = [*command, *options, "--out", str(tmp_path / name), "--context", "2"]
+        together = Command(tmp_path / f"{name}.txt", *shared, processes=2)
+        assert together.finish() == 0, together.text()[-4000:]
+        assert together.text().count("2 sampled, 0 complete before\n") == 1
+    names = [sorted(path.name for path in (tmp_path / run / "videos").iterdir()) for run in ("one", "two")]
+    assert names[0] == names[1]
+    for path in (tmp_path / "latents" / "latents").iterdir():
+        alone, shared = (load_file(tmp_path / run / "latents" / path.name)["latents"] for run in ("latents", "pair"))
+        torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_that_the_processes_do_not_divide_are_refused(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a\n")
+    command = ["sample", str(tmp_path), "--sigmas", "1", "--prompts", str(tmp_path / "prompts.txt"), "--context", "2"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert "context: 2 does not divide 1 processes" in capsys.readouterr().err

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from codmd.distill.data.conditions import Source as Encoded
     from codmd.distill.data.prompts import Embeddings
     from codmd.distill.data.textures import Textures
+    from codmd.distill.run.parallel import Processes
     from codmd.models.base import Condition
 
-    from .folder import SampleFolder
+    from .folder import SampleFolder, Share
     from .names import PromptJob
     from .samplers import FewStep, Guided
     from .source import Source
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--attention", help="backend by diffusers' name (native)")
     model.add_argument("--compute", choices=("bfloat16", "float32"), help="dtype of the network (bfloat16)")
     model.add_argument("--compile", action="store_true", default=None, help="compile the repeated block")
+    model.add_argument("--context", type=integer_in(1, 1024), default=1, help="processes that share every video (1)")
     model.add_argument("--device", help="cpu, cuda, ... (a GPU of its own for every process, where there is one)")
 
 
@@ -101,8 +103,14 @@ def run(args: argparse.Namespace) -> int:
             import transformers  # noqa: F401
     except ValueError as error:
         raise CommandError(str(error)) from error
+    from codmd.distill.config.sections import ParallelSettings
+    from codmd.distill.run.parallel import processes
+
     try:
-        return _run(args)
+        if args.context == 1:
+            return _run(args, None)
+        with processes(ParallelSettings(context=args.context)) as team:
+            return _run(args, team)
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -119,7 +127,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("--seeds, --seed: VBench fixes them; leave them out with --vbench")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, team: Processes | None) -> int:
     from codmd import models
     from codmd.distill.data.prompts import Embeddings
     from codmd.models.fingerprint import fingerprint
@@ -130,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
     if not (args.prompts or args.vbench or is_training(args.source)):
         raise ValueError(NO_PROMPTS)
     embeddings = Embeddings(args.prompts) if args.prompts and args.prompts.is_dir() else None
-    share, name = Share.from_environment(), args.model or models.DEFAULT
+    share, name = Share.from_environment(args.context), args.model or models.DEFAULT
     if not (args.teacher or args.sigmas or is_training(args.source)):
         raise ValueError(
             f"--sigmas: not given, and plain weights do not tell them; {models.adapter(name).student_steps} "
@@ -140,6 +148,8 @@ def _run(args: argparse.Namespace) -> int:
     options = _model_options(args, embeddings, name)
     prompts = _prompts(args, embeddings)
     source = open_source(args.source, args.ema, options, _device(args.device, share), video, name)
+    if team is not None and team.context is not None:
+        source.model.split_tokens(team.context)
     encoded = embeddings or source.data
     jobs = _jobs(args, prompts, source.data)
     sampler = _sampler(args, source)
@@ -157,9 +167,10 @@ def _run(args: argparse.Namespace) -> int:
         "embeddings": _fingerprints(embeddings, jobs),
     }
     folder.check(settings)
-    made, kept = _fill(folder, settings, share.of(jobs), source, sampler, encoded, quiet=share.rank > 0)
-    of = f" (process {share.rank} of {share.world})" if share.world > 1 else ""
-    print(f"{folder.kind}: {made} sampled, {kept} complete before{of}")
+    made, kept = _fill(folder, settings, share, jobs, source, sampler, encoded, team)
+    if share.writes:
+        of = f" (process {share.rank} of {share.world})" if share.world > 1 else ""
+        print(f"{folder.kind}: {made} sampled, {kept} complete before{of}")
     return 0
 
 
@@ -238,27 +249,32 @@ def _sampler(args: argparse.Namespace, source: Source) -> FewStep | Guided:
 def _fill(
     folder: SampleFolder,
     settings: dict[str, Any],
-    jobs: Sequence[PromptJob],
+    share: Share,
+    wanted: Sequence[PromptJob],
     source: Source,
     sampler: FewStep | Guided,
     encoded: Encoded | None,
-    quiet: bool,
+    team: Processes | None,
 ) -> tuple[int, int]:
-    """Samples what is missing; the numbers of videos made and found complete."""
+    """Samples what this process's share of the wanted videos lacks; the numbers of those made and found complete."""
     from tqdm import tqdm
 
     frames = None if folder.latents else source.video_frames
+    jobs = share.of(wanted)
     missing = {job: folder.missing(job, frames, source.model.latent_shape) for job in jobs}
+    if team is not None:  # files appear while the others look
+        missing = team.share_in_context(missing)
     made = sum(map(len, missing.values()))
-    if made and not folder.latents:
+    if made and share.writes and not folder.latents:
         source.load_decoder()
     conditions = _conditions([job for job in jobs if missing[job]], source, sampler, encoded)
     folder.create(settings)
+    quiet = share.rank > 0 or not share.writes
     with tqdm(total=made * sampler.evaluations, unit="step", desc="sampling", disable=quiet) as bar:
         for job, seeds in missing.items():
             bar.set_postfix_str(job.prompt[:30])
             cond = conditions[job].to(source.model.device) if seeds else None
-            folder.sample(job, seeds, source, sampler, cond, bar.update)
+            folder.sample(job, seeds, source, sampler, cond, bar.update, share.writes)
     return made, sum(len(job.seeds) for job in jobs) - made
 
 

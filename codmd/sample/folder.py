@@ -94,11 +94,18 @@ class SampleFolder:
         sampler: FewStep | Guided,
         cond: Condition,
         progress: Callable[[int], Any],
+        writes: bool = True,
     ) -> None:
-        """Makes the files of `seeds`, and the sheet of the prompt where it is not up to date."""
+        """Makes the files of `seeds`, and the sheet of the prompt where it is not up to date.
+
+        Without `writes` it samples alone, for another process that writes what both have computed.
+        """
         for seed in seeds:
             latents = sampler(source.model, noise_of(job.prompt, seed), cond, progress)
-            self._write(job, seed, source, latents)
+            if writes:
+                self._write(job, seed, source, latents)
+        if not writes:
+            return
         sheet = self.root / "sheets" / f"{job.name}.png"
         if not self.latents and (seeds or not sheet.is_file()):
             sheet.parent.mkdir(exist_ok=True)
@@ -135,19 +142,23 @@ class Share:
     """This process among those that torchrun started.
 
     Attributes:
-        rank, world: of all processes.
+        rank, world: of all processes; of the groups of them that share their samples.
         local_rank: on this machine; chooses the device.
+        writes: whether this process writes what its group makes.
     """
 
     rank: int
     world: int
     local_rank: int
+    writes: bool = True
 
     @classmethod
-    def from_environment(cls) -> Share:
-        """What torchrun says; one process without it."""
-        return cls(*(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    def from_environment(cls, context: int = 1) -> Share:
+        """What torchrun says; one process without it. `context` consecutive processes share their samples."""
+        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in names)
+        return cls(rank // context, world // context, local_rank, rank % context == 0)
 
     def of(self, jobs: Sequence[PromptJob]) -> Sequence[PromptJob]:
-        """Every world-th job; no two processes write the same file."""
+        """Every world-th job; no two groups write the same file."""
         return jobs[self.rank :: self.world]

@@ -27,8 +27,8 @@ from codmd.models.base import Condition, VideoDenoiser, cat_cond
 def dry_run(config: RunConfig) -> str:
     """Validates `config` and describes the run.
 
-    A process by itself stands for as many as `parallel.shard_size` and `context` ask for; torchrun says how many there are. Networks
-    are built on the meta device, without memory for weights, and evaluated there once.
+    A process by itself stands for as many as `parallel.shard_size` and `context` ask for; torchrun says how many there
+    are. Networks are built on the meta device, without memory for weights, and evaluated there once.
 
     Raises:
         ConfigError: all that would stop the run at its start.

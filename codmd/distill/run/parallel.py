@@ -74,6 +74,13 @@ class Processes:
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
+    def share_in_context(self, value: Any) -> Any:
+        """`value` of the first process that holds this process's samples, on all that do."""
+        box = [value]
+        if self.context is not None:
+            dist.broadcast_object_list(box, group=self.context.get_group("ulysses"), group_src=0)
+        return box[0]
+
     def agree(self, make: Callable[[], Any]) -> Any:
         """What `make` gives the first process, on every process.
 
