@@ -201,6 +201,41 @@ def test_longlive(option, i2v, frames, starts):
     agree(scope["dmd_loss"], scope["original_latent"], expected(formula, tensors, 3.0, "cond", "bfchw"))
 
 
+def of_longlive(x, f, c, mask, block):
+    """The recipe's loss without guidance, with the options that LongLive's image-to-video training is shipped with."""
+    own = SimpleNamespace(
+        real_guidance_scale=3.0, num_frame_per_block=block, independent_first_frame=True,
+        args=SimpleNamespace(i2v=True),
+    )  # fmt: skip
+    scope = {
+        "codmd": codmd, "dataclasses": dataclasses, "group": None, "self": own, "gradient_mask": mask,
+        "original_latent": x.requires_grad_(), "fake": f, "real": c, "real_uncond": c, "dmd_log_dict": {},
+    }  # fmt: skip
+    exec(lines_of("LongLive", "first_alone ="), scope)
+    return scope["terms"].dmd
+
+
+def test_longlive_image_to_video_has_plain_blocks():
+    """0.01465; a first frame that stood alone would make it 0.01534."""
+    generator = torch.Generator().manual_seed(0)
+    x, n, c = (torch.randn(2, 4, 6, 6, 8, generator=generator).transpose(1, 2) for _ in range(3))
+    f = c + 0.2 * n
+    assert of_longlive(x, f, c, None, 3).item() == pytest.approx(0.01465, abs=5e-6)
+    alone = dataclasses.replace(codmd.conventions.longlive, independent_first_frame=True)
+    assert codmd.ops.dmd_loss(x, real=c, fake=f, convention=alone).item() == pytest.approx(0.01534, abs=5e-6)
+
+
+def test_longlive_as_shipped_for_image_to_video():
+    """Four blocks of eight latent frames; the first frame is the given image: in its block's norm, not in the loss."""
+    x, f, c, _ = draw((1, 32, 4, 4, 6), torch.float32)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[:, :1] = False
+    found = of_longlive(x, f, c, mask, 8)
+    x, f, c = (v.detach().double().unflatten(1, (4, 8)) for v in (x, f, c))
+    g = (f - c) / (x - c).abs().mean((2, 3, 4, 5), keepdim=True)
+    torch.testing.assert_close(found.double(), 0.5 * g.flatten(1, 2)[:, 1:].square().mean(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_rcm_with_its_sum(samples, guidance):
