@@ -11,8 +11,9 @@ from test_train import Counting
 
 from benchmarks.comparison import __main__ as command
 from benchmarks.comparison import page, toy
-from benchmarks.comparison.arms import ARMS, forwards_per_update, updates_of
-from benchmarks.comparison.study import COLUMNS, difference, differences
+from benchmarks.comparison.arms import ARMS, arms_of, forwards_per_update, updates_of
+from benchmarks.comparison.study import difference, differences
+from benchmarks.comparison.toy import COLUMNS
 from codmd.demo.arc import ArcVideo
 from codmd.demo.pool import run_jobs
 from codmd.distill.config.recipe import DistillConfig
@@ -74,8 +75,10 @@ def test_arms_of_dearer_updates_make_fewer():
 
 
 def test_every_arm_with_the_relation_is_paired_with_the_same_recipe_without_it():
+    guided = replace(toy.BASE, guidance=1.0)
+    assert set(arms_of(guided)) - set(arms_of(toy.BASE)) == {"decoupled", "decoupled_codmd"}
     for arm in ARMS.values():
-        recipe, other = arm.recipe(toy.BASE), ARMS[arm.against].recipe(toy.BASE)
+        recipe, other = arm.recipe(guided), ARMS[arm.against].recipe(guided)
         if recipe.uses_relation:
             assert not other.uses_relation
             relation = ("relation_weight", "temperature", "batch_weight", "relation_features")
@@ -129,7 +132,8 @@ def test_the_command_writes_what_is_finished_and_says_what_is_not(tmp_path, caps
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     tiny(work)
-    (work / "settings.json").write_text(json.dumps({"updates": 8, "samples": 32}))
+    settings = {"size": "toy", "updates": 8, "samples": 32, "changes": []}
+    (work / "settings.json").write_text(json.dumps(settings))
     for seed in (1, 2):
         for arm in ("data", "dmd", "codmd"):
             shift = {"dmd": 0.3, "codmd": 0.2, "data": 0.0}[arm] + 0.01 * seed
@@ -145,7 +149,7 @@ def test_the_command_writes_what_is_finished_and_says_what_is_not(tmp_path, caps
             "--work", str(work), "--out", str(out)]  # fmt: skip
     assert command.main(line) == command.UNFINISHED
     text = (out / "comparison.md").read_text()
-    assert "**5 of 6 runs are finished; `python -m benchmarks.comparison --size toy` continues the rest.**" in text
+    assert f"**5 of 6 runs are finished; `python -m benchmarks.comparison {' '.join(line)}` continues the" in text
     record = json.loads((out / "comparison.json").read_text())
     assert record["differences"]["codmd"]["video_energy"]["pairs"] == 1
     document = (out / "comparison.html").read_text()
@@ -168,12 +172,12 @@ def test_a_worker_runs_what_it_is_given(tmp_path):
 def test_a_difference_is_paired_and_counts_distances_from_the_best_value():
     arm = {seed: outcome("codmd", seed, video_energy=0.1 * seed - 0.02, std_ratio=0.9) for seed in (1, 2, 3)}
     other = {seed: outcome("dmd", seed, video_energy=0.1 * seed, std_ratio=1.2) for seed in (1, 2, 3, 4)}
-    found = difference(arm, other, "video_energy")
+    found = difference(arm, other, "video_energy", None)
     assert (found.mean, found.better, found.pairs) == (pytest.approx(-0.02), 3, 3)
     assert found.relative == pytest.approx(-0.1)
     assert found.low == pytest.approx(-0.02)
-    assert difference(arm, other, "std_ratio").mean == pytest.approx(-0.1)
-    assert difference(arm, {9: outcome("dmd", 9)}, "speed") is None
+    assert difference(arm, other, "std_ratio", 1.0).mean == pytest.approx(-0.1)
+    assert difference(arm, {9: outcome("dmd", 9)}, "speed", None) is None
 
 
 def test_the_verdict_says_where_the_term_does_not_help():
@@ -181,11 +185,11 @@ def test_the_verdict_says_where_the_term_does_not_help():
     better += [
         outcome("codmd", s, video_energy=1.2 + 0.01 * s, speed=0.05, spearman=1.0 + 0.3 * (s - 2)) for s in (1, 2, 3)
     ]
-    (sentence,) = page.verdicts(better)
+    (sentence,) = page.verdicts(better, COLUMNS)
     assert "better in speed (-50%, 3 of 3)" in sentence
     assert "worse in videos (+22%, 0 of 3)" in sentence
     assert "Spearman" not in sentence
-    assert set(differences(better)) == {"codmd"}
+    assert set(differences(better, COLUMNS)) == {"codmd"}
 
 
 def test_the_measures_of_fresh_data_are_near_their_best():

@@ -48,6 +48,8 @@ ARMS = {
     "mixing_codmd": Arm("CoDMD, frames, critic mixing", {**LEVEL, **MIXING}, "mixing"),
     "diversity": Arm("DMD, first-step diversity", DIVERSITY),
     "diversity_codmd": Arm("CoDMD, frames, first-step diversity", {**LEVEL, **DIVERSITY}, "diversity"),
+    "decoupled": Arm("DMD, decoupled guidance", {"decoupled": True}),
+    "decoupled_codmd": Arm("CoDMD, frames, decoupled guidance", {**LEVEL, "decoupled": True}, "decoupled"),
     "centred": Arm("CoDMD, centred frames", {**LEVEL, "relation_features": "centred"}),
     **{
         f"lambda_{value:g}": Arm(f"CoDMD, frames, λ = {value:g}", {"relation_weight": value}, group="λ")
@@ -63,6 +65,13 @@ ARMS = {
     "codmd_1": Arm("CoDMD, frames, 1 step", LEVEL, "dmd_1", 1, "steps"),
 }
 """In the order in which they run; at every seed an arm has the noise of the others."""
+
+
+def arms_of(base: DistillConfig) -> tuple[str, ...]:
+    """The arms that `base` allows, those without training first: decoupled guidance needs guidance."""
+    return *UNTRAINED, *(
+        name for name, arm in ARMS.items() if base.guidance is not None or "decoupled" not in arm.changes
+    )
 
 
 def forwards_per_update(config: DistillConfig) -> float:

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from codmd import page
 from codmd.demo.arc import ArcVideo
-from codmd.demo.summary import markdown
+from codmd.demo.summary import Column, markdown
 
 from .arms import ARMS, UNTRAINED
-from .study import COLUMNS, by_arm, differences, spread
+from .study import by_arm, differences, spread
+
+Outcomes = Sequence[dict[str, Any]]
+Columns = dict[str, Column]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a size is about, in words for its page."""
+
+    title: str
+    name: str
+    """Of its files."""
+    target: str
+    """What samples are measured against."""
+    clips: str
+    absent: str
+
 
 CLIPS = 6
 SIZE = 96
@@ -28,36 +46,36 @@ def group_of(arm: str) -> str:
     return "main" if arm in UNTRAINED else ARMS[arm].group
 
 
-def levels(outcomes: Sequence[dict[str, Any]], group: str) -> tuple[list[str], list[list[str]]]:
+def levels(outcomes: Outcomes, columns: Columns, group: str) -> tuple[list[str], list[list[str]]]:
     """(header, rows): mean ± standard deviation over seeds of every measure."""
-    header = ["", "seeds", "updates", *(column.title for column in COLUMNS.values())]
+    header = ["", "seeds", "updates", *(column.title for column in columns.values())]
     rows = []
     for arm, found in by_arm(outcomes).items():
         if group_of(arm) == group:
             updates = next(iter(found.values()))["updates"]
-            cells = [_spread([o["metrics"][measure] for o in found.values()]) for measure in COLUMNS]
+            cells = [_spread([o["metrics"][measure] for o in found.values()]) for measure in columns]
             rows.append([title_of(arm), str(len(found)), str(updates or "–"), *cells])
     return header, rows
 
 
-def changes(outcomes: Sequence[dict[str, Any]], groups: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+def changes(outcomes: Outcomes, columns: Columns, group: str) -> tuple[list[str], list[list[str]]]:
     """(header, rows): paired differences: relative, the interval, and the seeds on which the arm is better."""
-    header = ["paired at the same seed", "against", *(column.title for column in COLUMNS.values())]
+    header = ["paired at the same seed", "against", *(column.title for column in columns.values())]
     rows = []
-    for arm, pairs in differences(outcomes).items():
-        if ARMS[arm].group in groups:
-            rows.append([title_of(arm), title_of(ARMS[arm].against), *(_change(pairs[m]) for m in COLUMNS)])
+    for arm, pairs in differences(outcomes, columns).items():
+        if ARMS[arm].group == group:
+            rows.append([title_of(arm), title_of(ARMS[arm].against), *(_change(pairs[m]) for m in columns)])
     return header, rows
 
 
-def verdicts(outcomes: Sequence[dict[str, Any]]) -> list[str]:
+def verdicts(outcomes: Outcomes, columns: Columns) -> list[str]:
     """A sentence per arm of the main group: what fell, what grew, and on how many seeds; intervals decide."""
     sentences = []
-    for arm, pairs in differences(outcomes).items():
+    for arm, pairs in differences(outcomes, columns).items():
         if ARMS[arm].group != "main":
             continue
-        fell = [_named(m, pair) for m, pair in pairs.items() if pair["high"] < 0]
-        grew = [_named(m, pair) for m, pair in pairs.items() if pair["low"] > 0]
+        fell = [_named(columns[m], pair) for m, pair in pairs.items() if pair["high"] < 0]
+        grew = [_named(columns[m], pair) for m, pair in pairs.items() if pair["low"] > 0]
         seeds = max(pair["pairs"] for pair in pairs.values())
         sentences.append(
             f"**{title_of(arm)}** against {title_of(ARMS[arm].against)}, {seeds} seeds: better in "
@@ -66,7 +84,7 @@ def verdicts(outcomes: Sequence[dict[str, Any]]) -> list[str]:
     return sentences
 
 
-def curves(outcomes: Sequence[dict[str, Any]], measure: str) -> tuple[list[str], list[list[str]]]:
+def curves(outcomes: Outcomes, measure: str) -> tuple[list[str], list[list[str]]]:
     """(header, rows): the mean over seeds of one measure at every point of the training, main arms."""
     rows, points = [], 0
     for arm, found in by_arm(outcomes).items():
@@ -78,7 +96,7 @@ def curves(outcomes: Sequence[dict[str, Any]], measure: str) -> tuple[list[str],
     return ["share of the updates", *(f"{(i + 1) / points:.0%}" for i in range(points))], rows
 
 
-def report(record: dict[str, Any]) -> str:
+def report(record: dict[str, Any], columns: Columns, subject: Subject) -> str:
     """The page in Markdown."""
     outcomes, settings = record["outcomes"], record["settings"]
     unfinished = settings["runs"] - len(outcomes)
@@ -89,69 +107,75 @@ def report(record: dict[str, Any]) -> str:
         else "All runs are finished."
     )
     parts = [
-        "# Comparison on arc video",
-        f"`{settings['command']}` wrote this page, [comparison.json](comparison.json) and comparison.html, which shows "
-        f"the clips side by side. {state}",
+        f"# {subject.title}",
+        f"`{settings['command']}` wrote this page, [{subject.name}.json]({subject.name}.json) and {subject.name}.html, "
+        f"which shows the clips side by side. {state}",
         f"Seeds {settings['seeds'][0]} to {settings['seeds'][-1]}, on which nothing was chosen: λ = 0.1 and τ = 0.1 "
         "are the paper's. Every trained arm costs as many network forwards as "
         f"{settings['updates']} updates of 4-step DMD ({settings['forwards']:,.0f} a sample of the batch; one with "
-        f"gradient counts as three), and is measured on {settings['samples']} samples against as many fresh videos. At "
-        "one seed all arms have the same noise and the same fresh videos.",
+        f"gradient counts as three), and is measured on {settings['samples']} samples against {subject.target}. At "
+        "one seed all arms have the same noise and the same target.",
         "## What it shows",
         "Better and worse: the 95 % bootstrap interval over seeds of the paired difference leaves 0 out. With five "
         "seeds such an interval is too narrow rather than too wide.",
-        "\n".join(f"- {sentence}" for sentence in verdicts(outcomes)) or "No pair of arms is finished.",
+        "\n".join(f"- {sentence}" for sentence in verdicts(outcomes, columns)) or "No pair of arms is finished.",
         "## Mean ± standard deviation over seeds",
         "Lower is better; temporal order is best at 0, std ratio and diversity at 1.",
-        markdown(*levels(outcomes, "main")),
+        markdown(*levels(outcomes, columns, "main")),
         "## Paired differences",
         "Mean difference relative to the other arm's mean, [95 % interval of the difference], seeds on which the arm "
         "is better. For measures with a best value: of the distances from it.",
-        markdown(*changes(outcomes, ("main",))),
+        markdown(*changes(outcomes, columns, "main")),
         "## Quality over training",
-        *(f"{COLUMNS[m].title}:\n\n{markdown(*curves(outcomes, m))}" for m in ("relation_energy", "video_energy")),
+        *(f"{columns[m].title}:\n\n{markdown(*curves(outcomes, m))}" for m in ("relation_energy", "video_energy")),
     ]
     for group in ("λ", "τ", "steps"):
         if any(group_of(o["arm"]) == group for o in outcomes):
-            parts += [f"## Sensitivity to {group}", markdown(*levels(outcomes, group)),
-                      markdown(*changes(outcomes, (group,)))]  # fmt: skip
+            parts += [f"## Sensitivity to {group}", markdown(*levels(outcomes, columns, group)),
+                      markdown(*changes(outcomes, columns, group))]  # fmt: skip
     parts += [
         "## Measures",
-        "\n".join(f"- **{column.title}**: {column.explanation}." for column in COLUMNS.values()),
-        "Not here: decoupled guidance and saturation need a guided model of pixels (`--size textures`). Cosines cannot "
-        "tell a video from its reversal.",
+        "\n".join(f"- **{column.title}**: {column.explanation}." for column in columns.values()),
+        f"{subject.absent}Cosines cannot tell a video from its reversal.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def document(record: dict[str, Any]) -> str:
+def document(record: dict[str, Any], columns: Columns, subject: Subject) -> str:
     """The page in HTML, with moving clips of every arm."""
     outcomes = record["outcomes"]
     body = [
-        "<h1>Comparison on arc video</h1>",
+        f"<h1>{subject.title}</h1>",
         f'<p class="note">{html.escape(record["settings"]["command"])}: '
         f"{len(outcomes)} of {record['settings']['runs']} runs</p>",
-        *(f"<p>{html.escape(sentence.replace('**', ''))}</p>" for sentence in verdicts(outcomes)),
-        "<h2>Clips</h2><p>The first videos of the first seed, from the same noise, in the plane of the nearest scene; "
-        "the grey circle is where the data's point moves.</p>",
+        *(f"<p>{html.escape(sentence.replace('**', ''))}</p>" for sentence in verdicts(outcomes, columns)),
+        f"<h2>Clips</h2><p>Videos of the first seed, from the same noise{subject.clips}.</p>",
         clips(outcomes),
-        "<h2>Mean ± standard deviation over seeds</h2>", page.table(*levels(outcomes, "main")),
-        "<h2>Paired differences</h2>", page.table(*changes(outcomes, ("main",))),
+        "<h2>Mean ± standard deviation over seeds</h2>", page.table(*levels(outcomes, columns, "main")),
+        "<h2>Paired differences</h2>", page.table(*changes(outcomes, columns, "main")),
     ]  # fmt: skip
     for group in ("λ", "τ", "steps"):
-        body += [f"<h2>Sensitivity to {group}</h2>", page.table(*levels(outcomes, group)),
-                 page.table(*changes(outcomes, (group,)))]  # fmt: skip
-    return page.page("Comparison on arc video", "\n".join(body))
+        body += [f"<h2>Sensitivity to {group}</h2>", page.table(*levels(outcomes, columns, group)),
+                 page.table(*changes(outcomes, columns, group))]  # fmt: skip
+    return page.page(subject.title, "\n".join(body))
 
 
-def clips(outcomes: Sequence[dict[str, Any]]) -> str:
+def clips(outcomes: Outcomes) -> str:
     """A row of moving clips per arm."""
     radius, rows = ArcVideo().config.radius, []
     for arm, found in by_arm(outcomes).items():
-        paths = found[min(found)]["paths"][:CLIPS]
-        cells = "".join(f"<td>{_clip(path, radius)}</td>" for path in paths)
+        first = found[min(found)]
+        shown = [_clip(path, radius) for path in first.get("paths", ())] or [_gif(gif) for gif in first["clips"]]
+        cells = "".join(f"<td>{clip}</td>" for clip in shown[:CLIPS])
         rows.append(f"<tr><td>{html.escape(title_of(arm))}</td>{cells}</tr>")
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+
+
+def _gif(data: str) -> str:
+    return (
+        f'<img alt="clip" width="{SIZE}" height="{SIZE}" style="image-rendering:pixelated" '
+        f'src="data:image/gif;base64,{data}">'
+    )
 
 
 def _clip(path: Sequence[Sequence[float]], radius: float) -> str:
@@ -187,6 +211,6 @@ def _change(pair: dict[str, Any]) -> str:
     return f"{relative}{interval}{pair['better']}/{pair['pairs']}"
 
 
-def _named(measure: str, pair: dict[str, Any]) -> str:
-    relative = f"{pair['mean']:+.3f}" if COLUMNS[measure].best is not None else f"{pair['relative']:+.0%}"
-    return f"{COLUMNS[measure].title} ({relative}, {pair['better']} of {pair['pairs']})"
+def _named(column: Column, pair: dict[str, Any]) -> str:
+    relative = f"{pair['mean']:+.3f}" if column.best is not None else f"{pair['relative']:+.0%}"
+    return f"{column.title} ({relative}, {pair['better']} of {pair['pairs']})"

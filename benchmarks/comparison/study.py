@@ -12,23 +12,6 @@ from codmd.metrics import bootstrap_interval, paired_difference
 
 from .arms import ARMS, UNTRAINED
 
-COLUMNS = {
-    "relation_energy": Column("relation, cosine", "energy distance between the frame-by-frame cosine matrices"),
-    "spearman": Column(
-        "relation, Spearman", "root mean square difference of Spearman's correlations of all coordinates"
-    ),
-    "normal_scores": Column("relation, normal scores", "the same with van der Waerden's normal scores"),
-    "sample_relation": Column("between samples", "Wasserstein distance between the cosines of pairs of videos"),
-    "video_energy": Column("videos", "energy distance between the videos themselves"),
-    "speed": Column("speed", "Wasserstein distance between the distributions of speed"),
-    "static": Column("static", "share of videos slower than a tenth of the data's median speed"),
-    "order": Column(
-        "temporal order", "mean Spearman correlation of lag and dissimilarity of frames, less the data's", best=0.0
-    ),
-    "std_ratio": Column("std ratio", "standard deviation over the data's", best=1.0),
-    "diversity": Column("diversity", "mean distance between two samples over the data's", best=1.0),
-}
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -62,13 +45,12 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(
-    arm: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], measure: str
-) -> Difference | None:  # fmt: skip
-    """`arm` against `other` in one measure; None without a common seed."""
+    arm: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], measure: str, best: float | None
+) -> Difference | None:
+    """`arm` against `other` in one measure, near to `best` or else low; None without a common seed."""
     seeds = sorted(set(arm) & set(other))
     if not seeds:
         return None
-    best = COLUMNS[measure].best
     a, b = ([_distance(found[seed]["metrics"][measure], best) for seed in seeds] for found in (other, arm))
     pair = paired_difference(a, b)
     changes = [y - x for x, y in zip(a, b, strict=True)]
@@ -77,14 +59,14 @@ def difference(
     return Difference(pair.mean, pair.mean / mean if mean else math.nan, low, high, pair.lower, pair.pairs)
 
 
-def differences(outcomes: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+def differences(outcomes: Sequence[dict[str, Any]], columns: dict[str, Column]) -> dict[str, dict[str, dict[str, Any]]]:
     """arm -> measure -> its difference to the arm that it is paired with, as plain numbers."""
     found = by_arm(outcomes)
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for arm, seeds in found.items():
         if arm in ("dmd", *UNTRAINED) or (against := ARMS[arm].against) not in found or against == arm:
             continue
-        pairs = {measure: difference(seeds, found[against], measure) for measure in COLUMNS}
+        pairs = {name: difference(seeds, found[against], name, column.best) for name, column in columns.items()}
         table[arm] = {measure: asdict(pair) for measure, pair in pairs.items() if pair is not None}
     return table
 

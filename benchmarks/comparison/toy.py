@@ -19,6 +19,7 @@ from codmd import metrics
 from codmd.atomic import replacing
 from codmd.demo.arc import ArcVideo
 from codmd.demo.experiment import TEACHER_STEPS
+from codmd.demo.summary import Column
 from codmd.demo.teacher import TeacherConfig
 from codmd.distill.config.recipe import DistillConfig
 from codmd.distill.update.rollout import sample_euler, sample_few_step
@@ -28,6 +29,22 @@ from codmd.models.toy import ToyDenoiser
 
 from .arms import ARMS, updates_of
 
+COLUMNS = {
+    "relation_energy": Column("relation, cosine", "energy distance between the frame-by-frame cosine matrices"),
+    "spearman": Column(
+        "relation, Spearman", "root mean square difference of Spearman's correlations of all coordinates"
+    ),
+    "normal_scores": Column("relation, normal scores", "the same with van der Waerden's normal scores"),
+    "sample_relation": Column("between samples", "Wasserstein distance between the cosines of pairs of videos"),
+    "video_energy": Column("videos", "energy distance between the videos themselves"),
+    "speed": Column("speed", "Wasserstein distance between the distributions of speed"),
+    "static": Column("static", "share of videos slower than a tenth of the data's median speed"),
+    "order": Column(
+        "temporal order", "mean Spearman correlation of lag and dissimilarity of frames, less the data's", best=0.0
+    ),
+    "std_ratio": Column("std ratio", "standard deviation over the data's", best=1.0),
+    "diversity": Column("diversity", "mean distance between two samples over the data's", best=1.0),
+}
 BASE = DistillConfig()
 KEPT = 24
 """Videos whose paths an outcome keeps for the page."""
@@ -109,7 +126,7 @@ def run(task: Run, progress: Callable[[int], None]) -> dict[str, Any]:
         "scenes": scenes.tolist(),
         "paths": [[[round(x, 3) for x in point] for point in path] for path in paths.tolist()],
     }
-    _write(task.outcome_path, json.dumps(outcome))
+    write_outcome(task.outcome_path, outcome)
     task.state_path.unlink(missing_ok=True)
     return outcome
 
@@ -169,6 +186,7 @@ def restore(distiller: Distiller, path: Path) -> list[dict[str, float]]:
     return json.loads(metadata["curve"])
 
 
-def _write(path: Path, text: str) -> None:
+def write_outcome(path: Path, outcome: dict[str, Any]) -> None:
+    """One finished run, whole or not at all."""
     with replacing(path) as partial:
-        partial.write_text(text + "\n", "utf-8")
+        partial.write_text(json.dumps(outcome) + "\n", "utf-8")
