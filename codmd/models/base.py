@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,10 @@ class VideoDenoiser(nn.Module, ABC):
     def enable_gradient_checkpointing(self, function: Callable[..., Any] | None = None) -> None:
         """Recomputes blocks in the backward pass; `function(block, *inputs)` replaces the way each is called."""
         raise ValueError(f"{type(self).__name__} has no gradient checkpointing; set gradient_checkpointing to false")
+
+    def tangents(self) -> AbstractContextManager[None]:
+        """Within it, under `torch.no_grad()`, `forward` takes dual numbers of `torch.autograd.forward_ad`."""
+        return nullcontext()
 
     def shard_blocks(self, mesh: DeviceMesh, policy: ShardPolicy | None = None) -> None:
         """Shards every repeated block, then the rest, over `mesh` (1-D: full; 2-D: replicas x shards), in place."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .context import split_tokens, token_splits
 from .export import write_adapter_folder, write_diffusers_folder
 from .options import RANDOM, ZEROS, WanOptions
 from .precision import compute_in_float32, float32_modules, store_in_bfloat16
+from .tangents import tangent_attention
 from .text import NEGATIVE_PROMPT, TOKENS, WanPromptEncoder
 from .vae import FRAMES_PER_SECOND, WanVideoDecoder, strides
 from .weights import open_wan
@@ -193,6 +194,10 @@ class WanDenoiser(VideoDenoiser):
         """Recomputes every block in the backward pass; `function(block, *inputs)` replaces the way it is called."""
         self.transformer.enable_gradient_checkpointing(function)
         self.checkpointing = True
+
+    def tangents(self) -> AbstractContextManager[None]:
+        """Attention that carries tangents."""
+        return tangent_attention(self.transformer)
 
     def shard_blocks(self, mesh: DeviceMesh, policy: ShardPolicy | None = None) -> None:
         """FSDP2 over every block, over the time embedding in float32, then over the rest; in place."""
