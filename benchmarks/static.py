@@ -98,6 +98,26 @@ def _tickets(compiled: Any, machine: tuple[int, int]) -> tuple[int, int]:
     return machine[0], min(machine[1], written[1])
 
 
+MULTIPLIED = ("gram_kernel", "gram_batch_kernel", "apply_kernel", "apply_batch_kernel")
+"""Kernels that multiply latents."""
+
+
+def chained(ttir: str) -> int:
+    """Products of Triton's IR that add to anything but zero and other products."""
+    dots = dict(re.findall(r"(%[\w#:]+) = tt\.dot [^,]+, [^,]+, (%[\w#]+)", ttir))
+    return sum(start not in dots and not start.startswith("%cst") for start in dots.values())
+
+
+def _products(launch: Launch, code: str, instruction: str, compiled: Any) -> tuple[str, int, int, int]:
+    """Of a kernel that multiplies latents: their dtype, products of half precision, of TF32, and carried ones."""
+    if launch.name not in MULTIPLIED:
+        return "", 0, 0, 0
+    dtype = str(launch.values["student"].dtype).removeprefix("torch.")
+    products = re.findall(instruction, code)
+    half = sum("tf32" not in p and "xf32" not in p for p in products)
+    return dtype, half, len(products) - half, chained(compiled.asm["ttir"]) if half else 0
+
+
 def _nvidia(launch: Launch, target: str, compiled: Any) -> Report:
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
@@ -110,6 +130,7 @@ def _nvidia(launch: Launch, target: str, compiled: Any) -> Report:
         launch.name, target, numbers["REG"], numbers["STACK"], numbers["LOCAL"], compiled.metadata.shared,
         len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)), len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
         tickets, kept,
+        *_products(launch, ptx, r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled),
     )  # fmt: skip
 
 
@@ -129,6 +150,7 @@ def _amd(launch: Launch, target: str, compiled: Any) -> Report:
         compiled.metadata.shared,
         len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
         len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly)), tickets, kept,
+        *_products(launch, assembly, r"\bv_mfma_f32\w*", compiled),
     )  # fmt: skip
 
 

@@ -21,6 +21,14 @@ class Report:
     wide_stores: int
     tickets: int
     guarded: int
+    dtype: str = ""
+    """Of the latents, where a kernel multiplies them."""
+    products: int = 0
+    """Instructions of tensor cores on bfloat16 or float16."""
+    tf32: int = 0
+    """The same on float32, which they round."""
+    carried: int = 0
+    """Products that a loop adds to its running sum in tensor cores."""
 
 
 SHARED_BUDGET = 48 * 1024
@@ -74,7 +82,10 @@ def excesses(case: str, report: Report) -> list[str]:
         "bytes of shared memory": (report.shared, shared),
         "tickets without a barrier": (report.tickets - report.guarded, 0),
     }
+    limits |= {"TF32 products": (report.tf32, 0), "products without a flush": (report.carried, 0)}
     found = [f"{value} {name}, at most {limit} allowed" for name, (value, limit) in limits.items() if value > limit]
+    if report.dtype in ("bfloat16", "float16") and not report.products:
+        found.append(f"no product of {report.dtype} on tensor cores")
     wide = FEWER_LOADS.get((case, report.kernel), WIDE_LOADS.get(report.kernel, 0))
     # The gradient of a relation alone reads no latent.
     alone = report.kernel == "gradient_kernel" and not case.startswith(("dmd", "codmd"))

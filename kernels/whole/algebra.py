@@ -71,60 +71,83 @@ def too_small(grams, j, j_valid, count):
 
 
 @triton.jit
+def gram_rows(
+    grams, i, j, i_valid, j_valid, j_norms, n, count, temperature, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+):  # fmt: skip
+    """Σ KL of rows i [I, 1] against columns j [1, J]; G and S [I, J]; 1/n_x of the rows and whether it is not clamped."""
+    half = count * (count + 1) // 2
+    j_x, j_a, j_b, j_k, _j_x_free, j_f_kept, j_free = j_norms
+    i_x, i_a, i_b, i_k, x_free, i_f_kept, i_free = gram_norms(grams, i, count)
+    at = triangle(tl.minimum(i, j), tl.maximum(i, j), count)
+    inside = (i < count) & (j < count)
+    x = tl.load(grams + at, mask=inside, other=0.0)
+    r = tl.load(grams + half + at, mask=inside, other=0.0)
+    t = tl.load(grams + 2 * half + at, mask=inside, other=0.0)
+    similarity = (x * i_x) * j_x
+    r_cosine = r / i_a / j_a
+    difference = (t - r_cosine * (i_k * j_a + i_b * j_k)) / i_b / j_b
+    # An f without digits counts as zero far under the floor, and has a NaN for its norm elsewhere.
+    f_cosine = tl.where(i_f_kept & j_f_kept, (r + t) / i_b / j_b, 0.0 * i_b * j_b)
+    difference = tl.where(i_free & j_free, difference, f_cosine - r_cosine)
+    similarity, difference = unit_diagonal(similarity, difference, i == j, x_free, i_free)
+    i_valid = tl.broadcast_to(i_valid, [BLOCK_I, BLOCK_J])
+    kl, q_minus_p = divergence_rows(similarity, difference, i_valid, j_valid, temperature)
+    return kl, q_minus_p / (temperature * tl.maximum(n, 1.0)), similarity, i_x, x_free
+
+
+@triton.jit
 def relation_of_grams(
     grams, frame_mask, sample, count, mask_b, mask_f, temperature, scratch, matrix, scale,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """L = (1/n) Σ KL from X, R, T (upper triangles) and ‖f‖²; writes ``scale``·M [count, count].
 
-    ``scratch`` is [count + 2, count]: G, and its row and column sums of G∘S.
+    BLOCK_I rows at a time. Fewer than all of BLOCK_J leave G and its row and column sums of G∘S in ``scratch``
+    [count + 2, count].
     """
-    row_radial = scratch + count * count
-    column_radial = row_radial + count
-    half = count * (count + 1) // 2
     j = tl.arange(0, BLOCK_J)[None, :]
     j_valid = frame_validity(frame_mask, sample, j, count, mask_b, mask_f)
     n = tl.sum(tl.sum(j_valid.to(tl.float32), 1), 0)
     j_valid = unless_alone(j_valid, n)
     temperature = tl.where(too_small(grams, j, j_valid, count), float("nan"), temperature)
-    j_x, j_a, j_b, j_k, _j_x_free, j_f_kept, j_free = gram_norms(grams, j, count)
-    kl = 0.0
-    column_sum = tl.zeros([1, BLOCK_J], tl.float32)
-    for start in range(0, count, BLOCK_I):
-        i = start + tl.arange(0, BLOCK_I)[:, None]
-        spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
-        i_valid = unless_alone(frame_validity(frame_mask, sample, spread, count, mask_b, mask_f), n)
-        i_x, i_a, i_b, i_k, x_free, i_f_kept, i_free = gram_norms(grams, spread, count)
-        at = triangle(tl.minimum(spread, j), tl.maximum(spread, j), count)
-        inside = (spread < count) & (j < count)
-        x = tl.load(grams + at, mask=inside, other=0.0)
-        r = tl.load(grams + half + at, mask=inside, other=0.0)
-        t = tl.load(grams + 2 * half + at, mask=inside, other=0.0)
-        similarity = (x * i_x) * j_x
-        r_cosine = r / i_a / j_a
-        difference = (t - r_cosine * (i_k * j_a + i_b * j_k)) / i_b / j_b
-        # An f without digits counts as zero far under the floor, and has a NaN for its norm elsewhere.
-        f_cosine = tl.where(i_f_kept & j_f_kept, (r + t) / i_b / j_b, 0.0 * i_b * j_b)
-        difference = tl.where(i_free & j_free, difference, f_cosine - r_cosine)
-        similarity, difference = unit_diagonal(similarity, difference, spread == j, x_free, i_free)
-        block_kl, q_minus_p = divergence_rows(similarity, difference, i_valid, j_valid, temperature)
-        g = q_minus_p / (temperature * tl.maximum(n, 1.0))
-        store_tile(scratch, i, j, count, count, g)
-        tl.store(row_radial + i, tl.sum(g * similarity, 1, keep_dims=True), mask=i < count)
-        column_sum += tl.sum(g * similarity, 0, keep_dims=True)
-        kl += block_kl
-    tl.store(column_radial + j, column_sum, mask=j < count)
-    # All threads wrote the scratch and all read it.
-    tl.debug_barrier()
-    for start in range(0, count, BLOCK_I):
-        i = start + tl.arange(0, BLOCK_I)[:, None]
-        spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
-        inside = (spread < count) & (j < count)
-        i_x, _i_a, _i_b, _i_k, free, _i_f_kept, _i_free = gram_norms(grams, spread, count)
-        h = tl.load(scratch + spread * count + j, mask=inside, other=0.0)
-        h += tl.load(scratch + j * count + spread, mask=inside, other=0.0)
-        radial = tl.load(row_radial + spread, mask=inside, other=0.0)
-        radial += tl.load(column_radial + spread, mask=inside, other=0.0)
-        radial = tl.where(free & (spread == j), radial, 0.0)
+    j_norms = gram_norms(grams, j, count)
+    j_x = j_norms[0]
+    if BLOCK_I == BLOCK_J:
+        i = tl.arange(0, BLOCK_I)[:, None]
+        i_valid = unless_alone(frame_validity(frame_mask, sample, i, count, mask_b, mask_f), n)
+        kl, g, similarity, i_x, free = gram_rows(
+            grams, i, j, i_valid, j_valid, j_norms, n, count, temperature, BLOCK_I, BLOCK_J
+        )
+        h = g + tl.trans(g)
+        radial = tl.where(free & (i == j), tl.sum(h * similarity, 1, keep_dims=True), 0.0)
         store_tile(matrix, i, j, count, count, (h - radial) * i_x * j_x * scale)
+    else:
+        row_radial = scratch + count * count
+        column_radial = row_radial + count
+        kl = 0.0
+        column_sum = tl.zeros([1, BLOCK_J], tl.float32)
+        for start in range(0, count, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)[:, None]
+            i_valid = unless_alone(frame_validity(frame_mask, sample, i, count, mask_b, mask_f), n)
+            block_kl, g, similarity, _i_x, _free = gram_rows(
+                grams, i, j, i_valid, j_valid, j_norms, n, count, temperature, BLOCK_I, BLOCK_J
+            )
+            store_tile(scratch, i, j, count, count, g)
+            tl.store(row_radial + i, tl.sum(g * similarity, 1, keep_dims=True), mask=i < count)
+            column_sum += tl.sum(g * similarity, 0, keep_dims=True)
+            kl += block_kl
+        tl.store(column_radial + j, column_sum, mask=j < count)
+        # All threads wrote the scratch and all read it.
+        tl.debug_barrier()
+        for start in range(0, count, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)[:, None]
+            spread = i + tl.zeros([BLOCK_I, BLOCK_J], tl.int32)
+            inside = (spread < count) & (j < count)
+            i_x, _i_a, _i_b, _i_k, free, _i_f_kept, _i_free = gram_norms(grams, i, count)
+            h = tl.load(scratch + spread * count + j, mask=inside, other=0.0)
+            h += tl.load(scratch + j * count + spread, mask=inside, other=0.0)
+            radial = tl.load(row_radial + i, mask=i < count, other=0.0)
+            radial += tl.load(column_radial + i, mask=i < count, other=0.0)
+            radial = tl.where(free & (spread == j), radial, 0.0)
+            store_tile(matrix, i, j, count, count, (h - radial) * i_x * j_x * scale)
     return kl / tl.maximum(n, 1.0)

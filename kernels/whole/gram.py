@@ -151,7 +151,7 @@ def gram_kernel(
                 tl.debug_barrier()
                 loss = relation_of_grams(
                     grams, frame_mask, sample, frames, mask_b, mask_f, number(numbers, TEMPERATURE, temperature),
-                    scratch, matrices + b * frames * frames, 1.0 / samples, 16, BLOCK_J,
+                    scratch, matrices + b * frames * frames, 1.0 / samples, BLOCK_J if BLOCK_J <= 32 else 16, BLOCK_J,
                 )  # fmt: skip
                 tl.store(losses + sample, loss)
                 if takes_last(counters + samples * (GROUPS + 1), samples):

@@ -63,7 +63,7 @@ def relations_kernel(
         # All threads wrote the grams and the samples that take part, and all read them.
         tl.debug_barrier()
         loss = relation_of_grams(
-            grams, valid_samples, relation, samples, 0, 1, temperature, scratch, batch_matrix, 1.0, 16, BLOCK_B
+            grams, valid_samples, relation, samples, 0, 1, temperature, scratch, batch_matrix, 1.0, BLOCK_B, BLOCK_B
         )
         tl.store(losses, loss)
     else:
@@ -74,7 +74,7 @@ def relations_kernel(
         tl.debug_barrier()
         loss = relation_of_grams(
             grams, frame_mask, sample, frames, mask_b, mask_f, temperature, scratch,
-            matrices + sample * frames * frames, 1.0 / samples, 16, BLOCK_N,
+            matrices + sample * frames * frames, 1.0 / samples, BLOCK_N, BLOCK_N,
         )  # fmt: skip
         tl.store(losses + relation, loss)
     if takes_last(counters, tl.num_programs(0)):
