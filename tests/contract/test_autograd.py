@@ -6,7 +6,7 @@ import pytest
 import torch
 from losses import CODMD, DMD, RELATION, SHAPE, Calls, assert_same, every_loss, pools, related
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from codmd import ops
 
@@ -129,11 +129,16 @@ def test_differentiating_twice_raises(loss, call: Calls):
                 gradient.sum().backward()
 
 
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        return function(*arguments, **(options or {}))
+
+
 @every_loss
 def test_differentiating_a_traced_call_twice_raises(loss):
     student, arguments = loss.inputs(SHAPE)
     leaf = student.requires_grad_()
-    with TorchDispatchMode():
+    with Watching():
         (value,) = loss.alone(leaf, backend="reference", **arguments)
         (gradient,) = torch.autograd.grad(value.square(), leaf, create_graph=True)
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
