@@ -127,6 +127,21 @@ def test_every_instruction_set_is_as_good_as_torch(dtype, isa):
         cpp._C.select_isa(before)
 
 
+@pytest.mark.parametrize("flow", [False, True], ids=["x0", "flow"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_rows_of_zeros_in_fake_are_zero_vectors(backend, flow):
+    """u = φ / max(‖φ‖, 1e-12) is 0 for them; r + d is 0, too, for an f that rounding lost, whose relation is NaN."""
+    if not has_fused(backend):
+        pytest.skip(f"{backend} does not run here")
+    student, arguments = scores((3, 5, 3, 4, 6), flow=flow)
+    for name in ("fake", "fake_uncond", *(["noisy"] if flow else [])):
+        arguments[name][0, 1] = 0
+        arguments[name][1] = 0
+    options = {"prediction": "flow" if flow else "x0", **arguments}
+    for pool in ("mean", (2, 3)):
+        assert_as_good_as_torch(student, backend, UPSTREAMS[1], pool=pool, **options)
+
+
 @pytest.mark.skipif(not has_fused("cpp"), reason="the C++ extension is not built")
 def test_the_number_of_threads_does_not_change_the_gradient_of_the_dmd_term():
     student, arguments = scores((2, 5, 4, 40, 52), torch.bfloat16, flow=True)

@@ -91,12 +91,12 @@ def difference_of(real: Tensor, fake: Tensor) -> Tensor:
     return kept_apart(real, fake - real, fake == 0)
 
 
-def kept_apart(real: Tensor, difference: Tensor, zero: Tensor | bool = False) -> Tensor:
+def kept_apart(real: Tensor, difference: Tensor, zero: Tensor) -> Tensor:
     """``difference``, which moves by one rounding where rounding made it -real although fake is not ``zero``.
 
     ‖real + difference‖ then tells a fake far under real, whose digits are lost, from a zero.
     """
-    hidden = (real + difference == 0) & ~torch.as_tensor(zero, device=real.device)
+    hidden = (real + difference == 0) & ~zero
     return torch.where(hidden, difference * (1 - torch.finfo(difference.dtype).eps / 2), difference)
 
 

@@ -83,9 +83,9 @@ class Chunks {
     if (forward) read(scores_.student, p, y, x, n, student);
   }
 
-  // The sums of n pixels in double, from the latents themselves: r and d are added to real and difference.
+  // The sums of n pixels in double, from the latents themselves: x, r, d and f are added to `features`.
   void add_exact(const DmdRule& rule, const PlaneIndex& p, int64_t y, int64_t x, int64_t n, Moments& moments,
-                 double (&features)[3]) {
+                 double (&features)[4]) {
     read(scores_.student, p, y, x, n, student);
     read(scores_.fake, p, y, x, n, d);
     read(scores_.real, p, y, x, n, r);
@@ -102,6 +102,9 @@ class Chunks {
       features[0] += double(student[k]);
       features[1] += exact_r;
       features[2] += exact_d;
+      double fake = d[k];
+      if (critic_guided) fake += double(fake_scale_) * (fake - double(fake_uncond_[k]));
+      features[3] += guidance.flow ? double(noisy_[k]) - guidance.sigma * fake : fake;
     }
   }
 

@@ -25,7 +25,7 @@ void read_planes(const DmdScores& scores, const DmdRule& rule, const Numbers& nu
     const PlaneIndex p = plane_of(scores.shape, item);
     Moments& plane = planes[size_t(item)];
     for (int64_t region = 0; region < regions; ++region) {
-      double means[3] = {0, 0, 0};
+      double means[4] = {0, 0, 0, 0};  // the last is of f, where it is read in double
       chunks.each(region, [&](int64_t y, int64_t x, int64_t n) {
         if (scores.decoupled()) second[size_t(item)] += chunks.second_distance(p, y, x, n);
         DmdSums sums;
@@ -48,11 +48,11 @@ void read_planes(const DmdScores& scores, const DmdRule& rule, const Numbers& nu
       if (std::fabs(means[1] + means[2]) < kLeastFloat * std::fabs(means[1])) {
         // Of a fake far under real float32's difference keeps few digits.
         Moments read_before;
-        means[0] = means[1] = means[2] = 0;
+        means[0] = means[1] = means[2] = means[3] = 0;
         chunks.each(region, [&](int64_t y, int64_t x, int64_t n) {
           chunks.add_exact(rule, p, y, x, n, read_before, means);
         });
-        if (means[1] + means[2] == 0.0) means[2] = std::nextafter(means[2], 0.0);
+        if (means[1] + means[2] == 0.0 && means[3] != 0.0) means[2] = std::nextafter(means[2], 0.0);
       }
       const size_t at = size_t(item * regions + region);
       const double area = chunks.area(region);

@@ -38,7 +38,8 @@ def numbers_of(call: Call) -> Numbers:
 def latents_of(call: Objective) -> Latents:
     """What the loss is computed from."""
     second = None if call.augment_real is None else _wide(call, call.augment_real)
-    return Latents(_wide(call, call.student), _guided_real(call), _difference(call), second, _augmentation(call))
+    real = _guided(call, call.real, call.real_uncond, numbers_of(call).real_scale)
+    return Latents(_wide(call, call.student), real, _difference(call), second, _augmentation(call))
 
 
 def loss(latents: Latents, call: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,13 +135,18 @@ def _augmentation(call: Objective) -> Tensor | None:
     return numbers_of(call).real_scale * (_wide(call, call.augment_uncond) - _wide(call, call.augment_real))
 
 
-def _guided_real(call: Objective) -> Tensor:
-    r = _wide(call, call.real)
-    if call.real_uncond is not None:
-        r = r + numbers_of(call).real_scale * (r - _wide(call, call.real_uncond))
+def guided_fake(call: Objective) -> Tensor:
+    """f, which r + d does not tell from 0 where it lies far under r."""
+    return _guided(call, call.fake, call.fake_uncond, numbers_of(call).fake_scale)
+
+
+def _guided(call: Objective, cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
+    guided = _wide(call, cond)
+    if uncond is not None:
+        guided = guided + scale * (guided - _wide(call, uncond))
     if call.sigma is None or call.noisy is None:
-        return r
-    return _wide(call, call.noisy) - call.sigma[:, :, None, None, None] * r
+        return guided
+    return _wide(call, call.noisy) - call.sigma[:, :, None, None, None] * guided
 
 
 def _norms(distance: Tensor, rule: Convention) -> Tensor:

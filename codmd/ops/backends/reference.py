@@ -76,7 +76,7 @@ def objective(call: Objective, separate: bool) -> Found:
     batch = frame = loss.new_zeros(())
     batch_grad, frame_grad = loss.new_empty(0), loss.new_empty(0)
     if call.related:
-        features = _pooled(latents, call.pool)
+        features = _pooled(call, latents)
         frame, frame_grad = _frame_term(call, features)
         if call.batch and len(call.student) > 1:
             batch, batch_grad = _batch_term(_rows(call, features), numbers_of(call).temperature)
@@ -90,7 +90,7 @@ def features(call: Call) -> Pending:
         found = frame_features(call)
         return Pending(_rows(call, found), _frame_term(call, found))
     latents = moments.latents_of(call)
-    found = _pooled(latents, call.pool)
+    found = _pooled(call, latents)
     return Pending(_rows(call, found), (*_frame_term(call, found), *moments.loss(latents, call)))
 
 
@@ -150,9 +150,10 @@ def frame_features(call: Relation) -> Features:
     return x, r, d
 
 
-def _pooled(latents: moments.Latents, grid: Grid) -> Features:
-    pooled = latents.student, latents.real, reference.kept_apart(latents.real, latents.difference)
-    x, r, d = (reference.frame_features(v, "bfchw", _pool(grid)) for v in pooled)
+def _pooled(call: Objective, latents: moments.Latents) -> Features:
+    difference = reference.kept_apart(latents.real, latents.difference, moments.guided_fake(call) == 0)
+    pooled = latents.student, latents.real, difference
+    x, r, d = (reference.frame_features(v, "bfchw", _pool(call.pool)) for v in pooled)
     return x, r, d
 
 
