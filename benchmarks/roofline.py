@@ -130,9 +130,10 @@ of several frames than one program holds. The 14B model has the latents of the 1
 * `pool=None` streams the latents once for the Gram matrices and once for the gradient. One relation kind, be it of
   frames (one sample) or of samples (images), is one launch and one. Frames *and* samples are two launches and one: a
   program takes all samples of its columns, whose time averages it then has in registers. That holds up to 8 samples of
-  32 frames, 16 of 16 or 2 of 64, from Triton 3.8 on. Beyond, the batch term keeps the time averages in float32, 36
-  bytes for each pixel of a sample (x, r and d written and read, x read and its gradient written, that read backward)
-  beside the 10 bytes for each pixel of a frame: 36/(10 x frames), 0.088 at 41 frames, and one launch more.
+  32 frames or 16 of 16, from Triton 3.8 on. Beyond, the batch term keeps the time averages in float32, 36 bytes for
+  each pixel of a sample (x, r and d written and read, x read and its gradient written, that read backward) beside the
+  10 bytes for each pixel of a frame: 36/(10 x frames), 0.088 at 41 frames, and one launch more. bfloat16 and float16
+  are multiplied by tensor cores, exactly (kernels/README.md); float32 by IEEE FMA.
 * What the compiler makes of every kernel (registers, spills, vector accesses): `python -m benchmarks.static`.
 * How long that code would take, modelled from it: `python -m benchmarks.latency`. No measurement.
 * Host time a call: `python -m benchmarks.launch`; without a GPU down to a CUDA driver that does nothing.

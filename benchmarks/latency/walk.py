@@ -33,7 +33,7 @@ MMA, WGMMA = 33, 32
 """Cycles of a tensor core's result; of a warp group's beyond N/2 for its N columns."""
 
 LATENCIES = {
-    **dict.fromkeys(("LDS", "LDSM"), 26),
+    **dict.fromkeys(("LDS", "LDSM", "FENCE"), 26),
     "SHFL": 25,
     **dict.fromkeys(("MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "UPOPC", "FLO", "BREV", "FCHK", "REDUX"), 22),
     **dict.fromkeys(("S2R", "S2UR", "VOTEU", "R2UR", "CREDUX"), 22),

@@ -74,7 +74,7 @@ def too_small(grams, j, j_valid, count):
 def gram_rows(
     grams, i, j, i_valid, j_valid, j_norms, n, count, temperature, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):  # fmt: skip
-    """Σ KL of rows i [I, 1] against columns j [1, J]; G and S [I, J]; 1/n_x of the rows and whether it is not clamped."""
+    """Σ KL of rows i [I, 1] against columns j [1, J]; G and S [I, J]; 1/n_x of the rows, and whether ‖x‖ is free."""
     half = count * (count + 1) // 2
     j_x, j_a, j_b, j_k, _j_x_free, j_f_kept, j_free = j_norms
     i_x, i_a, i_b, i_k, x_free, i_f_kept, i_free = gram_norms(grams, i, count)

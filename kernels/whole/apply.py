@@ -6,8 +6,8 @@ Dots are IEEE float32. The same pass turns the batch relation's M and the gather
 import triton
 import triton.language as tl
 
-from . import cores
 from ..blocks import BATCH_WEIGHT, FRAME_WEIGHT, frame_validity, number, upstream
+from . import cores
 
 
 @triton.jit
@@ -40,7 +40,9 @@ def apply_tiles(
         low = tl.broadcast_to(low, [SLICES, BLOCK_N, BLOCK_N])
         scale *= frame_scale
         # A masked frame's row of M is 0, and 0 times its values may be NaN: they are not read.
-        x = cores.load_tile(student, at_x, lane, valid, first, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L)
+        x = cores.load_tile(
+            student, at_x, lane, valid, first, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L
+        )
     for tile in range(first, last):
         run, start = cores.place(tile, length, JOINED, BLOCK_L)
         value = tl.zeros([SLICES, BLOCK_N, BLOCK_L // SLICES], tl.float32)

@@ -11,8 +11,8 @@ IEEE float32, over samples as their batch axis.
 import triton
 import triton.language as tl
 
-from . import cores
 from ..blocks import BATCH_WEIGHT, FRAME_WEIGHT, number, upstream
+from . import cores
 from .gram_batch import load_samples, valid_count, valid_rows
 from .stream import tile_address
 
@@ -57,9 +57,7 @@ def apply_tiles(
         if matrices is not None:
             value += cores.applied_parts(high, low, x) * scale
         value = tl.where(rows, value, 0.0).to(out.dtype.element_ty)
-        cores.store_tile(
-            out, at_o, value, lane, written, tile, run_lines, length, o_c, o_h, o_w, JOINED, VEC, BLOCK_L
-        )
+        cores.store_tile(out, at_o, value, lane, written, tile, run_lines, length, o_c, o_h, o_w, JOINED, VEC, BLOCK_L)
         x = coming
 
 

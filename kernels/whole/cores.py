@@ -1,23 +1,24 @@
-"""Gram matrices of bfloat16 and float16 vectors on tensor cores, added tile by tile along the long axis.
+"""Whole latents of bfloat16 and float16 on tensor cores: exact products of parts, sums in float32.
 
-A product of two such numbers is exact in float32, so X = x xᵀ and R = r rᵀ take one product of matrices each. d = f - r
-has more than their p = 8 or 11 significant bits. With d₀ = d rounded to p bits and d₁ = d - d₀ rounded to p bits,
+A product of two such numbers is exact in float32, so X = x xᵀ and R = r rᵀ take one product of matrices. d = f - r has
+more than their p = 8 or 11 significant bits, and takes two parts: d₀, d rounded to p bits, and d₁ = d - d₀.
 
     P = (d₀ + d₁)(r + f)ᵀ        T = d mᵀ + m dᵀ = (P + Pᵀ)/2        m = (r + f)/2
 
-takes four. What the two parts leave of d:
+**d₀ + d₁ = d, exactly.** Rounding a sum of two numbers of p bits to p bits, to nearest, leaves a number of p bits
+(Dekker 1971; truncation leaves more). d is f - r rounded to float32, by 2^-24 of it where |f| and |r| are so far apart,
+and then d₁ is the smaller of them to fewer bits. So T has the error of float32 sums of exact products, and a third part
+would be zero. The range of float16 is short: beyond its largest number d₀ is that, and d₁, the rest, is no larger than
+the smaller score and a multiple of its unit.
 
-* Nothing where |f| and |r| are within 2ᵖ of each other. With exponents e ≥ e' of the larger and the smaller, d is a
-  multiple of 2^(e' - p + 1) of at most e - e' + p + 1 bits, and |d - d₀| ≤ 2^(e + 1 - p), which has p bits while
-  e - e' ≤ p. A critic that tracks its teacher loses no bit.
-* At most 2^-(2p + 1)|d| elsewhere, 2^-17 or 2^-23: |d - d₀| ≤ 2^-p 2^e and half a unit of its own p bits is left. The
-  roundings are to nearest, so that T_ij is off by less than 2^-17 ‖d_i‖‖m_j‖ each way, and by about 2^-18/√K of it in
-  K columns. A float32 sum of 128 products may be as far off, and a third part would not be seen.
+**Sums.** Tensor cores truncate when they add. So a chain of products ends with its tile, of at most 128 columns, and
+its sum goes to the running one in float32, rounded to nearest. That takes an FMA: an addition would be folded back into
+the chain by the compiler. :mod:`benchmarks.static` counts chains that do not start at zero.
 
-Tensor cores truncate when they add. So a chain of products ends with its tile, and its sum is added to the running one
-in float32, by an FMA, which the compiler does not fold back into the chain.
+**Tiles.** Columns lie in slices, one for each warp: up to 32 rows a slice is a matrix of its own [G, N, L], whose
+products no other warp repeats, and slices are added once, at the end. The next tile is on its way meanwhile.
 
-Columns of a tile lie in slices, one for each warp: a matrix [G, N, L] a slice, whose products no other warp repeats.
+The gradient's M, float32, takes two parts as well, which leave 2^-17 (2^-23) of it, under the rounding of the result.
 """
 
 import triton
@@ -47,11 +48,7 @@ def upper_half(bits):
 
 @triton.jit
 def two_parts(d, HALF: tl.constexpr):
-    """d₀ and d₁, float16 if HALF, else bfloat16; where d is not finite, neither is d₁.
-
-    f - r of float16 may pass the largest of them by as much again. There d₁ is what is left, which has 11 bits: it is a
-    multiple of the smaller one's unit and not larger than the smaller one.
-    """
+    """d₀ and d₁, float16 if HALF, else bfloat16; where d is not finite, neither is d₁."""
     if HALF:
         high = tl.minimum(tl.maximum(d, -LARGEST_HALF), LARGEST_HALF).to(tl.float16)
         return high, (d - high.to(tl.float32)).to(tl.float16)
@@ -296,7 +293,7 @@ def score_grams(
     SPLITS: tl.constexpr, SLICES: tl.constexpr, JOINED: tl.constexpr, VEC: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """R, T, ‖f‖² of the frames [B, N, N], [B, N] and of the time averages [B, B], [B]; else as :func:`student_grams`."""
+    """R, T, ‖f‖² of the frames [B, N, N], [B, N] and of the averages [B, B], [B]; else as :func:`student_grams`."""
     G: tl.constexpr = BLOCK_B * SLICES
     L: tl.constexpr = BLOCK_L // SLICES
     tiles = runs * tl.cdiv(length, BLOCK_L)

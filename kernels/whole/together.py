@@ -92,7 +92,10 @@ class TogetherPlan:
         self.grams = Launcher(
             gram_batch_kernel,
             splits_x + splits_s,
-            (splits_x, splits_s, GROUP, runs.vec, block_b, block_n, block_l, slices, block_x, runs.count == 1, with_frames),
+            (
+                splits_x, splits_s, GROUP, runs.vec, block_b, block_n, block_l, slices, block_x, runs.count == 1,
+                with_frames,
+            ),
             warps=8 if half_precision or block_b * block_n**2 > 2048 else 4,
             registers=255,
             fixed=(
