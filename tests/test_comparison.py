@@ -181,14 +181,20 @@ def test_a_difference_is_paired_and_counts_distances_from_the_best_value():
 
 
 def test_the_verdict_says_where_the_term_does_not_help():
-    better = [outcome("dmd", s, video_energy=1.0, speed=0.1) for s in (1, 2, 3)]
+    seeds = (1, 2, 3, 4, 5)
+    better = [outcome("dmd", s, video_energy=1.0, speed=0.1) for s in seeds]
     better += [
-        outcome("codmd", s, video_energy=1.2 + 0.01 * s, speed=0.05, spearman=1.0 + 0.3 * (s - 2)) for s in (1, 2, 3)
+        outcome("codmd", s, video_energy=1.2 + 0.01 * (s - 3), speed=0.05, spearman=1.0 + 0.3 * (s - 3)) for s in seeds
     ]
     (sentence,) = page.verdicts(better, COLUMNS)
-    assert "better in speed (-50%, 3 of 3)" in sentence
-    assert "worse in videos (+22%, 0 of 3)" in sentence
+    assert "better in speed (-50%, 5 of 5)" in sentence
+    assert "worse in videos (+20%, 0 of 5)" in sentence
     assert "Spearman" not in sentence
+    few = [o for o in better if o["seed"] < 3]
+    (sentence,) = page.verdicts(few, COLUMNS)
+    assert "2 seeds: too few seeds to tell. Better on all of them in" in sentence
+    assert "speed (-50%, 2 of 2)" in sentence
+    assert "1 seed: a single seed tells nothing" in page.verdicts([o for o in few if o["seed"] == 1], COLUMNS)[0]
     assert set(differences(better, COLUMNS)) == {"codmd"}
 
 

@@ -34,6 +34,8 @@ class Subject:
 
 CLIPS = 6
 SIZE = 96
+ENOUGH = 5
+"""Seeds from which a page says better or worse: five of one sign come by chance once in sixteen measures."""
 SECONDS = 1.6
 """Of one round of a clip of eight frames."""
 
@@ -69,18 +71,21 @@ def changes(outcomes: Outcomes, columns: Columns, group: str) -> tuple[list[str]
 
 
 def verdicts(outcomes: Outcomes, columns: Columns) -> list[str]:
-    """A sentence per arm of the main group: what fell, what grew, and on how many seeds; intervals decide."""
+    """A sentence per arm of the main group: what fell, what grew; with fewer than `ENOUGH` seeds it claims nothing."""
     sentences = []
     for arm, pairs in differences(outcomes, columns).items():
         if ARMS[arm].group != "main":
             continue
-        fell = [_named(columns[m], pair) for m, pair in pairs.items() if pair["high"] < 0]
-        grew = [_named(columns[m], pair) for m, pair in pairs.items() if pair["low"] > 0]
         seeds = max(pair["pairs"] for pair in pairs.values())
-        sentences.append(
-            f"**{title_of(arm)}** against {title_of(ARMS[arm].against)}, {seeds} seeds: better in "
-            f"{', '.join(fell) or 'nothing'}; worse in {', '.join(grew) or 'nothing'}; the others are not told apart."
-        )
+        fell = ", ".join(_named(columns[m], pair) for m, pair in pairs.items() if pair["high"] < 0) or "nothing"
+        grew = ", ".join(_named(columns[m], pair) for m, pair in pairs.items() if pair["low"] > 0) or "nothing"
+        name = f"**{title_of(arm)}** against {title_of(ARMS[arm].against)}, {seeds} seed{'s' if seeds > 1 else ''}:"
+        if seeds >= ENOUGH:
+            sentences.append(f"{name} better in {fell}; worse in {grew}; the others are not told apart.")
+        elif seeds > 1:
+            sentences.append(f"{name} too few seeds to tell. Better on all of them in {fell}; worse in {grew}.")
+        else:
+            sentences.append(f"{name} a single seed tells nothing.")
     return sentences
 
 
@@ -116,8 +121,9 @@ def report(record: dict[str, Any], columns: Columns, subject: Subject) -> str:
         f"gradient counts as three), and is measured on {settings['samples']} samples against {subject.target}. At "
         "one seed all arms have the same noise and the same target.",
         "## What it shows",
-        "Better and worse: the 95 % bootstrap interval over seeds of the paired difference leaves 0 out. With five "
-        "seeds such an interval is too narrow rather than too wide.",
+        "Better and worse: the 95 % bootstrap interval over seeds of the paired difference leaves 0 out. Over few "
+        "seeds such an interval is too narrow, and five of five of one sign come by chance once in sixteen measures: "
+        "read a single measure as a hint, several that agree as a result.",
         "\n".join(f"- {sentence}" for sentence in verdicts(outcomes, columns)) or "No pair of arms is finished.",
         "## Mean ± standard deviation over seeds",
         "Lower is better; temporal order is best at 0, std ratio and diversity at 1.",
