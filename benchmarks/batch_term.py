@@ -1,6 +1,6 @@
 """The relation between samples on arc video: what its gradient does to videos, without a network in between.
 
-    python -m benchmarks.batch_term [--seeds 61 62 63 64] [--updates 300] [--samples 2048] [--draws 64] [--out FILE]
+    python -m benchmarks.batch_term [--seeds 61 62 63 64] [--updates 200] [--samples 1024] [--draws 32] [--out FILE]
 
 A DMD student is trained for `updates` updates at each seed. Its samples are then noised and scored `draws` times, in
 batches of 64 with other partners each time, and every loss gives each sample its gradient: the mean over the draws is
@@ -63,25 +63,44 @@ class Batch:
         student, real, difference = (reference.batch_features(reference.frame_features(x)) for x in latents)
         return student, real, difference
 
+    def directions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """rhat, fhat, e = fhat - rhat and xhat, [B, C]; the last with gradient."""
+        student, real, difference = self.features()
+        unit_real, change = reference.unit_difference(real, difference)
+        return unit_real, unit_real + change, change, reference.unit_vectors(student)
+
 
 def own_errors(batch: Batch) -> Tensor:
     """Delta = e fhat^T, row i moves sample i alone: what is wrong with sample i itself."""
-    return _one_sided(batch, own=True)
+    _, unit_fake, change, units = batch.directions()
+    return _one_sided(units, change @ unit_fake.T)
 
 
 def errors_of_others(batch: Batch) -> Tensor:
     """Delta = rhat e^T, row i moves sample i alone: what is wrong with the samples that i is related to."""
-    return _one_sided(batch, own=False)
+    unit_real, _, change, units = batch.directions()
+    return _one_sided(units, unit_real @ change.T)
 
 
-def _one_sided(batch: Batch, own: bool) -> Tensor:
-    student, real, difference = batch.features()
-    unit_real, change = reference.unit_difference(real, difference)
-    delta = change @ (unit_real + change).T if own else unit_real @ change.T
-    units = reference.unit_vectors(student)
+def sharp_partners(batch: Batch) -> Tensor:
+    """Delta = e xhat^T: own errors, read off along the partners themselves and not along predictions of them.
+
+    To first order the gradient of sample i is the covariance of its partners' directions under q_i, times e_i.
+    """
+    _, _, change, units = batch.directions()
+    return _one_sided(units, change @ units.detach().T)
+
+
+def _one_sided(units: Tensor, delta: Tensor) -> Tensor:
     similarity = units @ units.detach().T
     _, q_minus_p = reference.divergence(similarity, delta, TEMPERATURE)
-    return (reference.similarity_gradient(q_minus_p, TEMPERATURE, len(student)) * similarity).sum()
+    return (reference.similarity_gradient(q_minus_p, TEMPERATURE, len(units)) * similarity).sum()
+
+
+def directions_alone(batch: Batch) -> Tensor:
+    """e_i moves sample i: the error of the time average's direction, without any partner."""
+    _, _, change, units = batch.directions()
+    return (change * units).sum(-1).mean()
 
 
 def same_scene(batch: Batch) -> Tensor:
@@ -113,7 +132,13 @@ LOSSES: dict[str, Callable[[Batch], Tensor]] = {
     "batch, pairs of one scene": same_scene,
     "batch, own errors": own_errors,
     "batch, errors of others": errors_of_others,
+    "own errors, sharp partners": sharp_partners,
+    "own errors, no partners": directions_alone,
 }
+LOW = (0.02, 0.3)
+LOW_NOISE = {f"{name}, low noise": LOSSES[name] for name in ("DMD", "batch term", "batch, own errors")}
+"""The same losses with the noise levels of all samples below 0.3, where predictions are nearly the samples."""
+ALL = {**LOSSES, **LOW_NOISE}
 
 
 @dataclass(frozen=True)
@@ -147,20 +172,22 @@ def fields(
     generator: torch.Generator,
 ) -> dict[str, Field]:  # fmt: skip
     """The field of every loss at `samples` [N, F, C, 1, 1], N a multiple of 64; `scores` is (teacher, critic)."""
-    total = {name: torch.zeros_like(samples) for name in LOSSES}
-    squared, last = dict.fromkeys(LOSSES, 0.0), {name: torch.zeros_like(samples) for name in LOSSES}
+    total = {name: torch.zeros_like(samples) for name in ALL}
+    squared, last = dict.fromkeys(ALL, 0.0), {name: torch.zeros_like(samples) for name in ALL}
+    low = replace(config, sigma_range=LOW)
     for _ in range(draws):
         for rows in torch.randperm(len(samples), generator=generator).split(BATCH):
             x = samples[rows].clone().requires_grad_()
-            predicted = predict_scores(x, *scores, config, generator)
-            batch = Batch(x, predicted.real, predicted.fake, scene[rows])
-            for name, loss in LOSSES.items():
-                last[name][rows] = -len(rows) * torch.autograd.grad(loss(batch), x)[0]
+            for levels, losses in ((config, LOSSES), (low, LOW_NOISE)):
+                predicted = predict_scores(x, *scores, levels, generator)
+                batch = Batch(x, predicted.real, predicted.fake, scene[rows])
+                for name, loss in losses.items():
+                    last[name][rows] = -len(rows) * torch.autograd.grad(loss(batch), x)[0]
         for name, field in last.items():
             total[name] += field
             squared[name] += float(field.double().square().mean())
     found = {}
-    for name in LOSSES:
+    for name in ALL:
         mean, power = total[name] / draws, squared[name] / draws
         signal = (draws * float(mean.double().square().mean()) - power) / (draws - 1) / power
         found[name] = Field(mean, last[name], power**0.5, signal)
@@ -197,7 +224,7 @@ def page(found: dict[int, dict[str, dict[str, float]]]) -> str:
     """A table of means over seeds, and on how many of them a distance fell."""
     columns = ["norm", "signal", "cosine", *MEASURES, "video energy, one draw"]
     lines = []
-    for name in LOSSES:
+    for name in ALL:
         values = {column: [rows[name][column] for rows in found.values()] for column in columns}
         cells = [name]
         for column in columns:
@@ -215,9 +242,9 @@ def page(found: dict[int, dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[61, 62, 63, 64])
-    parser.add_argument("--updates", type=integer_in(0, 1_000_000), default=300)
-    parser.add_argument("--samples", type=integer_in(BATCH, 1_000_000), default=2048, help="a multiple of 64")
-    parser.add_argument("--draws", type=integer_in(2, 1_000_000), default=64)
+    parser.add_argument("--updates", type=integer_in(0, 1_000_000), default=200)
+    parser.add_argument("--samples", type=integer_in(BATCH, 1_000_000), default=1024, help="a multiple of 64")
+    parser.add_argument("--draws", type=integer_in(2, 1_000_000), default=32)
     parser.add_argument("--teacher-steps", type=integer_in(1, 1_000_000), default=TeacherConfig().steps)
     parser.add_argument("--out", type=Path, help="JSON of every number")
     args = parser.parse_args()

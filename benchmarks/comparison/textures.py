@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def measure(task: Run) -> dict[str, Any]:
     """The outcome of one run that is trained, or needs no training; kept in its file."""
     if task.outcome_path.exists():
         return json.loads(task.outcome_path.read_text("utf-8"))
-    study = Study(task)
+    study = study_of(task.work, task.seed, task.samples, task.changes)
     curve = []
     if task.arm in ARMS:
         for step in sorted((task.config.folder / "checkpoints").glob("step_*")):
@@ -161,28 +162,29 @@ def measure(task: Run) -> dict[str, Any]:
 class Study:
     """Teacher, data and noise of one seed; every arm of that seed starts from the same noise."""
 
-    def __init__(self, task: Run) -> None:
-        self.task, run = task, read_config("textures_tiny", teacher_overrides(task.work, task.changes))
+    def __init__(self, work: Path, seed: int, samples: int, changes: tuple[str, ...]) -> None:
+        run = read_config("textures_tiny", teacher_overrides(work, changes))
+        self.seed, self.samples = seed, samples
         self.recipe: DistillConfig = run.distill
         options = {name: value for name, value in vars(run.model.options).items() if name != "weights"}
-        self.teacher = open_source(task.work / "teacher" / "model", False, options, torch.device("cpu")).model
+        self.teacher = open_source(work / "teacher" / "model", False, options, torch.device("cpu")).model
         self.data = Textures(self.teacher.latent_shape, self.teacher.null_cond(1).shape[2], run.data.zoom)
         self.guided: Any = GuidedTeacher(self.teacher, self.recipe)
-        self.target = self._sampled(2 * task.seed, lambda noise, _, cond: self._euler(noise, 50, cond))
+        self.target = self._sampled(2 * seed, lambda noise, _, cond: self._euler(noise, 50, cond))
 
     def student(self, checkpoint: Path) -> Videos:
         source = open_source(checkpoint, True, {}, torch.device("cpu"))
         return self._sampled(
-            2 * self.task.seed + 1,
+            2 * self.seed + 1,
             lambda noise, generator, cond: sample_few_step(source.model, noise, source.sigmas, generator, cond),
         )
 
     def untrained(self, arm: str) -> Videos:
         if arm == "data":
-            first, count = DATA_POSITIONS * (1 + self.task.seed), self.task.samples
+            first, count = DATA_POSITIONS * (1 + self.seed), self.samples
             return inspected(self.data.videos(self.numbers, range(first, first + count)), self.data)
         steps = 50 if arm == "teacher" else len(self.recipe.sigmas)
-        return self._sampled(2 * self.task.seed + 1, lambda noise, _, cond: self._euler(noise, steps, cond))
+        return self._sampled(2 * self.seed + 1, lambda noise, _, cond: self._euler(noise, steps, cond))
 
     def measured(self, videos: Videos) -> dict[str, float]:
         found = distances(videos, self.target)
@@ -197,19 +199,22 @@ class Study:
     @property
     def numbers(self) -> list[int]:
         """Captions of the videos: all in turn."""
-        return [number % len(self.data) for number in range(self.task.samples)]
+        return [number % len(self.data) for number in range(self.samples)]
 
     def _euler(self, noise: Tensor, steps: int, cond: Tensor) -> Tensor:
         return sample_euler(self.guided, noise, sampling_sigmas(steps, self.recipe.shift), cond)
 
     def _sampled(self, seed: int, sampler: Callable[[Tensor, torch.Generator, Tensor], Tensor]) -> Videos:
         generator, parts = torch.Generator().manual_seed(seed), []
-        for start in range(0, self.task.samples, BATCH):
+        for start in range(0, self.samples, BATCH):
             numbers = self.numbers[start : start + BATCH]
             noise = torch.randn(len(numbers), *self.teacher.latent_shape, generator=generator)
             with torch.no_grad():
                 parts.append(sampler(noise, generator, self.data.condition(numbers)))
         return inspected(torch.cat(parts), self.data)
+
+
+study_of = lru_cache(maxsize=1)(Study)
 
 
 def _gif(video: Tensor) -> str:
