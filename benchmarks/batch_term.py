@@ -124,6 +124,14 @@ def level(batch: Batch, **weights: float) -> Tensor:
     return ops.relation_loss(batch.student, batch.real, batch.fake, TEMPERATURE, **weights)
 
 
+def directions_over_the_sample(batch: Batch) -> Tensor:
+    """e_i |f_i| / |x_i| moves sample i: the same error over the length of the sample and not of the prediction."""
+    student, real, difference = batch.features()
+    _, _, change, units = batch.directions()
+    length = (real + difference).norm(dim=-1, keepdim=True) / student.detach().norm(dim=-1, keepdim=True)
+    return (length * change * units).sum(-1).mean()
+
+
 LOSSES: dict[str, Callable[[Batch], Tensor]] = {
     "DMD": lambda batch: ops.dmd_loss(batch.student, real=batch.real, fake=batch.fake),
     "frame term": lambda batch: level(batch, batch_weight=0.0),
@@ -134,6 +142,7 @@ LOSSES: dict[str, Callable[[Batch], Tensor]] = {
     "batch, errors of others": errors_of_others,
     "own errors, sharp partners": sharp_partners,
     "own errors, no partners": directions_alone,
+    "own errors, no partners, over |x|": directions_over_the_sample,
 }
 LOW = (0.02, 0.3)
 LOW_NOISE = {f"{name}, low noise": LOSSES[name] for name in ("DMD", "batch term", "batch, own errors")}

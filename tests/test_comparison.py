@@ -10,7 +10,7 @@ import torch
 from test_train import Counting
 
 from benchmarks.comparison import __main__ as command
-from benchmarks.comparison import page, toy
+from benchmarks.comparison import page, textures, toy
 from benchmarks.comparison.arms import ARMS, arms_of, forwards_per_update, updates_of
 from benchmarks.comparison.study import difference, differences
 from benchmarks.comparison.toy import COLUMNS
@@ -203,3 +203,36 @@ def test_the_measures_of_fresh_data_are_near_their_best():
     found = toy.measured(data.sample(400, draws), data.sample(400, draws))
     for measure, column in COLUMNS.items():
         assert found[measure] == pytest.approx(column.best or 0.0, abs=0.12), measure
+
+
+# Moving photographs
+
+
+@pytest.mark.parametrize("arm", arms_of(replace(toy.BASE, guidance=1.0))[3:])
+def test_a_run_on_photographs_is_the_arm_s_recipe_at_equal_cost(arm, tmp_path):
+    task = textures.Run(arm, 7, tmp_path, 40, 84, ("distill.batch_size=8",))
+    config = task.config
+    base = replace(config.distill, **{name: getattr(toy.BASE, name) for name in ("sigmas", "relation_features")})
+    expected = ARMS[arm].recipe(
+        replace(base, decoupled=False, critic_mixing=0.0, diversity_weight=0.0, temperature=0.1)
+    )
+    assert config.distill == expected
+    assert (config.seed, config.distill.batch_size, config.distill.guidance) == (7, 8, 0.5)
+    assert config.updates == task.total == updates_of(ARMS[arm], expected_base(), 40)
+    assert config.checkpoint.keep_last * config.checkpoint.every >= config.updates  # every quarter is measured
+    assert not task.trained()
+
+
+def expected_base():
+    from codmd.distill.config.run_config import read_config
+
+    return read_config("textures_tiny").distill
+
+
+def test_photographs_want_two_samples_of_every_caption(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--size", "textures", "--samples", "60"])
+    assert "--samples: got 60; expected at least 84" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--size", "toy", "distill.guidance=1"])
+    assert "KEY=VALUE is for --size textures" in capsys.readouterr().err

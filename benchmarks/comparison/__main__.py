@@ -181,6 +181,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{args.changes[0]}: KEY=VALUE is for --size textures")
     args.seeds, args.updates = args.seeds or list(size.seeds), args.updates or size.updates
     args.samples = args.samples or size.samples
+    if args.size == "textures" and args.samples < textures.FEWEST:
+        parser.error(f"--samples: got {args.samples}; expected at least {textures.FEWEST}, two of every caption")
     args.work = args.work or Path(f"runs/comparison-{args.size}")
     args.out = args.out or args.work / "report"
     args.line = list(sys.argv[1:] if argv is None else argv)

@@ -41,6 +41,8 @@ from .toy import KEPT, PARTS, write_outcome
 QUIET = ("log.tensorboard=false", "log.preview_every=0")
 CLIPS = 6
 BATCH = 32
+FEWEST = 84
+"""Samples: two of each of the data's 42 captions, whose distance is their diversity."""
 DATA_POSITIONS = 1 << 40
 """Real videos for the floor come from behind everything that training has seen."""
 COLUMNS = {
