@@ -79,31 +79,25 @@ def features(call: Call) -> Pending:
 
 @_served
 def gathered(call: Call, pending: Pending, rows: Tensor, first: int, scale: float) -> Found:
-    kept: Any = pending.kept
-    if not isinstance(kept, (Found, dmd.Kept)):
-        raise Refused
+    found = pending.partial
     vectors, row = rows.shape
     long = row > 3 * LONG_FEATURES and vectors <= MOST_WHOLE
     refused = not long and (vectors > MOST_POOLED or vectors * row >= LARGEST_TABLE)
-    if isinstance(call, Objective):
+    if isinstance(pending.state, dmd.Kept):
         if not long and not refused:
             return dmd.gathered(call, pending, rows, first, scale)
-        kept = dmd.with_relations(call, pending.kept)
+        found = dmd.with_relations(call, pending.state)
     if refused:
         log(f"{vectors} gathered rows of {row}")
-        terms = kept.terms.unbind()
-        frame: tuple[Any, ...] = (terms[2], kept.frame_grad)
-        if isinstance(call, Objective):
-            frame = (terms[3], kept.frame_grad, terms[1], terms[4], kept.norms, kept.factors)
-        return reference.gathered(call, Pending(pending.rows, frame), rows, first, scale)
+        return reference.gathered(call, Pending(pending.rows, found), rows, first, scale)
     batch_relation = whole.batch_relation if long else pooled.batch_relation
-    if isinstance(call, Relation):
-        terms, batch_grad = batch_relation(call.numbers, rows, kept.terms[2:], first, len(pending.rows), scale)
-        return kept._replace(terms=terms, batch_grad=batch_grad)
-    terms, batch_grad = batch_relation(call.numbers, rows, kept.terms[3:], first, len(pending.rows), scale)
-    dmd_loss, magnitude = kept.terms[1], kept.terms[4]
-    total = dmd_loss + call.numbers[3] * terms[0]
-    return kept._replace(terms=torch.stack([total, dmd_loss, terms[1], terms[2], magnitude]), batch_grad=batch_grad)
+    frame_term = found.terms[2:] if isinstance(call, Relation) else found.terms[3:]
+    terms, batch_grad = batch_relation(call.numbers, rows, frame_term, first, len(pending.rows), scale)
+    if isinstance(call, Objective):
+        _, dmd_loss, _, _, magnitude = found.terms
+        total = dmd_loss + call.numbers[3] * terms[0]
+        terms = torch.stack([total, dmd_loss, terms[1], terms[2], magnitude])
+    return found._replace(terms=terms, batch_grad=batch_grad)
 
 
 def gradient(out: Tensor, upstream: Upstream, call: Call, found: Found) -> None:

@@ -249,7 +249,7 @@ def test_gathered_rows_give_the_batch_term_and_its_rows_of_the_gradient(features
     call = Relation(latents, latents, latents, None, "bfchw", (1, 1), True, True, Numbers(0.1, 0.5, 2.0))
     kept = Found(torch.tensor([0.5, 0.0, 0.25]), None, None, torch.empty(0), torch.empty(0))
     wide = torch.where(count > 0, rows, 0).double()
-    expected = reference.gathered(call, Pending(wide[:4], (torch.tensor(0.25), torch.empty(0))), wide, 1, 3.0)
+    expected = reference.gathered(call, Pending(wide[:4], kept), wide, 1, 3.0)
     found = extension.gathered(call, Pending(rows[:4], kept), rows, 1, 3.0)
     assert relative_error(found.terms, expected.terms) < 1e-6
     assert relative_error(found.batch_grad, expected.batch_grad) < 3e-6

@@ -46,14 +46,14 @@ def toolkit():
 
 @pytest.fixture(scope="module")
 def compiled(request, toolkit, tmp_path_factory):
-    """(architectures, [(object, messages)]) of the build, ptxas talking."""
+    """(architectures, [(object, messages)]) of the build, ptxas talking; the PTX stays beside the objects."""
     before = Path.cwd()
     os.chdir(ROOT)
     try:
         wanted = nvcc.DEFAULT_ARCHS if request.config.getoption("--every") else (80, 90)
         archs = [arch for arch in wanted if arch in toolkit.known]
-        folder = tmp_path_factory.mktemp("cuda")
-        return archs, nvcc.compile_sources(toolkit, archs, str(folder), "-Xptxas=-v")
+        folder = str(tmp_path_factory.mktemp("cuda"))
+        return archs, nvcc.compile_sources(toolkit, archs, folder, "-Xptxas=-v", "--keep", f"--keep-dir={folder}")
     finally:
         os.chdir(before)
 
@@ -234,30 +234,25 @@ def test_a_launch_that_fails_names_the_kernel_and_the_error(recording):
     assert module.device_problem(7) == "invalid device ordinal (cudaErrorInvalidDevice)"
 
 
-def test_latents_are_read_sixteen_bytes_at_a_time(toolkit, tmp_path):
-    arch = max(arch for arch in nvcc.DEFAULT_ARCHS if arch in toolkit.known)
+def bodies(compiled, source, kernel):
+    """PTX of that kernel's entries for the newest architecture."""
+    archs, objects = compiled
+    (folder,) = {Path(name).parent for name, _ in objects}
+    text = (folder / f"{source}.compute_{archs[-1]}.ptx").read_text()
+    entries = re.findall(r"\.entry (\S+?)\((.*?)\n}", text, re.DOTALL)
+    return [body for name, body in entries if kernel_of(name) == kernel]
 
-    def bodies(source, kernel):
-        target = tmp_path / f"{source}.ptx"
-        command = [toolkit.nvcc, "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", f"csrc/cuda/{source}.cu"]
-        subprocess.run([*command, "-o", str(target)], check=True, cwd=ROOT)
-        entries = re.findall(r"\.entry (\S+?)\((.*?)\n}", target.read_text(), re.DOTALL)
-        return [body for name, body in entries if kernel_of(name) == kernel]
 
-    passes, writes = bodies("relation", "RelationPass"), bodies("dmd", "GradientPass")
+def test_latents_are_read_sixteen_bytes_at_a_time(compiled):
+    passes, writes = bodies(compiled, "relation", "RelationPass"), bodies(compiled, "dmd", "GradientPass")
     assert (len(passes), len(writes)) == (3, 6)
     assert all(len(re.findall(r"ld\.global\.nc\.v4\.[ubf]32", body)) == 3 for body in passes)
     assert all(re.search(r"st\.global\.v4\.[ubf]32", body) for body in writes)
 
 
-def test_the_last_block_is_chosen_between_fences_and_barriers(toolkit, tmp_path):
+def test_the_last_block_is_chosen_between_fences_and_barriers(compiled):
     """In the code that nvcc makes: barrier, fence, the counter that wraps to 0, fence, barrier."""
-    target = tmp_path / "pooled.ptx"
-    arch = max(arch for arch in nvcc.DEFAULT_ARCHS if arch in toolkit.known)
-    command = [toolkit.nvcc, "-std=c++17", "-O3", f"-arch=compute_{arch}", "-ptx", "csrc/cuda/pooled.cu"]
-    subprocess.run([*command, "-o", str(target)], check=True, cwd=ROOT)
-    entries = re.findall(r"\.entry (\S+?)\((.*?)\n}", target.read_text(), re.DOTALL)
-    (body,) = (body for name, body in entries if kernel_of(name) == "FinishPass")
+    (body,) = bodies(compiled, "pooled", "FinishPass")
     steps = re.findall(r"\b(bar(?:rier)?\.(?:cta\.)?sync|membar\.gl|fence\.\w+\.gpu|atom\.global\.inc\.u32)\b", body)
     ticket = steps.index("atom.global.inc.u32")
     assert steps.count("atom.global.inc.u32") == 1

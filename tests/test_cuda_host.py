@@ -137,8 +137,8 @@ def test_gathered_rows_give_the_relation_of_one_process(shape):
     for first in (0, 2):
         own = call._replace(**{name: getattr(call, name)[first : first + 2] for name in ("student", "real", "fake")})
         pending = cuda.features(own)
-        kept = pending.kept._replace(terms=whole.terms)
-        found = cuda.gathered(own, pending._replace(kept=kept), rows, first, 2.0)
+        partial = pending.partial._replace(terms=whole.terms)
+        found = cuda.gathered(own, pending._replace(partial=partial), rows, first, 2.0)
         torch.testing.assert_close(found.terms, whole.terms, rtol=2e-6, atol=0)
         torch.testing.assert_close(found.batch_grad, 2 * whole.batch_grad[first : first + 2], rtol=1e-4, atol=1e-7)
 
@@ -221,7 +221,7 @@ def test_kernels_run_clean_under_address_and_undefined_sanitizers(tmp_path):
         pytest.skip("no C++ compiler with -fsanitize=address,undefined")
     sources = [*cuda_simulation.KERNELS, cuda_simulation.CSRC / "tests" / "cuda_driver.cpp"]
     driver = tmp_path / "driver"
-    cuda_simulation.build(tmp_path, sources, driver, ["-O1", "-g", *sanitize], sanitize)
+    cuda_simulation.build(tmp_path, sources, driver, ["-O1", "-g1", *sanitize], sanitize)
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([str(driver)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

@@ -31,7 +31,7 @@ def test_the_core_runs_clean_under_address_and_undefined_sanitizers(tmp_path):
     special = {"passes_avx2": avx2, "passes_avx512": avx512, "dmd_loops_avx2": avx2, "dmd_loops_avx512": avx512}
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     threads = ["-fopenmp"] if compiles(tmp_path, ["-fopenmp"]) else []
-    common = ["-std=c++17", "-O1", "-g", "-w", *SANITIZE, *threads, *(["-DCODMD_X86"] if x86 else [])]
+    common = ["-std=c++17", "-O0", "-g1", "-w", *SANITIZE, *threads, *(["-DCODMD_X86"] if x86 else [])]
     drivers = [CSRC / "tests" / f"{name}_driver.cpp" for name in ("algebra", "dmd")]
     sources = [*sorted((CSRC / "cpu").glob("*.cpp")), *drivers]
 

@@ -6,7 +6,7 @@ what it returns, names dtype and device of every buffer, and neither waits for a
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -133,11 +133,14 @@ class Found(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A forward pass that waits for other processes; ``kept`` is for the same backend's ``gathered``."""
+    """A forward pass that waits for the rows of other processes."""
 
     rows: Tensor
     """``[B, 3K + 1]``: ψ of student, real and fake - real, then the number of valid frames."""
-    kept: Any
+    partial: Found
+    """What is found without the batch term; the total among ``terms`` may be missing."""
+    state: object = None
+    """For :meth:`Backend.gathered` of the backend that made it; None where ``partial`` holds all."""
 
 
 class Backend(Protocol):

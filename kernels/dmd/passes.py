@@ -96,12 +96,13 @@ def features(call: Objective) -> Pending:
     """The stage before a gather."""
     kept, rows = _first(call, True, True)
     assert rows is not None
-    return Pending(rows, kept)
+    return Pending(rows, kept.found, kept)
 
 
 def gathered(call: Objective, pending: Pending, rows: Tensor, first: int, scale: float) -> Found:
     """The stage after a gather; ``scale`` multiplies the batch term's gradient of this process's rows."""
-    plan, source, found = pending.kept
+    assert isinstance(pending.state, Kept)
+    plan, source, found = pending.state
     vectors, row = rows.shape
     device, count, features = rows.device, len(pending.rows), (row - 1) // 3
     samples, frames = (0, 1) if plan.rows is None else plan.rows.relations

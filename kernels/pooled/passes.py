@@ -61,7 +61,7 @@ def relation(call: Relation) -> Found:
 
 
 def features(call: Relation) -> Pending:
-    """The stage before a gather; ``kept`` is what was found, without the batch term."""
+    """The stage before a gather."""
     found, rows = _run(call, True)
     assert rows is not None
     return Pending(rows, found)

@@ -106,7 +106,7 @@ def relation(call: Relation) -> Found:
 
 
 def features(call: Relation) -> Pending:
-    """The stage before a gather; ``kept`` is what was found, without the batch term."""
+    """The stage before a gather."""
     frames = call.student.shape[1 if call.layout == "bfchw" else 2]
     found, rows = _first_stage(call, call.frame and frames > 1, True)
     assert rows is not None

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from codmd.ops.backends import raw
+from codmd.ops.backends.raw import Described
 from codmd.ops.backends.reference import attention_jvp as attention_jvp
-from codmd.ops.contract import Call, Found, Objective, Pending, Relation, Upstream
+from codmd.ops.contract import Call
 
 ABI_VERSION = 3
 
@@ -34,57 +35,19 @@ else:
         )
 
 
-def relation(call: Relation) -> Found:
-    """The relation term of one process."""
-    return _forward(call, False, True).found
+class _Cpp(raw.Extension):
+    def run_forward(self, call: Call, outputs: tuple[Described, ...]) -> None:
+        _C.forward(*raw.arguments(call), torch.get_num_threads(), outputs)
+
+    def run_gathered(self, rows: Tensor, fields: tuple[Any, ...], terms: Described, batch_grad: Described) -> None:
+        _C.gathered(*fields, torch.get_num_threads(), terms, batch_grad)
+
+    def run_gradient(
+        self, out: Tensor, upstream: tuple[Described, ...], arguments: tuple[Any, ...], found: tuple[Described, ...]
+    ) -> None:
+        _C.gradient(raw.described(out), upstream, *arguments, torch.get_num_threads(), found)
 
 
-def objective(call: Objective, separate: bool) -> Found:
-    """The DMD loss, and the relation where ``related``, of one process.
-
-    A decoupled loss is two sweeps in one call: x, f, c₁ and c₂ for the norms, f, c₁, c₂ and u₂ for the direction.
-    """
-    return _forward(call, False, separate).found
-
-
-def features(call: Call) -> Pending:
-    """The stage before a gather."""
-    outputs = _forward(call, True, True)
-    return Pending(outputs.rows, outputs.found)
-
-
-def gathered(call: Call, pending: Pending, rows: Tensor, first: int, scale: float) -> Found:
-    """The stage after a gather."""
-    kept: Found = pending.kept
-    fields, numbers, terms, batch_grad = raw.gathered_arguments(call, rows, first, scale, kept)
-    threads = torch.get_num_threads()
-    _C.gathered(fields, numbers, threads, raw.described(terms), raw.described(batch_grad))
-    return kept._replace(terms=terms, batch_grad=batch_grad)
-
-
-def gradient(out: Tensor, upstream: Upstream, call: Call, found: Found) -> None:
-    """Write the gradient of the student's latents into ``out``."""
-    _backward(out, upstream, call, found, False)
-
-
-def whole_gradient(out: Tensor, upstream: Upstream, call: Relation, found: Found) -> None:
-    """The same for ``pool=None``."""
-    _backward(out, upstream, call, found, True)
-
-
-def whole_batch_grad(samples: int, frames: int, features: int) -> tuple[int, ...]:
-    """Shape of ``batch_grad`` for ``pool=None``."""
-    return samples, features
-
-
-def _forward(call: Call, staged: bool, separate: bool) -> raw.Outputs:
-    outputs = raw.outputs(call, staged, separate)
-    _C.forward(*raw.arguments(call), torch.get_num_threads(), outputs.described)
-    return outputs
-
-
-def _backward(out: Tensor, upstream: Upstream, call: Call, found: Found, whole: bool) -> None:
-    _C.gradient(
-        raw.described(out), raw.upstream_arguments(upstream), *raw.gradient_arguments(out, call, whole),
-        torch.get_num_threads(), raw.kept_arguments(found),
-    )  # fmt: skip
+_cpp = _Cpp()
+relation, objective, features, gathered = _cpp.relation, _cpp.objective, _cpp.features, _cpp.gathered
+gradient, whole_gradient, whole_batch_grad = _cpp.gradient, _cpp.whole_gradient, _cpp.whole_batch_grad

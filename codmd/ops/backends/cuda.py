@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from codmd.ops.backends import cuda_binary, raw
+from codmd.ops.backends.raw import Described
 from codmd.ops.backends.reference import attention_jvp as attention_jvp
-from codmd.ops.contract import Call, Found, Objective, Pending, Relation, Upstream
+from codmd.ops.contract import Call
 
 _SIMULATED_PROCESSORS = 4
 
@@ -24,59 +25,24 @@ load_error: str | None
 _C, load_error = cuda_binary.load()
 
 
-def relation(call: Relation) -> Found:
-    """The relation term of one process."""
-    return _forward(call, False, True).found
+class _Cuda(raw.Extension):
+    def run_forward(self, call: Call, outputs: tuple[Described, ...]) -> None:
+        place = _place(call.student)
+        _C.forward(place, _memory(call.student.device, place), *raw.arguments(call), outputs)
+
+    def run_gathered(self, rows: Tensor, fields: tuple[Any, ...], terms: Described, batch_grad: Described) -> None:
+        place = _place(rows)
+        _C.gathered(place, _memory(rows.device, place), *fields, terms, batch_grad)
+
+    def run_gradient(
+        self, out: Tensor, upstream: tuple[Described, ...], arguments: tuple[Any, ...], found: tuple[Described, ...]
+    ) -> None:
+        _C.gradient(_place(out), raw.described(out), upstream, *arguments, found)
 
 
-def objective(call: Objective, separate: bool) -> Found:
-    """The DMD loss, and the relation where ``related``, of one process."""
-    return _forward(call, False, separate).found
-
-
-def features(call: Call) -> Pending:
-    """The stage before a gather."""
-    outputs = _forward(call, True, True)
-    return Pending(outputs.rows, outputs.found)
-
-
-def gathered(call: Call, pending: Pending, rows: Tensor, first: int, scale: float) -> Found:
-    """The stage after a gather."""
-    kept: Found = pending.kept
-    fields, numbers, terms, batch_grad = raw.gathered_arguments(call, rows, first, scale, kept)
-    place = _place(rows)
-    memory = _memory(rows.device, place)
-    _C.gathered(place, memory, fields, numbers, raw.described(terms), raw.described(batch_grad))
-    return kept._replace(terms=terms, batch_grad=batch_grad)
-
-
-def gradient(out: Tensor, upstream: Upstream, call: Call, found: Found) -> None:
-    """Write the gradient of the student's latents into ``out``."""
-    _backward(out, upstream, call, found, False)
-
-
-def whole_gradient(out: Tensor, upstream: Upstream, call: Relation, found: Found) -> None:
-    """The same for ``pool=None``."""
-    _backward(out, upstream, call, found, True)
-
-
-def whole_batch_grad(samples: int, frames: int, features: int) -> tuple[int, ...]:
-    """Shape of ``batch_grad`` for ``pool=None``."""
-    return samples, features
-
-
-def _forward(call: Call, staged: bool, separate: bool) -> raw.Outputs:
-    outputs = raw.outputs(call, staged, separate)
-    place = _place(call.student)
-    _C.forward(place, _memory(call.student.device, place), *raw.arguments(call), outputs.described)
-    return outputs
-
-
-def _backward(out: Tensor, upstream: Upstream, call: Call, found: Found, whole: bool) -> None:
-    _C.gradient(
-        _place(out), raw.described(out), raw.upstream_arguments(upstream), *raw.gradient_arguments(out, call, whole),
-        raw.kept_arguments(found),
-    )  # fmt: skip
+_cuda = _Cuda()
+relation, objective, features, gathered = _cuda.relation, _cuda.objective, _cuda.features, _cuda.gathered
+gradient, whole_gradient, whole_batch_grad = _cuda.gradient, _cuda.whole_gradient, _cuda.whole_batch_grad
 
 
 def _memory(device: torch.device, place: tuple[int, int, int]) -> Callable[[int, int], tuple[Any, ...]]:

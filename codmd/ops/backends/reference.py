@@ -87,11 +87,16 @@ def objective(call: Objective, separate: bool) -> Found:
 def features(call: Call) -> Pending:
     """The stage before a gather: everything but the batch term."""
     if isinstance(call, Relation):
-        found = frame_features(call)
-        return Pending(_rows(call, found), _frame_term(call, found))
-    latents = moments.latents_of(call)
-    found = _pooled(call, latents)
-    return Pending(_rows(call, found), (*_frame_term(call, found), *moments.loss(latents, call)))
+        features = frame_features(call)
+        frame, frame_grad = _frame_term(call, features)
+        terms, norms, factors = _relation_terms(call, torch.zeros_like(frame), frame), None, None
+    else:
+        latents = moments.latents_of(call)
+        features = _pooled(call, latents)
+        frame, frame_grad = _frame_term(call, features)
+        loss, magnitude, norms, factors = moments.loss(latents, call)
+        terms = _objective_terms(call, loss, torch.zeros_like(frame), frame, magnitude)
+    return Pending(_rows(call, features), Found(terms, norms, factors, frame_grad, frame.new_empty(0)))
 
 
 @_plain
@@ -99,11 +104,13 @@ def gathered(call: Call, pending: Pending, rows: Tensor, first: int, scale: floa
     """The stage after a gather: the batch term of all rows, the gradient of this process's."""
     batch, batch_grad = _batch_term(rows, numbers_of(call).temperature)
     own = scale * batch_grad[first : first + len(pending.rows)]
-    frame, frame_grad, *dmd = pending.kept
     if isinstance(call, Relation):
-        return Found(_relation_terms(call, batch, frame), None, None, frame_grad, own)
-    loss, magnitude, norms, factors = dmd
-    return Found(_objective_terms(call, loss, batch, frame, magnitude), norms, factors, frame_grad, own)
+        _, _, frame = pending.partial.terms
+        terms = _relation_terms(call, batch, frame)
+    else:
+        _, loss, _, frame, magnitude = pending.partial.terms
+        terms = _objective_terms(call, loss, batch, frame, magnitude)
+    return pending.partial._replace(terms=terms, batch_grad=own)
 
 
 @_plain
