@@ -32,6 +32,8 @@ CEILINGS = {"H100": 3.35e12, "H200": 4.3e12}
 """Bytes a second: the H100's data sheet, and a device-to-device copy measured on an H200."""
 
 RESULTS = Path("docs/results/gpu.json")
+MODELLED = Path("docs/results/modelled.json")
+PAGE_PATH = Path("docs/performance.md")
 FASTEST = Path("codmd/fastest.json")
 
 BACKWARD = ("apply_kernel", "apply_batch_kernel", "gradient_kernel")
@@ -87,14 +89,15 @@ def rows() -> list[Row]:
     return found
 
 
-def table(found: list[Row], results: dict[str, Any] | None) -> str:
-    """The page's table; measured columns empty without ``results``."""
+def table(found: list[Row], results: dict[str, Any] | None, modelled: dict[str, Any] | None = None) -> str:
+    """The page's table; measured columns empty without ``results``, modelled ones without ``modelled``."""
     measured = {(case["op"], case["shape"]): case for case in results["timings"]} if results else {}
-    lines = [
+    head = (
         "| operator | shape | launches | MB required | moved / required | floor H100 us | floor H200 us "
-        "| Triton us | CUDA us | eager us | compiled us | max-autotune us | percent of copy |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+        "| Triton us (modelled) | CUDA us (modelled) "
+        "| Triton us | CUDA us | eager us | compiled us | max-autotune us | percent of copy |"
+    )
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
     for r in found:
         case = measured.get((r.op, r.shape), {})
 
@@ -102,10 +105,12 @@ def table(found: list[Row], results: dict[str, Any] | None) -> str:
             value = case.get(key)
             return "" if value is None else f"{value * scale:.1f}"
 
+        estimates = [(modelled or {}).get(f"{r.op}, {r.shape}, {backend}") for backend in ("triton", "cuda")]
+        guesses = " | ".join("" if one is None else f"{one['estimated_us']:.1f}" for one in estimates)
         lines.append(
             f"| {r.op} | {r.shape} | {r.forward} + {r.backward} | {r.required / 1e6:.1f} "
             f"| {r.moved / r.required:.3f} | {r.floor_us('H100'):.1f} | {r.floor_us('H200'):.1f} "
-            f"| {cell('triton_ms', 1e3)} | {cell('cuda_ms', 1e3)} | {cell('eager_ms', 1e3)} "
+            f"| {guesses} | {cell('triton_ms', 1e3)} | {cell('cuda_ms', 1e3)} | {cell('eager_ms', 1e3)} "
             f"| {cell('compiled_ms', 1e3)} | {cell('autotuned_ms', 1e3)} | {cell('percent_of_copy')} |"
         )
     return "\n".join(lines)
@@ -135,7 +140,9 @@ of several frames than one program holds. The 14B model has the latents of the 1
   10 bytes for each pixel of a frame: 36/(10 x frames), 0.088 at 41 frames, and one launch more. bfloat16 and float16
   are multiplied by tensor cores, exactly (kernels/README.md); float32 by IEEE FMA.
 * What the compiler makes of every kernel (registers, spills, vector accesses): `python -m benchmarks.static`.
-* How long that code would take, modelled from it: `python -m benchmarks.latency`. No measurement.
+* *Modelled* columns are estimates for an H100 from the compiled code and no measurement: one warp is walked through it
+  (`python -m benchmarks.latency`), without instruction-cache misses and queues, so real times are longer. They rank
+  designs. Written by `python -m benchmarks.latency --table docs`; beside a measurement, `--results` prints their error.
 * Host time a call: `python -m benchmarks.launch`; without a GPU down to a CUDA driver that does nothing.
 * Measuring: `python -m benchmarks.gpu_suite` on a GPU writes the results file that fills the empty columns. A row whose
   accuracy gate fails shows no speed. The same file makes `codmd/fastest.json`, the table by which `auto` takes the
@@ -144,13 +151,13 @@ of several frames than one program holds. The 14B model has the latents of the 1
 """
 
 
-def page(results: dict[str, Any] | None) -> str:
+def page(results: dict[str, Any] | None, modelled: dict[str, Any] | None) -> str:
     where = f"Measured on {results['device']}, {results['date']}." if results else "No GPU was measured yet."
     return PAGE.format(
         measured=where,
         h100=CEILINGS["H100"] / 1e12,
         h200=CEILINGS["H200"] / 1e12,
-        table=table(rows(), results),
+        table=table(rows(), results, modelled),
     )
 
 
@@ -186,20 +193,25 @@ def fastest(results: dict[str, Any] | None) -> dict[str, dict[str, list[tuple[fl
     return {results["capability"]: found} if results and found else {}
 
 
-def load(results: Path) -> dict[str, Any] | None:
-    """The results file of ``benchmarks.gpu_suite``, if there is one."""
-    return json.loads(results.read_text()) if results.exists() else None
+def load(path: Path) -> dict[str, Any] | None:
+    """A file of results, if there is one."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_page(results: Path = RESULTS, out: Path = PAGE_PATH) -> None:
+    """Write the page from the files of results that are there."""
+    out.write_text(page(load(results), load(MODELLED)))
+    print(f"wrote {out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="absent: measured columns stay empty")
-    parser.add_argument("--out", type=Path, default=Path("docs/performance.md"))
+    parser.add_argument("--out", type=Path, default=PAGE_PATH)
     options = parser.parse_args()
-    results = load(options.results)
-    options.out.write_text(page(results))
-    FASTEST.write_text(json.dumps(fastest(results)) + "\n")
-    print(f"wrote {options.out} and {FASTEST}")
+    write_page(options.results, options.out)
+    FASTEST.write_text(json.dumps(fastest(load(options.results))) + "\n")
+    print(f"wrote {FASTEST}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,10 @@
-"""The build's own nvcc module, and toolkits that only say what they are asked to do."""
+"""Toolkits that only say what they are asked to do."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def load_nvcc() -> ModuleType:
-    """csrc/nvcc.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("codmd_nvcc", ROOT / "csrc" / "nvcc.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def pretend_toolkit(folder: Path, compile_step: str, windows: bool = False) -> Path:

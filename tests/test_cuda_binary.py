@@ -17,7 +17,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from cuda_toolkit import ROOT, load_nvcc
+from cuda_toolkit import ROOT
+
+from benchmarks.nvcc import load_nvcc
 
 # GradientPass is compiled without the distribution matching term and with it; kernel_of tells that of a decoupled loss.
 PER_DTYPE = {
@@ -211,12 +213,36 @@ def test_every_kernel_goes_to_the_stream_and_device_asked_for_and_the_callers_de
     call(module, pool)
     launches = [line.split() for line in runtime.recorded().decode().splitlines()]
     assert [kernel_of(symbol) for symbol, *_ in launches] == kernels
-    for _, device, stream, blocks, threads, shared in launches:
+    for _, device, stream, blocks, threads, shared, *_ in launches:
         assert (int(device), int(stream)) == (DEVICE, STREAM)
         assert int(blocks) >= 1
         assert int(threads) == 256
         assert int(shared) <= 48 * 1024, "what every device gives without asking"
     assert runtime.recorded_device() == 0
+
+
+@pytest.mark.slow
+def test_the_latency_model_walks_what_the_host_code_launches(recording, compiled):
+    extension = pytest.importorskip("benchmarks.latency.extension")
+    from benchmarks.latency.model import model
+
+    made = extension.described(*recording, [Path(name) for name, _ in compiled[1]], "sm_90")
+    shape = (1, 5, 4, 60, 104)
+    latent = 2 * 5 * 4 * 60 * 104
+    expected = {
+        "relation_loss": [("RelationPass", 3), ("FinishPass", 0), ("GradientPass", 1)],
+        "codmd_loss": [("DmdPass", 4), ("DmdFinishPass", 0), ("FinishPass", 0), ("GradientPass", 4)],
+    }
+    for op, passes in expected.items():
+        launches = extension.recorded_launches(made, op, shape)
+        assert [(launched.kernel, launched.moved / latent) for launched in launches] == passes
+        for launched in launches:
+            found = model(launched, 3.35e12)
+            assert (launched.warps, launched.registers <= 128) == (8, True)
+            assert 100 < found.instructions < 20_000
+            assert found.program > found.instructions
+            assert launched.kernel != "RelationPass" or found.loads == 3 * 4, "780 chunks of a plane, 256 threads"
+        assert sum(model(launched, 3.35e12).barriers for launched in launches) > 5
 
 
 @pytest.mark.slow

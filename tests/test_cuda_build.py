@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_toolkit import ROOT, load_nvcc, pretend_toolkit
+from cuda_toolkit import ROOT, pretend_toolkit
+
+from benchmarks.nvcc import load_nvcc
 
 nvcc = load_nvcc()
 

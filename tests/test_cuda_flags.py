@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import setuptools
-from cuda_toolkit import ROOT, load_nvcc, pretend_toolkit
+from cuda_toolkit import ROOT, pretend_toolkit
 from setuptools.command.build_ext import build_ext
+
+from benchmarks.nvcc import load_nvcc
 
 nvcc = load_nvcc()
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import struct
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+from codmd.kernels.whole.together import DOTS_OF_EIGHT
 
+from benchmarks import roofline
 from benchmarks.latency import launches, model, table, walk
 from benchmarks.latency.sass import Unreadable, parse
 from benchmarks.latency.values import DATA, Bits, State, step_of
@@ -189,16 +193,30 @@ def test_a_compiled_integer_division_divides(a, b):
 
 def test_addresses_carry_into_their_upper_half():
     state = after(
-        "MOV R0, 0xfffffff0", "MOV R1, 0x1", "MOV R4, 0x5", "LEA R2, P0, R4, R0, 0x2",
+        "MOV R0, 0xfffffff0", "MOV R1, 0x1", "MOV R4, 0x5", "MOV R5, RZ", "LEA R2, P0, R4, R0, 0x2",
         "LEA.HI.X.SX32 R3, R4, R1, 0x2, P0", "IADD3 R6, P1, -R4, R4, RZ", "IADD3.X R7, RZ, RZ, RZ, P1, !PT",
+        "LEA R12, P2, R4, -R5, 0x3", "IADD3.X R13, RZ, -0x1, RZ, P2, !PT", "LEA R14, P3, R4, -R4, 0x1",
         "IMAD.WIDE R8, R4, -0x8, R2", "SHF.L.U64.HI R10, R0, 0x4, R1", "SHF.R.S32.HI R11, RZ, 0x1f, R0",
     )  # fmt: skip
     whole = {k: state.registers[f"R{k}"] for k in (2, 3, 6, 7, 8, 9, 10, 11)}
     assert whole[3] << 32 | whole[2] == 0x1FFFFFFF0 + 20
     assert (whole[6], whole[7]) == (0, 1)
+    assert [state.registers[f"R{k}"] for k in (12, 13, 14)] == [40, 0, 5]
     assert whole[9] << 32 | whole[8] == 0x1FFFFFFF0 + 20 - 40
     assert whole[10] == 0x1FFFFFFF00 >> 32
     assert whole[11] == 0xFFFFFFFF
+
+
+def test_a_part_of_a_parameter_is_read_with_its_sign():
+    state = after(
+        "ULDC.U8 UR4, c[0x0][0x211]", "LDC.S8 R4, c[0x0][0x212]", "LDC.U16 R5, c[0x0][0x211]",
+        parameters=[0x00FE7F01, 0x00000000],
+    ).registers  # fmt: skip
+    assert (state["UR4"], state["R4"], state["R5"]) == (0x7F, 0xFFFFFFFE, 0xFE7F)
+    whole = launches.bank(launches.LAYOUTS["sm_90"], 32, 1, bytes([0, 0, 7]))
+    last = State({0: whole}, {}, False)
+    step_of(code("LDC.U8 R0, c[0x0][0x212]").instructions[0])(last)
+    assert last.registers["R0"] == 7
 
 
 def test_a_predicate_kept_in_a_word_survives_unknown_ones_beside_it():
@@ -248,3 +266,38 @@ def test_the_measured_column_is_that_of_the_backend():
     assert table.measured_us(results, row | {"backend": "cuda"}) is None
     assert table.measured_us(results, row | {"shape": "wan-720p"}) is None
     assert "wan-720p" in EVERY_SHAPE
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def docs_row(op, shape, us):
+    launches_of_row = [{"tail": tail} for tail in (0.0, us)]
+    return {"op": op, "shape": shape, "backend": "triton", "arch": "sm_90", "estimated_us": us, "modelled_cycles": 7,
+            "launches": launches_of_row}  # fmt: skip
+
+
+def test_the_columns_of_the_performance_page_keep_the_rows_that_were_not_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(table, "MODELLED", tmp_path / "modelled.json")
+    monkeypatch.setattr(table, "write_page", lambda: None)
+    monkeypatch.setattr(table, "lines", lambda row, measured: [])
+    for us in (1.0, 2.0):
+        monkeypatch.setattr(table, "rows", lambda cases, us=us: [docs_row(*case[:2], us) for case in cases])
+        asked = "dmd_loss, wan-480p," if us > 1 else "dmd_loss, wan-"
+        monkeypatch.setattr("sys.argv", ["latency", "--table", "docs", "--only", asked, "--backend", "triton"])
+        assert table.main() == 0
+    found = json.loads((tmp_path / "modelled.json").read_text())
+    assert found["dmd_loss, wan-480p, triton"] == {"estimated_us": 2.0, "modelled_cycles": 7, "tail_cycles": 2}
+    assert found["dmd_loss, wan-720p, triton"]["estimated_us"] == 1.0
+    column = [line.split("|")[8].strip() for line in roofline.table(roofline.rows(), None, found).splitlines()]
+    assert column[0] == "Triton us (modelled)"
+    assert {"2.0", "1.0", ""} <= set(column)
+
+
+@pytest.mark.skipif(not DOTS_OF_EIGHT, reason="the page's code is that of a Triton with small dots")
+@pytest.mark.parametrize("op", ["dmd_loss", "relation_loss"])
+def test_the_modelled_columns_of_the_performance_page_are_those_of_the_kernels(op):
+    (kept,) = table.kept([table.row(op, "wan-480p", "triton", "sm_90")]).items()
+    name, found = kept
+    written = json.loads((ROOT / table.MODELLED).read_text()).get(name)
+    assert written == found, "python -m benchmarks.latency --table docs writes them again"

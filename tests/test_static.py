@@ -176,7 +176,7 @@ def test_dmd_and_codmd_move_at_most_1_05_times_the_bytes_they_must(name, flow, r
 def test_the_performance_page_is_the_one_its_command_writes():
     root = Path(__file__).parent.parent
     written = (root / "docs/performance.md").read_text()
-    assert written == roofline.page(roofline.load(root / roofline.RESULTS))
+    assert written == roofline.page(*(roofline.load(root / path) for path in (roofline.RESULTS, roofline.MODELLED)))
 
 
 def test_the_table_of_the_fastest_backends_is_the_one_its_command_writes():

@@ -66,11 +66,11 @@ def registers_of(binary: Path, tool: str) -> dict[str, int]:
 
 
 def bank(layout: Layout, threads: int, grid: int, parameters: bytes) -> bytes:
-    """Bank 0 of a launch."""
+    """Bank 0 of a launch, and zeros beyond it, so that its last bytes can be read as parts of words."""
     found = bytearray(layout.parameters)
     struct.pack_into("<3I", found, layout.block, threads, 1, 1)
     struct.pack_into("<3I", found, layout.grid, grid, 1, 1)
-    return bytes(found) + parameters
+    return bytes(found) + parameters + bytes(3)
 
 
 def _parameters(launch: Launch) -> tuple[bytes, tuple[tuple[int, int], ...]]:

@@ -67,9 +67,10 @@ def model(launched: Launched, bandwidth: float) -> Modelled:
     """Walk a launch's first and last block, with and without the last ticket; the longest tail counts."""
     kernel = Kernel(launched.code, launched.warps)
     blocks = sorted({0, launched.grid - 1})
-    pairs = [[_walk(kernel, launched, block, last) for last in (False, True)] for block in blocks]
-    program = max(plain.cycles for plain, _ in pairs)
-    final = max((last for _, last in pairs), key=lambda walk: walk.cycles)
+    plain = [_walk(kernel, launched, block, False) for block in blocks]
+    program = max(walk.cycles for walk in plain)
+    ends = [_walk(kernel, launched, block, True) for block in blocks] if kernel.takes_tickets else plain
+    final = max(ends, key=lambda walk: walk.cycles)
     tail = max(0.0, final.cycles - program)
     held = resident(launched)
     waves = cdiv(launched.grid, ASSUMED_MULTIPROCESSORS * held)

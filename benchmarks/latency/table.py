@@ -1,30 +1,33 @@
 """Modelled cycles and estimated time of every operator, without a GPU.
 
     python -m benchmarks.latency [--only TEXT] [--arch sm_90] [--backend triton] [--results FILE] [--json FILE]
+    python -m benchmarks.latency --table docs [--only TEXT]    # the modelled columns of docs/performance.md
 
-The code that Triton makes is walked by one warp (:mod:`benchmarks.latency.walk`): one program of a launch, then
-the block that takes the last ticket. *Modelled* is what the walk counts, *estimated* the time of all launches in a
-graph: a boundary each, one program, then either the other waves or the bytes over the bandwidth, then the tail. It
-ranks designs and does not replace a measurement: no instruction cache, no queues, warps that never disturb each other.
+The code that Triton makes, and with ``--backend cuda`` that nvcc makes of the CUDA extension, is walked by one warp
+(:mod:`benchmarks.latency.walk`): one program of a launch, then the block that takes the last ticket. *Modelled* is what
+the walk counts, *estimated* the time of all launches in a graph: a boundary each, one program, then either the other
+waves or the bytes over the bandwidth, then the tail. It ranks designs and does not replace a measurement: no
+instruction cache, no queues, warps that never disturb each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.latency.extension import cuda_launches
 from benchmarks.latency.launches import LAYOUTS, triton_launches
 from benchmarks.latency.model import model, summary
-from benchmarks.roofline import CEILINGS, EVERY_SHAPE, OPERATORS, required_bytes, served
+from benchmarks.roofline import CEILINGS, EVERY_SHAPE, MODELLED, OPERATORS, required_bytes, served, write_page
+from codmd.atomic import replacing
 
 DEVICE = "H100"
-BACKENDS = {"triton": triton_launches}
+BACKENDS = {"triton": triton_launches, "cuda": cuda_launches}
 
 
 def row(op: str, shape: str, backend: str, arch: str) -> dict[str, Any]:
@@ -75,22 +78,38 @@ def measured_us(results: dict[str, Any] | None, found: dict[str, Any]) -> float 
     return None
 
 
+def kept(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What docs/performance.md shows of rows, by "operator, shape, backend"."""
+    return {
+        f"{row['op']}, {row['shape']}, {row['backend']}": {
+            "estimated_us": round(row["estimated_us"], 1),
+            "modelled_cycles": row["modelled_cycles"],
+            "tail_cycles": round(max(m["tail"] for m in row["launches"])),
+        }
+        for row in rows
+    }
+
+
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of 'operator, shape', such as 'codmd_loss, wan-480p-b8'")
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=list(LAYOUTS))
-    parser.add_argument("--backend", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
+    parser.add_argument("--backend", nargs="+", choices=list(BACKENDS), help="triton; all for --table docs")
     parser.add_argument(
         "--results", type=Path, help="a results file of benchmarks.gpu_suite: measured times and errors"
     )
     parser.add_argument("--json", type=Path, help="where the rows go")
+    parser.add_argument("--table", choices=["docs"], help=f"also into {MODELLED} and docs/performance.md, of sm_90")
     options = parser.parse_args()
+    docs = options.table == "docs"
+    if docs and options.arch != ["sm_90"]:
+        parser.error(f"--arch {' '.join(options.arch)}: docs/performance.md has sm_90")
     cases = [
         (op, shape, backend, arch)
         for op in OPERATORS
         for shape in EVERY_SHAPE
-        for backend in options.backend
+        for backend in options.backend or (list(BACKENDS) if docs else ["triton"])
         for arch in options.arch
         if options.only in f"{op}, {shape}," and served(op, EVERY_SHAPE[shape])
     ]
@@ -98,12 +117,17 @@ def main() -> int:
         parser.error(f"--only {options.only!r} is part of no 'operator, shape'")
     results = json.loads(options.results.read_text()) if options.results else None
     print(HEAD, "|---" * (HEAD.count("|") - 1) + "|", sep="\n")
-    kept = []
+    shown = []
     for found in rows(cases):
-        kept.append(found)
+        shown.append(found)
         print(*lines(found, measured_us(results, found)), sep="\n", flush=True)
+        if docs:
+            before = json.loads(MODELLED.read_text()) if MODELLED.exists() else {}
+            with replacing(MODELLED) as partial:
+                partial.write_text(json.dumps(before | kept([found]), indent=1, sort_keys=True) + "\n")
+    if docs:
+        write_page()
     if options.json:
-        part = options.json.with_suffix(".part")
-        part.write_text(json.dumps({"rows": kept}, indent=1) + "\n")
-        os.replace(part, options.json)
+        with replacing(options.json) as partial:
+            partial.write_text(json.dumps({"rows": shown}, indent=1) + "\n")
     return 0

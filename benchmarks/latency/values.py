@@ -346,7 +346,9 @@ def _lea(instruction: Instruction) -> Step:
         top = "RZ"
     else:
         a, b, top, shift = sources
-    reads = [reader(o) for o in (a, b, top, shift)]
+    # As in a sum, a negated b is its complement and one.
+    negative = b.startswith("-") and not _NUMBER.match(b)
+    reads = [reader(o) for o in (a, b.lstrip("-") if negative else b, top, shift)]
     carry_in = _carries(instruction, carries_in)
     flags = [set_truth(w) for w in written]
 
@@ -363,7 +365,8 @@ def _lea(instruction: Instruction) -> Step:
             assert isinstance(upper, int)
             assert isinstance(s, int)
             value = (signed(x) if extended else x | upper << 32) << (s & 31)
-            total = (value >> 32 & MASK if high else value & MASK) + y + int(more)
+            term = (y ^ MASK) + 1 if negative else y
+            total = (value >> 32 & MASK if high else value & MASK) + term + int(more)
             carry = total >> 32 > 0
             write(state, total & MASK)
         for flag in flags:
@@ -588,11 +591,17 @@ def _permute(instruction: Instruction) -> Step:
 
 
 def _copy(instruction: Instruction) -> Step:
-    """MOV, LDC and their kind: one word, or two with ``.64``; four with ``.128``."""
+    """MOV, LDC and their kind: one word, or two with ``.64``, four with ``.128``; a part of a word with ``.U8``."""
     target, source = instruction.operands[:2]
     words = 4 if ".128" in instruction.opcode else 2 if ".64" in instruction.opcode else 1
-    if instruction.base in ("LDC", "ULDC", "LDCU") and re.search(r"\.[US](8|16)\b", instruction.opcode):
-        return _forget(instruction)
+    if part := re.search(r"\.([US])(8|16)\b", instruction.opcode):
+        bits = int(part.group(2))
+
+        def narrow(value: int) -> int:
+            low = value & ((1 << bits) - 1)
+            return signed(low, bits) if part.group(1) == "S" else low
+
+        return _plain(narrow)(instruction)
     moves = [(writer(following(target, k)), reader(source, k)) for k in range(words)]
 
     def step(state: State) -> None:

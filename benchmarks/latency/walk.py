@@ -136,6 +136,7 @@ class Kernel:
         self.flow = Flow(code)
         cadence = max(1.0, warps / SCHEDULERS)
         self.issues = [_Issue(i, instruction, cadence) for i, instruction in enumerate(code.instructions)]
+        self.takes_tickets = any(issue.base in ("ATOM", "ATOMG") for issue in self.issues)
         self._choices: dict[int, bool] = {}
 
     def usual(self, i: int) -> bool:
