@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from codmd.cli import CommandError
 from codmd.extras import needing
+from codmd.hub import push
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `codmd convert`."""
     parser.add_argument("source", type=Path, help="a run or one of its checkpoints; with --codmd a weight file")
     parser.add_argument("out", type=Path, help="new folder")
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="the whole student: VAE, text encoder and tokenizer of its base, schedulers, a model card",
+    )
+    parser.add_argument("--base", help="with --pipeline: folder or repository of the base (the teacher's)")
+    parser.add_argument(
+        "--measures", type=Path, metavar="RESULTS", help="with --pipeline: codmd inspect's results.json, for the card"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="then upload OUT to this repository of the Hub")
     parser.add_argument("--ema", action="store_true", help="the running average of the student instead of the student")
     parser.add_argument("--adapter", action="store_true", help="the low-rank adapter alone, not merged into its base")
     parser.add_argument(
@@ -50,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
     for option in ("network", "config", "model"):
         if getattr(args, option) and not args.codmd:
             raise CommandError(f"--{option}: only with --codmd; a checkpoint knows its own")
+    for option in ("base", "measures"):
+        if getattr(args, option) and not args.pipeline:
+            raise CommandError(f"--{option}: only with --pipeline")
+    if args.pipeline and (args.codmd or args.adapter):
+        raise CommandError("--pipeline: only for a training checkpoint, whole: it writes the step list and the recipe")
     if args.codmd and args.adapter:
         raise CommandError("--adapter: only for a training checkpoint; a weight file holds a whole network")
     if args.codmd and args.ema:
@@ -61,10 +77,13 @@ def run(args: argparse.Namespace) -> int:
             import torch
 
             dtype = None if args.dtype == KEEP else getattr(torch, args.dtype)
-            count, loaded_by = write_adapter(args, dtype) if args.adapter else write_network(args, dtype)
+            write = write_adapter if args.adapter else write_pipeline if args.pipeline else write_network
+            count, loaded_by = write(args, dtype)
+            print(f"{args.out}: {count:,} parameters; load it with {loaded_by}")
+            if args.push:
+                print(push(args.out, args.push))
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
-    print(f"{args.out}: {count:,} parameters; load it with {loaded_by}")
     return 0
 
 
@@ -76,6 +95,23 @@ def write_network(args: argparse.Namespace, dtype: torch.dtype | None) -> tuple[
         with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="writing") as bar:
             model.save_state(args.out, tensors, dtype, progress=bar.update)
         return sum(weight.numel() for weight in model.parameters()), model.loaded_by
+
+
+def write_pipeline(args: argparse.Namespace, dtype: torch.dtype | None) -> tuple[int, str]:
+    """Writes the whole student; the number of its network's parameters, and how it is loaded."""
+    from tqdm import tqdm
+
+    from codmd import models
+    from codmd.models.provenance import read_measures
+    from codmd.trained import open_student
+
+    measures = read_measures(args.measures) if args.measures else ()
+    with open_student(args.source, args.ema) as student:
+        model = models.unread(student.run.model.name, student.run.model.options)
+        base = args.base or student.run.frozen.options.weights
+        with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="writing") as bar:
+            model.save_pipeline(args.out, student.weights, base, student.provenance(measures), dtype, bar.update)
+    return sum(weight.numel() for weight in model.parameters()), model.pipeline_loaded_by
 
 
 def write_adapter(args: argparse.Namespace, dtype: torch.dtype | None) -> tuple[int, str]:

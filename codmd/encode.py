@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", type=Path, help="UTF-8: text with one prompt a line, or .json, .jsonl, .csv")
     parser.add_argument("out", type=Path, help="new folder")
     parser.add_argument(
-        "--text-encoder", required=True, type=Path, help="folder with text_encoder and tokenizer, as diffusers has them"
+        "--text-encoder",
+        required=True,
+        type=Path,
+        help="folder or repository with text_encoder and tokenizer, as diffusers has them",
     )
     parser.add_argument("--model", help="whose text encoder it is (wan)")
     parser.add_argument("--negative-prompt", help="of the unconditional branch (the model's own)")

@@ -67,6 +67,11 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     raise CommandError(f"the same path is given twice: {', '.join(map(str, paths))}")
 
 
+def is_training(path: Path) -> bool:
+    """Whether `path` is a run or a checkpoint of `codmd train`."""
+    return (path / "meta.json").is_file() or (path / "checkpoints").is_dir()
+
+
 def samples_in(folder: Path) -> Path:
     """The folder of the samples themselves in a folder that `codmd sample` wrote; any other path as it is."""
     if (folder / "sampling.json").is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ from codmd.distill.config.typed import ConfigError, structured
 from codmd.distill.run.checkpoint import read_student, resolve
 from codmd.distill.run.identity import TEACHER
 from codmd.distill.run.integrity import META, CheckpointError, read_meta
+from codmd.distill.run.log import JSON_LINES, read_log
 from codmd.distill.run.parallel import Processes
 from codmd.distill.run.roles import RANDOM
 from codmd.models.fingerprint import fingerprint
 from codmd.models.lora import LoraOptions
+from codmd.models.provenance import Provenance
 
 ADAPTER_PREFIX = "adapter."
 """Of the names in the `state_dict` of a role over a shared base."""
@@ -34,10 +36,29 @@ class TrainedStudent:
     Attributes:
         run: the configuration of its training.
         weights: every weight, by the names of the adapter's `state_dict`.
+        checkpoint: its folder.
+        meta: of the checkpoint, as `read_meta`.
     """
 
     run: RunConfig
     weights: Mapping[str, Tensor]
+    checkpoint: Path
+    meta: Mapping[str, Any]
+
+    def provenance(self, measures: Sequence[tuple[str, str]] = ()) -> Provenance:
+        """How it came to be, with the last entry of its run's log up to the checkpoint."""
+        log = self.checkpoint.parent.parent / JSON_LINES
+        entries = read_log(log) if log.is_file() else []
+        last = [entry for entry in entries if "loss" in entry and entry["update"] <= self.meta["step"]][-1:]
+        recipe = self.run.as_mapping()["distill"]
+        return Provenance(
+            self.run.frozen.options.weights,
+            recipe,
+            self.meta["step"],
+            self.meta["versions"],
+            last[0] if last else {},
+            measures,
+        )
 
 
 @contextmanager
@@ -53,14 +74,14 @@ def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[Tr
     """
     path, meta, run, weights = _read(Path(path), ema)
     if run.lora is None:
-        yield TrainedStudent(run, weights)
+        yield TrainedStudent(run, weights, path, meta)
         return
     base = run.frozen
     if base.options.weights == RANDOM:
         raise ValueError(f"{path}: its adapters stand on random {base.name} weights, which no file has")
     with models.unread(base.name, base.options).open_weights(base.options.weights) as tensors:
         _check_base(base.options.weights, fingerprint(tensors), path, meta.get("identity", {}))
-        yield TrainedStudent(run, MergedWeights(tensors, weights, run.lora))
+        yield TrainedStudent(run, MergedWeights(tensors, weights, run.lora), path, meta)
 
 
 def read_adapter(path: str | os.PathLike[str], ema: bool = False) -> TrainedStudent:
@@ -69,13 +90,16 @@ def read_adapter(path: str | os.PathLike[str], ema: bool = False) -> TrainedStud
     Raises:
         FileNotFoundError, ValueError: as `open_student`; or the run trained whole networks.
     """
-    path, _, run, weights = _read(Path(path), ema)
+    path, meta, run, weights = _read(Path(path), ema)
     if run.lora is None:
         raise ValueError(f"{path}: was trained without lora; it has no adapter, only a whole network")
     scale = run.lora.alpha / run.lora.rank
     factors = {name.removeprefix(ADAPTER_PREFIX): value for name, value in weights.items()}
     return TrainedStudent(
-        run, {name: scale * value if ".lora_B." in name else value for name, value in factors.items()}
+        run,
+        {name: scale * value if ".lora_B." in name else value for name, value in factors.items()},
+        path,
+        meta,
     )
 
 

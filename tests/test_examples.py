@@ -62,7 +62,8 @@ def test_every_command_of_a_real_run_works_on_the_miniature(tmp_path, monkeypatc
     commands = re.findall(
         r"^codmd (.*wan-tiny.*)$", (ROOT / "docs/first_video.md").read_text("utf-8").replace("\\\n", ""), re.MULTILINE
     )
-    assert [command.split()[0] for command in commands] == ["encode", "train", "sample"]
+    assert [command.split()[0] for command in commands] == ["encode", "train", "sample", "convert"]
     for command in commands:
         assert cli.main([*command.split(), *(["updates=1"] if command.startswith("train") else [])]) == 0
     assert len(list(Path("videos/videos").glob("*.mp4"))) == 3
+    assert (Path("student") / "README.md").is_file()

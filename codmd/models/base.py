@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from .embeddings import PromptEncoder
+from .provenance import Provenance
 from .sharding import ShardPolicy, copy_weights
 
 Condition = Any
@@ -94,6 +95,9 @@ class VideoDenoiser(nn.Module, ABC):
     loaded_by = ""
     """How what `save` wrote is loaded elsewhere, for messages."""
 
+    pipeline_loaded_by = ""
+    """How what `save_pipeline` wrote is loaded elsewhere, for messages."""
+
     adapter_loaded_by = ""
     """How what `save_adapter` wrote is loaded elsewhere, for messages."""
 
@@ -107,6 +111,11 @@ class VideoDenoiser(nn.Module, ABC):
     def pipeline_options(cls, source: Path) -> dict[str, str]:
         """Options that a folder of weights answers by what else it holds: a text encoder, a decoder."""
         return {}
+
+    @classmethod
+    def student_sigmas(cls, source: Path) -> tuple[float, ...]:
+        """The step list that a folder of a student's weights has beside them; empty where it has none."""
+        return ()
 
     @classmethod
     def prompt_encoder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> PromptEncoder:
@@ -236,6 +245,27 @@ class VideoDenoiser(nn.Module, ABC):
         Raises:
             FileNotFoundError, ValueError: an option or the weights cannot be used.
         """
+
+    def save_pipeline(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Tensor],
+        base: str,
+        provenance: Provenance,
+        dtype: torch.dtype | None,
+        progress: Callable[[int], Any],
+    ) -> None:
+        """Writes a student with all that its users need to sample it, all or nothing.
+
+        Args:
+            state, dtype, progress: as of `save_state`.
+            base: a folder or a repository, which has what is not trained.
+            provenance: of the student, for its model card.
+
+        Raises:
+            FileNotFoundError, ValueError: the base lacks something.
+        """
+        raise ValueError(f"{type(self).__name__} has no pipeline; convert it without --pipeline")
 
     def save_adapter(
         self, path: str | os.PathLike[str], factors: Mapping[str, Tensor], dtype: torch.dtype | None = None

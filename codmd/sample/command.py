@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from codmd.cli import CommandError, above, at_least, integer_in, nearest
 from codmd.extras import needing
+from codmd.files import is_training
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,9 @@ TEACHER_ONLY = ("steps", "guidance", "guidance_form", "shift", "solver")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `codmd sample`."""
     parser.add_argument(
-        "source", type=Path, help="a run or checkpoint of codmd train, a diffusers folder, or a weight file"
+        "source",
+        type=Path,
+        help="a run or checkpoint of codmd train, a diffusers folder or repository, or a weight file",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the videos")
     parser.add_argument(
@@ -65,8 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="that the weights are of, unless codmd train wrote them (wan)")
     model.add_argument("--config", help="of a weight file: 1.3b, 14b, tiny or a config.json (found out)")
-    model.add_argument("--text-encoder", help="folder with text_encoder and tokenizer (SOURCE, if it has them)")
-    model.add_argument("--vae", help="folder of the VAE, or of a pipeline with one (SOURCE, if it has one)")
+    model.add_argument(
+        "--text-encoder", help="folder or repository of text_encoder and tokenizer (SOURCE, if it has them)"
+    )
+    model.add_argument("--vae", help="folder or repository of the VAE, or of a pipeline (SOURCE, if it has one)")
     model.add_argument("--negative-prompt", help="of the teacher's guidance (Wan's own)")
     model.add_argument("--frames", type=integer_in(1, 10_000), help="of a video (81, or as trained)")
     model.add_argument("--height", type=integer_in(16, 10_000), help="in pixels (480, or as trained)")
@@ -118,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    if not (args.prompts or args.vbench or is_training(args.source)):
+        raise ValueError(NO_PROMPTS)
     for name in TEACHER_ONLY:
         if getattr(args, name) is not None and not args.teacher:
             raise ValueError(f"--{name.replace('_', '-')}: only with --teacher; the student takes no guidance")
@@ -133,13 +140,13 @@ def _run(args: argparse.Namespace, team: Processes | None) -> int:
     from codmd.models.fingerprint import fingerprint
 
     from .folder import SampleFolder, Share
-    from .source import is_training, open_source
+    from .source import open_source
 
-    if not (args.prompts or args.vbench or is_training(args.source)):
-        raise ValueError(NO_PROMPTS)
     embeddings = Embeddings(args.prompts) if args.prompts and args.prompts.is_dir() else None
     share, name = Share.from_environment(args.context), args.model or models.DEFAULT
-    if not (args.teacher or args.sigmas or is_training(args.source)):
+    trained = is_training(args.source)
+    known = () if args.teacher or args.sigmas or trained else models.adapter(name).student_sigmas(args.source)
+    if not (args.teacher or args.sigmas or trained or known):
         raise ValueError(
             f"--sigmas: not given, and plain weights do not tell them; {models.adapter(name).student_steps} "
             "(or ask for the --teacher's steps)"
@@ -152,7 +159,7 @@ def _run(args: argparse.Namespace, team: Processes | None) -> int:
         source.model.split_tokens(team.context)
     encoded = embeddings or source.data
     jobs = _jobs(args, prompts, source.data)
-    sampler = _sampler(args, source)
+    sampler = _sampler(args, args.sigmas or source.sigmas or known)
     folder = SampleFolder(args.out, args.latents)
     size = dict(zip(("frames", "channels", "height", "width"), source.model.latent_shape, strict=True))
     content = source.options.content(prompts=encoded is None, guided=args.teacher, pixels=not args.latents)
@@ -237,13 +244,13 @@ def _device(name: str | None, share: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _sampler(args: argparse.Namespace, source: Source) -> FewStep | Guided:
+def _sampler(args: argparse.Namespace, sigmas: tuple[float, ...]) -> FewStep | Guided:
     from .samplers import FewStep, Guided
 
     if args.teacher:
         given = {"form" if name == "guidance_form" else name: getattr(args, name) for name in TEACHER_ONLY}
         return Guided(**{name: value for name, value in given.items() if value is not None})
-    return FewStep(args.sigmas or source.sigmas)
+    return FewStep(sigmas)
 
 
 def _fill(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from codmd import models
 from codmd.distill.data.textures import Textures
 from codmd.distill.run.job import open_source as open_data
+from codmd.files import is_training
 from codmd.models import VideoDenoiser
 from codmd.trained import open_student
 
@@ -67,11 +68,6 @@ def enlarged(pixels: Tensor) -> Tensor:
     scale = max(1, SMALLEST // max(pixels.shape[-2:]))
     larger = F.interpolate(pixels.flatten(0, 1), scale_factor=scale, mode="bilinear")
     return larger.unflatten(0, pixels.shape[:2])
-
-
-def is_training(path: Path) -> bool:
-    """Whether `path` is a run or a checkpoint of `codmd train`."""
-    return (path / "meta.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def open_source(

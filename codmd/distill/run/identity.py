@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from codmd import models
+from codmd import hub, models
 from codmd.distill.config.run_config import RunConfig
 from codmd.distill.config.sections import ModelSettings
 from codmd.distill.config.typed import ConfigError
@@ -31,7 +31,10 @@ def identity_of(config: RunConfig, source: Source | None) -> Identity:
         found[TEACHER] = [frozen.options.weights, weights_fingerprint(frozen)]
     if isinstance(source, (Prompts, Embeddings)):
         found["data"] = [config.data.path, source.fingerprint()]
-    return {name: [str(Path(path).absolute()), digest] for name, (path, digest) in found.items()}
+    return {
+        name: [path if hub.is_repository(path) else str(Path(path).absolute()), digest]
+        for name, (path, digest) in found.items()
+    }
 
 
 def weights_fingerprint(settings: ModelSettings) -> str:

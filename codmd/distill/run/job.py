@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from codmd import hub
 from codmd.distill.config.recipe import DistillConfig
 from codmd.distill.config.run_config import RunConfig
 from codmd.distill.config.sections import ModelSettings
@@ -98,7 +99,8 @@ def check_paths(settings: ModelSettings) -> None:
         ConfigError: naming every such option.
     """
     paths = {name: getattr(settings.options, name, "") for name in ("weights", "text_encoder", "vae")}
-    lost = {name: path for name, path in paths.items() if path not in ("", RANDOM) and not Path(path).exists()}
+    named = {name: path for name, path in paths.items() if path not in ("", RANDOM) and not hub.is_repository(path)}
+    lost = {name: path for name, path in named.items() if not Path(path).exists()}
     if lost:
         raise ConfigError(*(f"model.{name}: {path} does not exist{_maker(path)}" for name, path in lost.items()))
 

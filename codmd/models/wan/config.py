@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from codmd import hub
 from codmd.files import read_json
 
 EXPERTS = ("transformer", "transformer_2")
@@ -23,7 +24,7 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     """Arguments of `WanTransformer3DModel`.
 
     Args:
-        name: one of `SHIPPED`, a JSON file, or a diffusers folder (of a transformer or of a whole pipeline).
+        name: one of `SHIPPED`, a JSON file, or a diffusers folder or repository (of a transformer or a pipeline).
 
     Raises:
         ValueError: an unknown name, or a file that is no configuration of Wan's transformer.
@@ -31,7 +32,7 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     if name in SHIPPED:
         path = Path(str(resources.files(__package__) / "configs" / f"wan_{name}.json"))
     else:
-        path = Path(name)
+        path = hub.local(name, "transformer")
         if path.is_dir():
             path = transformer_folder(path) / "config.json"
         if not path.is_file():

@@ -18,16 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from codmd import hub
+from codmd.atomic import creating_folder
 from codmd.models.base import Condition, VideoDenoiser
 from codmd.models.embeddings import read_embedding
+from codmd.models.provenance import Provenance
 from codmd.models.sharding import ShardPolicy
 from codmd.models.tensor_files import Renamed
 
 from .attention import set_attention, supports_backward
+from .card import card
 from .config import build_transformer
 from .context import split_tokens, token_splits
 from .export import write_adapter_folder, write_diffusers_folder
 from .options import RANDOM, ZEROS, WanOptions
+from .pipeline import open_base, write_parts
 from .precision import compute_in_float32, float32_modules, store_in_bfloat16
 from .tangents import tangent_attention
 from .text import NEGATIVE_PROMPT, TOKENS, WanPromptEncoder
@@ -46,6 +51,7 @@ class WanDenoiser(VideoDenoiser):
     """
 
     loaded_by = "WanTransformer3DModel.from_pretrained"
+    pipeline_loaded_by = "WanPipeline.from_pretrained"
     adapter_loaded_by = "WanPipeline.load_lora_weights"
     student_steps = "a student of Wan2.1 1.3B has 1,0.9,0.757,0.522 and one of 14B 1,0.937,0.833,0.624"
     negative_prompt = NEGATIVE_PROMPT
@@ -96,8 +102,15 @@ class WanDenoiser(VideoDenoiser):
 
     @classmethod
     def pipeline_options(cls, source: Path) -> dict[str, str]:
-        """The text encoder and the VAE of a pipeline's folder."""
-        return {name: str(source) for name in ("text_encoder", "vae") if (source / name).is_dir()}
+        """The text encoder and the VAE of a pipeline's folder or repository."""
+        return {name: str(source) for name in ("text_encoder", "vae") if name in hub.components(source)}
+
+    @classmethod
+    def student_sigmas(cls, source: Path) -> tuple[float, ...]:
+        """Of the pipeline that `codmd convert --pipeline` wrote, on this machine or the Hub."""
+        from codmd.scheduler import FOLDER, read_sigmas
+
+        return read_sigmas(hub.local(source, FOLDER))
 
     @classmethod
     def prompt_encoder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> WanPromptEncoder:
@@ -230,6 +243,25 @@ class WanDenoiser(VideoDenoiser):
         """Writes a diffusers folder (config.json, safetensors) that `WanTransformer3DModel.from_pretrained` loads."""
         bare = Renamed(state, {name.removeprefix(PREFIX): name for name in state})
         write_diffusers_folder(path, self.network_config, bare, dtype, progress)
+
+    def save_pipeline(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Tensor],
+        base: str,
+        provenance: Provenance,
+        dtype: torch.dtype | None,
+        progress: Callable[[int], Any],
+    ) -> None:
+        """Writes a folder that `WanPipeline.from_pretrained` samples in the student's steps, with its model card."""
+        opened = open_base(base)
+        frames, channels, height, width = self.latent_shape
+        time, space = strides(opened[0], channels)
+        pixels = (time * (frames - 1) + 1, space * height, space * width)
+        with creating_folder(path) as folder:
+            self.save_state(folder / "transformer", state, dtype, progress)
+            error = write_parts(folder, opened, provenance.recipe["sigmas"], progress)
+            (folder / "README.md").write_text(card(provenance, self.latent_shape, pixels, error), "utf-8")
 
     def save_adapter(
         self, path: str | os.PathLike[str], factors: Mapping[str, Tensor], dtype: torch.dtype | None = None

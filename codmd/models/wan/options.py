@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from codmd import hub
 from codmd.models.embeddings import read_embedding
 from codmd.models.fingerprint import fingerprint
 from codmd.models.options import ModelOptions
@@ -26,7 +26,8 @@ class WanOptions(ModelOptions):
     """Options of the registry's "wan".
 
     Attributes:
-        weights: a diffusers folder, a single file (.safetensors, .pt), or "random".
+        weights: a diffusers folder or repository (owner/name, owner/name@revision), a single file (.safetensors,
+            .pt), or "random".
         entry: of a file that holds several networks, the one to read; "" takes the generator.
         config: "1.3b", "14b", "ti2v_5b", "tiny", or a JSON file; "" takes the diffusers folder's own, or for a single
             file the shipped configuration that it fits.
@@ -36,11 +37,11 @@ class WanOptions(ModelOptions):
         attention: backend by diffusers' name: native, flash, _flash_3, sage, ...
         gradient_checkpointing: recompute every block's activations in the backward pass.
         compile: compile the repeated block, once for all of them.
-        text_encoder: folder with `text_encoder` and `tokenizer`, for prompts given as text.
+        text_encoder: folder or repository with `text_encoder` and `tokenizer`, for prompts given as text.
         null_embedding: the folder that `codmd encode` wrote (or a file with one embedding), or "zeros"; ""
             encodes `negative_prompt`.
         negative_prompt: the text of the unconditional branch.
-        vae: folder of an AutoencoderKLWan, or of a pipeline that has one, for decoding.
+        vae: folder or repository of an AutoencoderKLWan, or of a pipeline that has one, for decoding.
     """
 
     default_video = MappingProxyType({"frames": 81, "height": 480, "width": 832})
@@ -79,11 +80,11 @@ class WanOptions(ModelOptions):
         """Arguments of `WanTransformer3DModel`, from `config` or found out from `weights`."""
         if self.config:
             return read_config(self.config)
-        path = Path(self.weights)
+        path = hub.local(self.weights, "transformer")
         beside = path.parent if path.name.endswith(INDEX_SUFFIX) else path
         if path.is_dir() or (beside / "config.json").is_file():
             return read_config(beside)
-        return fitting_config(self.weights, self.entry)
+        return fitting_config(path, self.entry)
 
     def for_inference(self) -> WanOptions:
         """Without recomputation, the weights stored in the dtype of the products."""
@@ -118,7 +119,8 @@ class WanOptions(ModelOptions):
             embedding = read_embedding(self.null_embedding)
             found["null_embedding"] = (self.null_embedding, fingerprint({"": embedding}))
         if self.text_encoder and (prompts or (guided and not self.null_embedding)):
-            found["text_encoder"] = (self.text_encoder, folder_fingerprint(Path(self.text_encoder) / "text_encoder"))
+            folder = hub.local(self.text_encoder, "text_encoder", "tokenizer") / "text_encoder"
+            found["text_encoder"] = (self.text_encoder, folder_fingerprint(folder))
         if self.vae and pixels:
             found["vae"] = (self.vae, folder_fingerprint(vae_folder(self.vae)))
         return found

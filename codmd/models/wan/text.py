@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from codmd import hub
 from codmd.models.embeddings import warn_of_cuts
 
 TOKENS = 512
@@ -51,7 +51,7 @@ class WanPromptEncoder:
         from transformers import AutoTokenizer, UMT5EncoderModel
         from transformers.utils import logging
 
-        folder = Path(folder)
+        folder = hub.local(folder, "text_encoder", "tokenizer")
         for name in ("text_encoder", "tokenizer"):
             if not (folder / name).is_dir():
                 raise FileNotFoundError(f"text_encoder: {folder / name}: no such folder")

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from codmd import hub
 from codmd.files import read_json
 
 STRIDES = {16: (4, 8), 48: (4, 16)}
@@ -46,7 +47,8 @@ def vae_folder(folder: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    path = Path(folder) / "vae" if (Path(folder) / "vae").is_dir() else Path(folder)
+    found = hub.local(folder, "vae")
+    path = found / "vae" if (found / "vae").is_dir() else found
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"vae: {path / 'config.json'}: no such file; expected an AutoencoderKLWan's folder")
     return path

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codmd import hub
 from codmd.models.tensor_files import TensorFile, open_tensors
 
 from .config import SHIPPED, parameter_shapes, read_config, transformer_folder
@@ -26,8 +27,8 @@ def open_wan(
     """Wan's weights by diffusers' names, read one at a time; names and shapes equal the configuration's.
 
     Args:
-        path: a diffusers folder (of a transformer or a pipeline), a .safetensors or a PyTorch file, in diffusers' or
-            in the original naming, with wrapper prefixes or without.
+        path: a diffusers folder or repository (of a transformer or a pipeline), a .safetensors or a PyTorch file, in
+            diffusers' or in the original naming, with wrapper prefixes or without.
         config: arguments of `WanTransformer3DModel`; None finds the shipped configuration that fits.
         network: the entry of a checkpoint dictionary; "" takes the generator.
 
@@ -35,7 +36,7 @@ def open_wan(
         FileNotFoundError: there is no such file.
         ValueError: the file is unsafe, truncated, or does not fit; with the first differences.
     """
-    path = Path(path)
+    path = hub.local(path, "transformer")
     if path.is_dir():
         path = transformer_folder(path)
     with open_tensors(path, network) as file:
