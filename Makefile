@@ -1,6 +1,7 @@
 # Two commands for newcomers: `make demo` and `make test`. Each makes .venv when there is none.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -12,7 +13,7 @@ INTERPRETED := tests/contract $(shell grep -l "^if INTERPRETED" tests/test_trito
 UNUSED := /(tests?|testing|pip)/|/transformers/models/|/diffusers/pipelines/
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench docs clean
 
 install: $(BIN)/.installed
 
@@ -37,11 +38,15 @@ lint: $(BIN)/.installed
 bench: $(BIN)/.installed
 	$(BIN)/python -m pytest -q benchmarks $(ARGS)
 
+docs: $(BIN)/.installed
+	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet --no-compile --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(BIN)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[$(EXTRAS)]"
 	-$(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' $(VENV)/lib # on all cores, which pip does not
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info codmd/*.so
+	rm -rf $(VENV) build dist site src/*.egg-info codmd/*.so
