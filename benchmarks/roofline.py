@@ -23,7 +23,7 @@ from typing import Any
 from codmd.kernels.launch import Launch
 from codmd.kernels.limits import MOST_WHOLE
 
-from benchmarks import static_cases
+from benchmarks import attention_jvp, static_cases
 from benchmarks.shapes import SHAPES
 from benchmarks.traffic import codmd_bytes, relation_bytes, traffic
 
@@ -148,6 +148,15 @@ of several frames than one program holds. The 14B model has the latents of the 1
   accuracy gate fails shows no speed. The same file makes `codmd/fastest.json`, the table by which `auto` takes the
   faster of Triton and the CUDA extension for an operator and a size; until then Triton comes first.
 * All that is to be run on a GPU, in order, whole networks included: [gpu.md](gpu.md).
+
+## Attention with tangents
+
+`attention_jvp` is bound by arithmetic: two products a tile of attention itself and four of its tangent, fewer where
+tangents are absent. The floor is that arithmetic at {peak:.0f} TFLOP/s (H100, data sheet, dense bfloat16). *Estimated* adds
+the softmax between the products, which nothing overlaps while a multiprocessor holds one program
+(`python -m benchmarks.attention_jvp`). The kernel allocates its results and nothing else.
+
+{attention}
 """
 
 
@@ -158,6 +167,8 @@ def page(results: dict[str, Any] | None, modelled: dict[str, Any] | None) -> str
         h100=CEILINGS["H100"] / 1e12,
         h200=CEILINGS["H200"] / 1e12,
         table=table(rows(), results, modelled),
+        peak=attention_jvp.PEAK / 1e12,
+        attention=attention_jvp.table(),
     )
 
 

@@ -35,6 +35,11 @@ def test_the_training_loop_brings_the_student_nearer_to_the_data():
     assert after < 0.7 * before
 
 
+def test_mean_flow_learns_to_sample_in_one_step():
+    before, after = runpy.run_path(str(ROOT / "examples/mean_flow.py"))["train"](updates=60)
+    assert after < 0.85 * before
+
+
 def test_the_notebook_runs_and_its_step_lowers_the_loss(capsys):
     """Its cells in one process; Jupyter itself is no dependency."""
     plt.switch_backend("Agg")
