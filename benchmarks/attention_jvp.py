@@ -1,7 +1,7 @@
 """`attention_jvp` without a GPU: floor, estimated time and counted memory of its kernel; part of docs/performance.md.
 
-The floor is the products' arithmetic at the H100's dense bfloat16 rate. The estimate adds the softmax between them, which
-the two warpgroups of a program overlap with nothing: a multiprocessor holds one program. Neither is a measurement.
+The floor is the products' arithmetic at the H100's dense bfloat16 rate. The estimate adds the softmax between them,
+which nothing overlaps: a multiprocessor holds one program. Neither is a measurement.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PEAK, CLOCK_HZ = 989e12, 1.755e9
 EXPONENTIALS, LANES = 16, 128
 """Results that a multiprocessor has in a cycle: exp2, and float32 arithmetic."""
 
-PER_SCORE, PER_RESULT = 12, 2
-"""Counted in the source, float32 operations: on a score of a tile, and on an element of an accumulator."""
+PER_SCORE, PER_RESULT = 12, 1
+"""Counted in the source, float32 operations: on a score of a tile, and on an element of each accumulator."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,8 @@ class Case:
         """Programs one after another on every multiprocessor, tiles one after another in a program."""
         rows, columns = WARPGROUPS.queries, WARPGROUPS.keys
         products = self.products * 2 * rows * columns * self.head / (PEAK / ASSUMED_MULTIPROCESSORS / CLOCK_HZ)
-        softmax = (
-            rows * columns * (1 / EXPONENTIALS + PER_SCORE / LANES) + 2 * rows * self.head * PER_RESULT / LANES / 2
-        )
+        softmax = rows * columns * (1 / EXPONENTIALS + PER_SCORE / LANES)
+        softmax += 2 * rows * self.head * PER_RESULT / LANES
         waves = cdiv(self.heads * cdiv(self.queries, rows), ASSUMED_MULTIPROCESSORS)
         return waves * cdiv(self.keys, columns) * (products + softmax) / CLOCK_HZ * 1e3
 
@@ -80,7 +79,7 @@ CASES = (
 def table() -> str:
     """One layer of one sample each, in Markdown."""
     lines = [
-        "| layer | products a tile | TFLOP | floor H100 ms | estimated H100 ms | allocated MB | one table of scores GB |",
+        "| layer | products a tile | TFLOP | floor ms | estimated ms | MB allocated | GB, one table of scores |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in CASES:

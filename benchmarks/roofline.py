@@ -152,9 +152,9 @@ of several frames than one program holds. The 14B model has the latents of the 1
 ## Attention with tangents
 
 `attention_jvp` is bound by arithmetic: two products a tile of attention itself and four of its tangent, fewer where
-tangents are absent. The floor is that arithmetic at {peak:.0f} TFLOP/s (H100, data sheet, dense bfloat16). *Estimated* adds
-the softmax between the products, which nothing overlaps while a multiprocessor holds one program
-(`python -m benchmarks.attention_jvp`). The kernel allocates its results and nothing else.
+tangents are absent. The floor is that arithmetic at {peak:.0f} TFLOP/s (H100, data sheet, dense bfloat16).
+*Estimated*, for the H100, adds the softmax between the products, which nothing overlaps while a multiprocessor holds
+one program (`python -m benchmarks.attention_jvp`). The kernel allocates its results and nothing else.
 
 {attention}
 """

@@ -1,8 +1,8 @@
-"""MeanFlow (arXiv 2505.13447) with a plain `nn.Module`: its training target needs the tangent of a network with attention.
+"""MeanFlow (arXiv 2505.13447) with a plain `nn.Module`: its target needs the tangent of a network with attention.
 
     python examples/mean_flow.py
 
-Sets of eight points on a circle; the network learns the average velocity u(z, r, t), and one step z - u(z, 0, 1) samples.
+Sets of eight points on a circle; the network learns the average velocity u(z, r, t); one step z - u(z, 0, 1) samples.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def data(batch: int) -> Tensor:
 
 
 def loss(network: nn.Module, x0: Tensor) -> Tensor:
-    """|u - (v - (t - r) du/dt)|², where du/dt is the derivative of u along (v, 0, 1), a constant of the optimisation."""
+    """|u - (v - (t - r) du/dt)|²; du/dt, the derivative of u along (v, 0, 1), is a constant of the optimisation."""
     noise, (r, t) = torch.randn_like(x0), torch.rand(2, len(x0)).sort(0).values
     r = torch.where(torch.rand(len(x0)) < 0.5, t, r)
     z, v = x0 + t[:, None, None] * (noise - x0), noise - x0
