@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from codmd import reference
 from codmd.conventions import resolve
+from codmd.distill.config.consistency import ConsistencyConfig
 from codmd.distill.update.schedule import check_sigma_range, check_step_list
 
 
@@ -17,7 +18,10 @@ class DistillConfig:
     """One recipe of few-step distribution matching distillation.
 
     Attributes:
-        sigmas: the student's step list, noise levels from 1 downwards.
+        method: "dmd" (distribution matching), "rcm" (the consistency term, then distribution matching beside it) or
+            "scm" (the consistency term alone: no critic, no relation). The last two learn from `data.kind: latents`.
+        consistency: numbers of the consistency term.
+        sigmas: the student's step list, noise levels from 1, or just below, downwards.
         shift: flow-matching shift of the training levels.
         sigma_range: lowest and highest training level.
         batch_size: samples per update, over all processes.
@@ -49,6 +53,8 @@ class DistillConfig:
     """
 
     sigmas: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)
+    method: Literal["dmd", "rcm", "scm"] = "dmd"
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     shift: float = 3.0
     sigma_range: tuple[float, float] = (0.02, 0.98)
     batch_size: int = 64
@@ -81,6 +87,8 @@ class DistillConfig:
         check_step_list(self.sigmas)
         check_sigma_range(self.sigma_range)
         resolve(self.convention)
+        if self.method == "scm" and self.relation_weight > 0:
+            raise ValueError("relation_weight: scm has no scores to relate; set relation_weight to 0")
         for name in ("batch_size", "micro_batch", "critic_updates", "max_nonfinite"):
             check_count(name, getattr(self, name), 1)
         check_count("relation_warmup", self.relation_warmup, 0)

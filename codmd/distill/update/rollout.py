@@ -35,7 +35,7 @@ def trajectory(
     """The student's own trajectory to `exit_step`: x0 prediction, renoised to the next level, and so on.
 
     Args:
-        noise: [B, F, C, H, W], the state at sigmas[0] = 1.
+        noise: [B, F, C, H, W]; `sigmas[0]` times it is the first state, the noise itself where that level is 1.
         sigmas: the step list.
         exit_step: index into `sigmas`; later steps do not run.
 
@@ -43,7 +43,7 @@ def trajectory(
         The state x_t [B, F, C, H, W] and the level [B] of that step, after `exit_step` network evaluations.
     """
     levels = [torch.full((len(noise),), sigma, device=noise.device) for sigma in sigmas[: exit_step + 1]]
-    x_t = noise
+    x_t = sigmas[0] * noise
     for level, following in pairwise(levels):
         x0 = student.predict_x0(x_t, level, cond)
         x_t = student.add_noise(x0, noise_like(x0, randomness), following)

@@ -15,6 +15,8 @@ from torch import Tensor
 from .noise import Randomness, uniform
 
 MAX_STEPS = 8
+LEAST_FIRST = 0.95
+"""First level of a step list; rCM's is 0.98765. Further below, a list lacks its first step."""
 
 
 def shift_sigma(t: Tensor, shift: float) -> Tensor:
@@ -34,7 +36,7 @@ def sampling_sigmas(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def check_step_list(sigmas: Sequence[float]) -> tuple[float, ...]:
-    """The student's step list: 1 to 8 levels, the first 1.0, strictly falling, the last above 0.
+    """The student's step list: 1 to 8 levels, the first 1.0 or just below, strictly falling, the last above 0.
 
     Raises:
         ValueError: naming what is wrong with the list.
@@ -42,8 +44,8 @@ def check_step_list(sigmas: Sequence[float]) -> tuple[float, ...]:
     levels = tuple(float(sigma) for sigma in sigmas)
     if not 1 <= len(levels) <= MAX_STEPS:
         raise ValueError(f"sigmas: got {len(levels)} levels; expected 1 to {MAX_STEPS}")
-    if levels[0] != 1.0:
-        raise ValueError(f"sigmas: the first level is {levels[0]}; expected 1.0, pure noise")
+    if not LEAST_FIRST <= levels[0] <= 1:
+        raise ValueError(f"sigmas: the first level is {levels[0]}; expected 1.0, pure noise, or {LEAST_FIRST} at least")
     if not all(high > low for high, low in pairwise(levels)) or not levels[-1] > 0:
         raise ValueError(f"sigmas: got {levels}; expected levels that fall strictly and stay above 0")
     return levels
