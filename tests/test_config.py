@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from codmd.distill.config.run_config import PACKAGED, differences, find_config, 
 from codmd.distill.config.typed import ConfigError, convert, structured
 from codmd.models.tensor_files import save_tensors
 
+TIMES = (math.atan(80), 1.5, 1.4, 1.0)
+"""Of rCM's four steps."""
 GIVEN = ["model.weights=w", "data.path=p", "model.null_embedding=n"]
-PACKAGED_NAMES = ["textures_tiny", "toy", "wan2.2_ti2v_5b", "wan_1.3b", "wan_14b", "wan_tiny"]
+PACKAGED_NAMES = [
+    "textures_tiny", "toy", "wan2.2_ti2v_5b", "wan_1.3b", "wan_1.3b_rcm", "wan_14b", "wan_14b_rcm", "wan_tiny",
+]  # fmt: skip
 
 
 def packaged(name, *overrides):
     given = {"toy": [], "textures_tiny": [], "wan_tiny": ["data.path=p"]}.get(name, GIVEN)
-    return read_config(name, [*given, *overrides])
+    return read_config(name, [*given, *(["data.embeddings=e"] if name.endswith("rcm") else []), *overrides])
 
 
 def write(tmp_path, text):
@@ -53,6 +58,19 @@ def test_the_recipes_of_both_wan_sizes_are_the_published_ones():
     assert (small.distill.student_lr, small.distill.critic_lr) == (2e-6, 4e-7)
     assert (large.distill.student_lr, large.distill.critic_lr) == (4e-6, 8e-7)
     assert (small.distill.batch_weight, large.distill.batch_weight) == (0.0, 1.0)
+
+
+def test_the_recipes_of_rcm_are_the_published_ones():
+    small, large = packaged("wan_1.3b_rcm").distill, packaged("wan_14b_rcm").distill
+    for recipe in (small, large):
+        assert (recipe.method, recipe.convention, recipe.guidance, recipe.shift) == ("rcm", "rcm", 5.0, 5.0)
+        assert (recipe.betas, recipe.weight_decay, recipe.grad_clip) == ((0.0, 0.999), 0.01, None)
+        assert (recipe.ema_width, recipe.consistency.log_std, recipe.consistency.tangent) == (0.1, 1.6, "jvp")
+        assert recipe.sigmas == pytest.approx([math.tan(t) / (1 + math.tan(t)) for t in TIMES], abs=1e-5)
+    assert (small.student_lr, small.critic_lr, small.critic_updates) == (2e-6, 4e-7, 4)
+    assert (large.student_lr, large.critic_lr, large.critic_updates) == (1e-6, 1e-7, 9)
+    assert (small.consistency.log_mean, small.consistency.warmup) == (0.7, 1000)
+    assert (large.consistency.log_mean, large.consistency.warmup) == (1.5, 0)
 
 
 def test_overrides_are_typed_and_reach_every_section():

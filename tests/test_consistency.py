@@ -250,3 +250,28 @@ def test_a_rollout_may_begin_below_pure_noise():
 
 def test_per_sample_levels_keep_float64():
     assert per_sample(torch.ones(2, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)).dtype == torch.float64
+
+
+# The power-law average
+
+
+def test_a_power_law_average_has_the_width_it_was_given():
+    recipe = replace(RECIPE, ema_width=0.1)
+    updates = 2000
+    weights = torch.zeros(updates, dtype=torch.float64)
+    for update in range(1, updates + 1):
+        decay = recipe.ema_decay_at(update)
+        weights *= decay
+        weights[update - 1] += 1 - decay
+    places = torch.arange(1, updates + 1, dtype=torch.float64) / updates
+    mean = (weights * places).sum()
+    assert float(weights.sum()) == pytest.approx(1)
+    assert float((weights * (places - mean).square()).sum().sqrt()) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_the_power_law_average_follows_the_student():
+    trainer, _, student, _ = trainers("scm", ema_width=0.1)
+    trainer.cycle()
+    assert torch.equal(trainer.average.average["mean"], student.mean)  # the first update counts alone
+    trainer.cycle()
+    assert not torch.equal(trainer.average.average["mean"], student.mean)

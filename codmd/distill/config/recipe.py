@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from codmd import reference
 from codmd.conventions import resolve
 from codmd.distill.config.consistency import ConsistencyConfig
@@ -36,6 +38,8 @@ class DistillConfig:
         weight_decay: decoupled weight decay.
         grad_clip: largest gradient norm of an update; None leaves it as it is.
         ema_decay: of the running average of the student's weights, one step per student update; None keeps none.
+        ema_width: of an average by a power law instead: its standard deviation over the updates made, below 0.25
+            (rCM: 0.1; arXiv 2312.02696).
         max_nonfinite: updates of one network that may be skipped in a row before the run ends.
         guidance: teacher guidance scale in the form of `convention`; None for the conditional prediction alone.
         batch_guidance: predict with and without condition in one forward of twice the batch.
@@ -68,6 +72,7 @@ class DistillConfig:
     weight_decay: float = 0.0
     grad_clip: float | None = None
     ema_decay: float | None = None
+    ema_width: float | None = None
     max_nonfinite: int = 10
     guidance: float | None = None
     batch_guidance: bool = True
@@ -99,6 +104,10 @@ class DistillConfig:
         check_decays("betas", self.betas)
         if self.ema_decay is not None:
             check_decays("ema_decay", (self.ema_decay,))
+        if self.ema_width is not None and not 0 < self.ema_width < 0.25:
+            raise ValueError(f"ema_width: got {self.ema_width}; expected a number above 0 and below 0.25")
+        if self.ema_decay is not None and self.ema_width is not None:
+            raise ValueError("ema_width: got one beside ema_decay; expected one of the two")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance: got {self.guidance}; expected a finite number, or none")
         check_one_of("relation_features", self.relation_features, reference.FEATURES)
@@ -132,6 +141,20 @@ class DistillConfig:
             parts.append(f"first-step diversity {self.diversity_weight:g} ({taken} of {of} steps)")
         return ", ".join(parts)
 
+    @property
+    def averages(self) -> bool:
+        """Whether a running average of the student is kept."""
+        return self.ema_decay is not None or self.ema_width is not None
+
+    def ema_decay_at(self, update: int) -> float:
+        """The running average's decay at a student update, counted from 1.
+
+        By a power law it is (1 - 1/t)^(gamma + 1): after t updates, the weight of update s is as s^gamma.
+        """
+        if self.ema_width is None:
+            return 0.0 if self.ema_decay is None else self.ema_decay
+        return (1 - 1 / update) ** (power_of_width(self.ema_width) + 1)
+
     def relation_weight_at(self, update: int) -> float:
         """lambda at a student update, counted from 1."""
         return self.relation_weight * min(1.0, update / max(1, self.relation_warmup))
@@ -143,6 +166,15 @@ class DistillConfig:
             ValueError: the batch does not divide into equal micro-batches on that many processes.
         """
         return split_batch(self.batch_size, self.micro_batch, processes)
+
+
+def power_of_width(width: float) -> float:
+    """gamma of the density s^gamma on [0, 1] whose standard deviation is `width`.
+
+    (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = width^2, a cubic whose largest root it is.
+    """
+    least = width**-2
+    return float(np.roots([1, 7, 16 - least, 12 - least]).real.max())
 
 
 def split_batch(batch_size: int, micro_batch: int | None, processes: int) -> tuple[int, int]:

@@ -75,6 +75,11 @@ class RunConfig:
             )
         if self.mode == "teacher" and self.watch.every:
             raise ValueError("watch.every: watches students beside their teacher; expected 0 in mode teacher")
+        if self.distill.method != "dmd" and self.mode == "distill" and self.data.kind not in ("latents", "textures"):
+            raise ValueError(
+                f"distill.method: {self.distill.method} learns from videos, which data.kind {self.data.kind!r} "
+                "has not; expected latents or textures"
+            )
         if self.lora is not None and self.parallel.offload_teacher:
             raise ValueError("parallel.offload_teacher: with lora the teacher is the shared base, which stays")
         if self.lora is not None and self.distill.critic_mixing > 0:

@@ -86,22 +86,27 @@ class DataSettings:
 
     Attributes:
         kind: "none" (an unconditional model), "prompts" (a text file, encoded as they come), "embeddings" (the
-            folder that `codmd encode` wrote) or "textures" (pans and zooms over photographs).
+            folder that `codmd encode` wrote), "latents" (a folder of `codmd sample --latents`) or "textures" (pans and
+            zooms over photographs). The last two are videos, which a teacher, rcm and scm learn from.
         path: of the file or folder.
+        embeddings: of "latents": what `codmd encode` wrote for their prompts; empty for an unconditional model.
         zoom: of "textures": pixels of a photograph per pixel of a video.
     """
 
-    kind: Literal["none", "prompts", "embeddings", "textures"] = "none"
+    kind: Literal["none", "prompts", "embeddings", "latents", "textures"] = "none"
     path: str = ""
+    embeddings: str = ""
     zoom: float = 4.0
 
     def __post_init__(self) -> None:
-        needs = self.kind in ("prompts", "embeddings")
+        needs = self.kind in ("prompts", "embeddings", "latents")
         if needs != bool(self.path):
             raise ValueError(
                 f"path: got {self.path!r}; data of kind {self.kind!r} {'needs' if needs else 'has'} "
                 f"{'one' if needs else 'none'}"
             )
+        if self.embeddings and self.kind != "latents":
+            raise ValueError(f"embeddings: got {self.embeddings!r}; data of kind {self.kind!r} has none beside it")
         check_number("zoom", self.zoom, positive=True)
 
 

@@ -166,7 +166,7 @@ def plan(config: RunConfig, layout: Layout, sizes: Sizes) -> Plan:
     recipe, size = config.distill, sizes.adapted if layout.lora else sizes.whole
     _, accumulate = micro_batches(recipe, layout.gpus // layout.context)
     # Gradients of student and critic never exist at the same time.
-    kept = 2 * (MASTER + MOMENTS) + GRADIENT + (AVERAGE if recipe.ema_decay is not None else 0)
+    kept = 2 * (MASTER + MOMENTS) + GRADIENT + (AVERAGE if recipe.averages else 0)
     frozen = sizes.frozen / layout.shards
     return Plan(
         layout,

@@ -10,6 +10,7 @@ from codmd.distill.config.run_config import RunConfig
 from codmd.distill.config.sections import ModelSettings
 from codmd.distill.config.typed import ConfigError
 from codmd.distill.data.conditions import Source
+from codmd.distill.data.latents import Latents
 from codmd.distill.data.prompts import Embeddings, Prompts
 from codmd.models.fingerprint import fingerprint
 
@@ -29,7 +30,7 @@ def identity_of(config: RunConfig, source: Source | None) -> Identity:
     found = {name: [path, digest] for name, (path, digest) in content.items()}
     if config.mode == "distill" and frozen.options.weights != RANDOM:
         found[TEACHER] = [frozen.options.weights, weights_fingerprint(frozen)]
-    if isinstance(source, (Prompts, Embeddings)):
+    if isinstance(source, (Prompts, Embeddings, Latents)):
         found["data"] = [config.data.path, source.fingerprint()]
     return {
         name: [path if hub.is_repository(path) else str(Path(path).absolute()), digest]

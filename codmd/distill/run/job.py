@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,9 +16,11 @@ from codmd.distill.config.run_config import RunConfig
 from codmd.distill.config.sections import ModelSettings
 from codmd.distill.config.typed import ConfigError, nearest
 from codmd.distill.data.conditions import Conditions, Positions, Source
+from codmd.distill.data.latents import Latents
 from codmd.distill.data.prompts import Embeddings, Prompts
 from codmd.distill.data.textures import Textures
 from codmd.distill.update.ema import WeightAverage
+from codmd.distill.update.methods import Videos, consistency_trainer
 from codmd.distill.update.objective import guided_path
 from codmd.distill.update.optimizer import GuardedAdamW
 from codmd.distill.update.rollout import sample_euler, sample_few_step
@@ -123,7 +125,16 @@ def _distill_job(config: RunConfig, processes: Processes) -> Job:
         positions = Positions(len(source), config.seed, micro_batch, processes.data_rank, processes.data_size)
         conditions = Conditions(source, positions, processes.device)
     group = processes.data_group
-    trainer = Distiller(roles.teacher, roles.student, roles.critic, recipe, config.seed, group, conditions)
+    trainer: Trainer
+    if recipe.method == "dmd":
+        trainer = Distiller(roles.teacher, roles.student, roles.critic, recipe, config.seed, group, conditions)
+    else:
+        assert isinstance(source, (Latents, Textures)), "RunConfig admits no other data"
+        assert positions is not None
+        videos = _videos(source, positions, processes.device)
+        trainer = consistency_trainer(
+            roles.teacher, roles.student, roles.critic, recipe, config.seed, group, videos, conditions
+        )
 
     def sample(noise: Tensor, generator: torch.Generator, cond: Condition) -> Tensor:
         return sample_few_step(roles.student, noise, recipe.sigmas, generator, cond)
@@ -174,6 +185,9 @@ def open_source(config: RunConfig, model: VideoDenoiser) -> Source | None:
         return Prompts(Path(data.path), model)
     if data.kind == "embeddings":
         return Embeddings(Path(data.path))
+    if data.kind == "latents":
+        embeddings = Embeddings(Path(data.embeddings)) if data.embeddings else None
+        return Latents(Path(data.path), model.latent_shape, embeddings)
     if data.kind == "textures":
         return Textures(model.latent_shape, model.null_cond(1).shape[2], data.zoom, config.seed)
     return None
@@ -226,7 +240,7 @@ def _decoder(source: Source | None, model: VideoDenoiser) -> Callable[[Tensor], 
     return source.decode if isinstance(source, Textures) else model.decode
 
 
-def _videos(source: Textures, positions: Positions, device: torch.device) -> Iterator[tuple[Tensor, Condition]]:
+def _videos(source: Latents | Textures, positions: Positions, device: torch.device) -> Videos:
     while True:
         items, places = positions.take()
-        yield source.videos(items, places).to(device), source.condition(items).to(device)
+        yield source.videos(items, places).to(device), move_cond(source.condition(items), device)

@@ -21,7 +21,10 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Roles:
-    """The three networks of distillation; student and critic start as the teacher."""
+    """The three networks of distillation; student and critic start as the teacher.
+
+    The method scm has no critic, and the student stands in its place.
+    """
 
     teacher: VideoDenoiser
     student: VideoDenoiser
@@ -42,7 +45,8 @@ def build_roles(config: RunConfig, processes: Processes) -> Roles:
         roles.initialise()
         return Roles(roles.teacher, roles.student, roles.critic)
     teacher = build_network(frozen, config, processes, offload=config.parallel.offload_teacher)
-    student, critic = (build_network(config.model, config, processes) for _ in range(2))
+    student = build_network(config.model, config, processes)
+    critic = student if config.distill.method == "scm" else build_network(config.model, config, processes)
     return Roles(teacher.requires_grad_(False), student, critic)
 
 

@@ -28,11 +28,11 @@ class WeightAverage:
         self.average = {name: weight.detach().float().clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """One step towards the present weights."""
+    def update(self, decay: float | None = None) -> None:
+        """One step towards the present weights; `decay` replaces the one it was made with, for this step."""
         averages = [local(average) for average in self.average.values()]
         weights = [local(weight).float() for weight in self.weights.values()]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        torch._foreach_lerp_(averages, weights, 1 - (self.decay if decay is None else decay))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -81,7 +81,7 @@ class ConsistencyDistiller:
 
     Attributes:
         update: student updates made (a skipped one counts).
-        average: the student's running average, None without `ema_decay`.
+        average: the student's running average, None without `ema_decay` and `ema_width`.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ConsistencyDistiller:
             "student", self.student_weights, config.student_lr,
             config.betas, config.weight_decay, config.grad_clip, config.max_nonfinite, group,
         )  # fmt: skip
-        self.average = None if config.ema_decay is None else WeightAverage(self.student_weights, config.ema_decay)
+        self.average = WeightAverage(self.student_weights, 0.0) if config.averages else None
         self.update = 0
 
     def cycle(self, measure_gradients: bool = False) -> ConsistencyLog:
@@ -116,7 +116,7 @@ class ConsistencyDistiller:
         terms, _ = consistency_gradients(self, self.videos)
         step = self.student_optimizer.step(terms.loss)
         if self.average is not None and not step.skipped:
-            self.average.update()
+            self.average.update(self.config.ema_decay_at(self.update))
         return ConsistencyLog(terms, self.config.consistency.warmth(self.update), step)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -142,7 +142,8 @@ class RegularisedDistiller(Distiller):
     """rCM: the consistency term, and after its warm-up distribution matching on the student's own rollouts.
 
     A rollout has 1 to `len(sigmas)` steps in turn, at random falling levels. The two terms are propagated one after the
-    other, so that the larger of them decides the memory.
+    other, so that the larger of them decides the memory. The score term takes the conditions of the noised data;
+    `conditions` are the critic's.
     """
 
     def __init__(
@@ -154,8 +155,9 @@ class RegularisedDistiller(Distiller):
         seed: int,
         group: dist.ProcessGroup | None,
         videos: Videos,
+        conditions: Iterator[Condition] | None = None,
     ) -> None:
-        super().__init__(teacher, student, critic, config, seed, group, (cond for _, cond in videos))
+        super().__init__(teacher, student, critic, config, seed, group, conditions)
         self.videos = videos
 
     def cycle(self, measure_gradients: bool = False) -> ConsistencyLog:  # type: ignore[override]
@@ -171,7 +173,7 @@ class RegularisedDistiller(Distiller):
         score = self._score_gradients(conditions) if scored else None
         step = self.student_optimizer.step(terms.loss if score is None else terms.loss + score.total)
         if self.average is not None and not step.skipped:
-            self.average.update()
+            self.average.update(self.config.ema_decay_at(self.update))
         if score is None:
             return ConsistencyLog(terms, warmth, step)
         for _ in range(config.critic_updates):
@@ -202,6 +204,22 @@ class RegularisedDistiller(Distiller):
             (loss.total / self.accumulate).backward()
             losses.append(loss)
         return GeneratorLoss.mean(losses)
+
+
+def consistency_trainer(
+    teacher: VideoDenoiser,
+    student: VideoDenoiser,
+    critic: VideoDenoiser,
+    config: DistillConfig,
+    seed: int,
+    group: dist.ProcessGroup | None,
+    videos: Videos,
+    conditions: Iterator[Condition] | None,
+) -> ConsistencyDistiller | RegularisedDistiller:
+    """The trainer of `config.method`, "rcm" or "scm"; the latter leaves `critic` and `conditions` alone."""
+    if config.method == "scm":
+        return ConsistencyDistiller(teacher, student, config, seed, group, videos)
+    return RegularisedDistiller(teacher, student, critic, config, seed, group, videos, conditions)
 
 
 def consistency_gradients(

@@ -52,7 +52,7 @@ class Distiller:
 
     Attributes:
         update: student updates made (a skipped one counts).
-        average: the student's running average, None without `ema_decay`.
+        average: the student's running average, None without `ema_decay` and `ema_width`.
     """
 
     def __init__(
@@ -77,8 +77,7 @@ class Distiller:
         common = (config.betas, config.weight_decay, config.grad_clip, config.max_nonfinite, group)
         self.student_optimizer = GuardedAdamW("student", self.student_weights, config.student_lr, *common)
         self.critic_optimizer = GuardedAdamW("critic", self.critic_weights, config.critic_lr, *common)
-        decay = config.ema_decay
-        self.average = None if decay is None else WeightAverage(self.student_weights, decay)
+        self.average = WeightAverage(self.student_weights, 0.0) if config.averages else None
         self.update = 0
 
     def cycle(self, measure_gradients: bool = False) -> CycleLog:
@@ -99,7 +98,7 @@ class Distiller:
         student_step = self.student_optimizer.step(loss)
         if not student_step.skipped:
             if self.average is not None:
-                self.average.update()
+                self.average.update(config.ema_decay_at(self.update))
             if config.critic_mixing > 0:
                 mix_critic(self.critic_weights, self.student_weights, config.critic_mixing)
 
