@@ -15,6 +15,7 @@ from train_cases import train
 from workers import run_processes
 
 from codmd import cli, models
+from codmd.distill.config.run_config import read_config
 from codmd.distill.config.sections import ParallelSettings
 from codmd.distill.config.typed import ConfigError
 from codmd.distill.plan.footprint import LiveBytes, flash_attention, footprint
@@ -104,6 +105,13 @@ def test_a_degree_that_does_not_divide_the_processes_is_refused(monkeypatch):
         processes(ParallelSettings(context=4)),
     ):
         pass
+
+
+def test_a_method_that_needs_tangents_is_refused():
+    with pytest.raises(ConfigError, match=r"context: distill.method scm needs a tangent"):
+        read_config(
+            "toy", ["distill.method=scm", "distill.relation_weight=0", "data.kind=textures", "parallel.context=2"]
+        )
 
 
 def test_a_model_without_tokens_is_refused():

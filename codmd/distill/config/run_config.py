@@ -80,6 +80,11 @@ class RunConfig:
                 f"distill.method: {self.distill.method} learns from videos, which data.kind {self.data.kind!r} "
                 "has not; expected latents or textures"
             )
+        if self.distill.method != "dmd" and self.parallel.context > 1:
+            raise ValueError(
+                f"parallel.context: distill.method {self.distill.method} needs a tangent, which Ulysses does not carry; "
+                "expected 1"
+            )
         if self.lora is not None and self.parallel.offload_teacher:
             raise ValueError("parallel.offload_teacher: with lora the teacher is the shared base, which stays")
         if self.lora is not None and self.distill.critic_mixing > 0:
