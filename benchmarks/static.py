@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -195,19 +196,17 @@ def recorded(case: str, target: str) -> list[Launch]:
         return CASES[case]()
 
 
-def reports(cases: Iterable[str], targets: Iterable[str]) -> Iterator[tuple[str, Report]]:
-    """(case, report) of every launch of ``cases`` on every target; a configuration is compiled once."""
-    targets = tuple(targets)
+def reports(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Report]]:
+    """(case, report) of every launch of every (case, target); a configuration is compiled once."""
     compiled: dict[str, Future[Report]] = {}
     found: list[tuple[str, Future[Report]]] = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for case in cases:
-            for target in targets:
-                for number, launch in enumerate(recorded(case, target)):
-                    key = _configuration(launch, target)
-                    if key not in compiled:
-                        compiled[key] = pool.submit(_compile_case, case, number, target)
-                    found.append((case, compiled[key]))
+        for case, target in pairs:
+            for number, launch in enumerate(recorded(case, target)):
+                key = _configuration(launch, target)
+                if key not in compiled:
+                    compiled[key] = pool.submit(_compile_case, case, number, target)
+                found.append((case, compiled[key]))
         for case, report in found:
             yield case, report.result()
 
@@ -221,7 +220,7 @@ def main() -> int:
     print("| case | kernel | target | registers | spilled | local | shared B | 16-byte loads | stores | tickets |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     exceeded = []
-    for case, r in reports(options.cases, options.targets):
+    for case, r in reports(product(options.cases, options.targets)):
         exceeded += [f"{case}: {r.kernel} on {r.target}: {excess}" for excess in excesses(case, r)]
         print(
             f"| {case} | `{r.kernel}` | {r.target} | {r.registers} | {r.spilled} | {r.local} | {r.shared} "

@@ -6,8 +6,9 @@ fallback.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -83,6 +84,49 @@ def current_stream(index: int) -> int:
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 """Index of the current CUDA device. Fallback: the public function, which may initialise CUDA."""
+
+
+def fake_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Tensors made inside have a shape, a dtype and a device, and no memory. Fallback: they have memory."""
+    try:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError:
+        return contextlib.nullcontext()
+    return FakeTensorMode()
+
+
+def one_of(processes: int) -> contextlib.AbstractContextManager[bool]:
+    """The first of so many processes, whose collectives move shapes and no numbers; false where that is not to be had.
+
+    Fallback: this process stays alone.
+    """
+    try:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+    except ImportError:
+        return contextlib.nullcontext(False)
+    return _joined(processes, FakeStore())
+
+
+@contextlib.contextmanager
+def _joined(processes: int, store: Any) -> Iterator[bool]:
+    dist.init_process_group("fake", rank=0, world_size=processes, store=store)
+    try:
+        yield True
+    finally:
+        dist.destroy_process_group()
+
+
+_lerp_all: Callable[[list[torch.Tensor], list[torch.Tensor], float], None] | None = getattr(
+    torch, "_foreach_lerp_", None
+)
+
+
+def lerp_all(values: list[torch.Tensor], ends: list[torch.Tensor], weight: float) -> None:
+    """``value.lerp_(end, weight)`` of every pair, in one launch. Fallback: one by one."""
+    if _lerp_all is not None:
+        return _lerp_all(values, ends, weight)
+    for value, end in zip(values, ends, strict=True):
+        value.lerp_(end, weight)
 
 
 def hooked_of(knobs: Any) -> Callable[[], bool]:

@@ -83,7 +83,7 @@ def gathered(call: Call, pending: Pending, rows: Tensor, first: int, scale: floa
     vectors, row = rows.shape
     long = row > 3 * LONG_FEATURES and vectors <= MOST_WHOLE
     refused = not long and (vectors > MOST_POOLED or vectors * row >= LARGEST_TABLE)
-    if isinstance(pending.state, dmd.Kept):
+    if isinstance(call, Objective) and isinstance(pending.state, dmd.Kept):
         if not long and not refused:
             return dmd.gathered(call, pending, rows, first, scale)
         found = dmd.with_relations(call, pending.state)

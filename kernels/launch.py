@@ -101,7 +101,7 @@ class Launcher:
             run = self.kernel[self.grid]
             run(*arguments)
             return _Interpreted(run)
-        options = self.options(triton.runtime.driver.active.get_current_target().backend)
+        options = self.options("hip" if torch.version.hip else "cuda")
         return self.kernel[self.grid](*arguments, **options)
 
     def __call__(self, stream: int, *arguments: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,23 @@ def test_a_group_is_found_by_its_name(lacking, monkeypatch, tmp_path):
         assert private.group_of_name(private.name_of_group(group)) is group
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+def test_averages_move_alike_in_one_launch_and_one_by_one(lacking, monkeypatch):
+    if lacking:
+        monkeypatch.setattr(private, "_lerp_all", None)
+    values, ends = [torch.zeros(2), torch.ones(3)], [torch.ones(2), torch.full((3,), 5.0)]
+    private.lerp_all(values, ends, 0.25)
+    assert [value.tolist() for value in values] == [[0.25] * 2, [2.0] * 3]
+
+
+def test_fake_tensors_have_no_memory_and_a_release_without_them_has_real_ones(monkeypatch):
+    with private.fake_tensors():
+        assert torch.empty(1 << 20, 1 << 20).data_ptr() == 0
+    monkeypatch.setitem(sys.modules, "torch._subclasses.fake_tensor", None)
+    with private.fake_tensors():
+        assert torch.zeros(2).tolist() == [0, 0]
 
 
 def test_base_apply_is_apply():

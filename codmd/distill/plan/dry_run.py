@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from codmd import models
@@ -22,6 +21,7 @@ from codmd.distill.config.typed import ConfigError, leaves
 from codmd.distill.run.job import check_paths, open_source, preview_numbers
 from codmd.distill.run.parallel import check_processes
 from codmd.models.base import Condition, VideoDenoiser, cat_cond
+from codmd.private import fake_tensors
 
 
 def dry_run(config: RunConfig) -> str:
@@ -120,7 +120,7 @@ def _check_data(config: RunConfig, model: VideoDenoiser, micro_batch: int, found
             cond = source.condition([number % len(source) for number in range(micro_batch)])
             if null is not None:
                 cat_cond((cond, null))
-        with FakeTensorMode():  # of the CPU, because autocast knows no meta device
+        with fake_tensors():  # of the CPU, because autocast knows no meta device
             state = itertools.chain(model.named_parameters(), model.named_buffers())
             weights = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in state}
             x_t, sigma = torch.empty(micro_batch, *model.latent_shape), torch.empty(micro_batch)
@@ -131,7 +131,7 @@ def _check_data(config: RunConfig, model: VideoDenoiser, micro_batch: int, found
 
 
 def _fake(cond: Condition) -> Condition:
-    """Without numbers, on the CPU whatever device it is on; inside a `FakeTensorMode`."""
+    """Without numbers, on the CPU whatever device it is on; inside `fake_tensors`."""
     if isinstance(cond, Mapping):
         return {name: _fake(value) for name, value in cond.items()}
     return None if cond is None else torch.empty(cond.shape, dtype=cond.dtype)

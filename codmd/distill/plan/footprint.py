@@ -16,16 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from codmd import models
 from codmd.distill.config.sections import ModelSettings
 from codmd.models.base import Condition, VideoDenoiser
 from codmd.models.lora import ADAPTERS, LoraOptions, LoraRoles
+from codmd.private import fake_tensors, one_of
 
 DEPTHS = (2, 4)
 EXCHANGES = ("_c10d_functional::all_to_all_single", "_c10d_functional::all_gather_into_tensor")
@@ -92,9 +91,11 @@ def footprint(
 
 
 def token_splits(settings: ModelSettings) -> list[int]:
-    """Numbers of processes that the network can spread a sample over."""
+    """Numbers of processes that the network can spread a sample over, and this release of PyTorch can plan for."""
     with torch.device("meta"):
-        return models.build(settings.name, **_unfilled(settings)).token_splits
+        splits = models.build(settings.name, **_unfilled(settings)).token_splits
+    with one_of(1) as joined:
+        return splits if joined else [1]
 
 
 def stored_bytes(settings: ModelSettings) -> int:
@@ -145,7 +146,7 @@ def _peaks(
         if lora is not None:
             roles = LoraRoles(network, lora)
             student, critic, teacher = roles.student, roles.critic, roles.teacher
-    with FakeTensorMode(), LiveBytes() as live, flash_attention():
+    with fake_tensors(), LiveBytes() as live, flash_attention():
         _leave_meta(network)
         micro_batch, guided = _inputs(network, batch), _inputs(network, inference_batch)
         start = live.restart()
@@ -168,13 +169,10 @@ def _joined(context: int) -> Iterator[DeviceMesh | None]:
     if context == 1:
         yield None
         return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=context, store=FakeStore())
-    try:
+    with one_of(context) as joined:
+        if not joined:
+            raise ValueError("parallel.context: this release of PyTorch cannot plan for it; expected 1")
         yield init_device_mesh("cpu", (1, 1, context), mesh_dim_names=("data", "ring", "ulysses"))
-    finally:
-        dist.destroy_process_group()
 
 
 def _inputs(network: VideoDenoiser, batch: int) -> tuple[Tensor, Tensor, Condition]:
@@ -219,7 +217,7 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.name() in EXCHANGES:
             self.exchanged += result.nbytes * (dist.get_world_size() - 1) // dist.get_world_size()
-        for value in tree_leaves(result):
+        for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor):
                 self._note(value.untyped_storage())
         return result

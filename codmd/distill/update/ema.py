@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from codmd.private import lerp_all
+
 
 class WeightAverage:
     """Exponential moving average: average <- decay * average + (1 - decay) * weight, once per update.
@@ -32,7 +34,7 @@ class WeightAverage:
         """One step towards the present weights; `decay` replaces the one it was made with, for this step."""
         averages = [local(average) for average in self.average.values()]
         weights = [local(weight).float() for weight in self.weights.values()]
-        torch._foreach_lerp_(averages, weights, 1 - (self.decay if decay is None else decay))
+        lerp_all(averages, weights, 1 - (self.decay if decay is None else decay))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

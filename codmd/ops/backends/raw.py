@@ -98,7 +98,7 @@ def outputs(call: Call, gathered: bool, separate: bool) -> Outputs:
         frame_grad = terms.new_empty(samples, frames, row) if frame_length else terms.new_empty(0)
         batch_grad = terms.new_empty(samples, features) if batch_length else terms.new_empty(0)
         rows = terms.new_empty(samples, 3 * features + 1) if gathered else batch_grad
-        written = (
+        written: tuple[Described, ...] = (
             _written(terms, 3), None, None, _written(frame_grad, frame_length), _written(batch_grad, batch_length),
             _written(rows, rows_length),
         )  # fmt: skip
@@ -115,7 +115,8 @@ def outputs(call: Call, gathered: bool, separate: bool) -> Outputs:
         written = tuple(map(_written, pieces, lengths))
     else:
         pieces = list(flat.split_with_sizes(lengths))
-        address, described_pieces = flat.data_ptr(), []
+        address = flat.data_ptr()
+        described_pieces: list[Described] = []
         for length in lengths:
             described_pieces.append((address, 4 * length, 0, 0, None) if length else None)
             address += 4 * length
