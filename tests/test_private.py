@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from plan_cases import wan
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codmd import ops, private
+from codmd.distill.plan.footprint import footprint, token_splits
 
 PRIVATE = (
     "_are_functorch_transforms_active",
@@ -118,6 +120,18 @@ def test_fake_tensors_have_no_memory_and_a_release_without_them_has_real_ones(mo
     monkeypatch.setitem(sys.modules, "torch._subclasses.fake_tensor", None)
     with private.fake_tensors():
         assert torch.zeros(2).tolist() == [0, 0]
+
+
+def test_processes_without_numbers_are_joined_and_a_release_without_them_plans_for_one(monkeypatch, tmp_path):
+    with private.one_of(4) as joined:
+        assert joined
+        assert dist.get_world_size() == 4
+    assert not dist.is_initialized()
+    assert token_splits(wan(tmp_path, 2)) == [1, 2, 4]
+    monkeypatch.setitem(sys.modules, "torch.testing._internal.distributed.fake_pg", None)
+    assert token_splits(wan(tmp_path, 2)) == [1]
+    with pytest.raises(ValueError, match="cannot plan for it"):
+        footprint(wan(tmp_path, 2), 1, 1, context=2)
 
 
 def test_base_apply_is_apply():

@@ -15,7 +15,7 @@ from codmd import models
 from codmd.distill.config.recipe import DistillConfig
 from codmd.distill.config.sections import TeacherSettings
 from codmd.distill.update import trainer as trainer_module
-from codmd.distill.update.cycle_log import early_signs
+from codmd.distill.update.cycle_log import collapse_ratios
 from codmd.distill.update.ema import WeightAverage
 from codmd.distill.update.noise import noise_like
 from codmd.distill.update.objective import Scores, distillation_loss, predict_scores
@@ -164,15 +164,15 @@ def test_the_relation_weight_warms_up_linearly_and_stays():
     assert [distiller.cycle().generator.relation_weight for _ in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
 
 
-# Early signs
+# Collapse
 
 
-def test_early_signs_are_ratios_of_spread_and_of_motion():
+def test_collapse_ratios_are_ratios_of_spread_and_of_motion():
     real = torch.randn(4, 6, 3, 2, 2)
-    signs = early_signs(2 * real, real)
-    assert (float(signs.std_ratio), float(signs.frame_difference_ratio)) == pytest.approx((2, 2))
+    ratios = collapse_ratios(2 * real, real)
+    assert (float(ratios.std_ratio), float(ratios.frame_difference_ratio)) == pytest.approx((2, 2))
     frozen = real[:, :1].expand_as(real)
-    assert float(early_signs(frozen, real).frame_difference_ratio) == 0
+    assert float(collapse_ratios(frozen, real).frame_difference_ratio) == 0
 
 
 # The running average

@@ -82,8 +82,8 @@ class RunConfig:
             )
         if self.distill.method != "dmd" and self.parallel.context > 1:
             raise ValueError(
-                f"parallel.context: distill.method {self.distill.method} needs a tangent, which Ulysses does not carry; "
-                "expected 1"
+                f"parallel.context: distill.method {self.distill.method} needs a tangent, which Ulysses does not "
+                "carry; expected 1"
             )
         if self.lora is not None and self.parallel.offload_teacher:
             raise ValueError("parallel.offload_teacher: with lora the teacher is the shared base, which stays")

@@ -38,7 +38,7 @@ class Footprint:
     Attributes:
         parameters: of all of it, both adapters included.
         largest_block: parameters of its largest repeated block.
-        outside: parameters outside the blocks.
+        outside_blocks: parameters of what no block holds: embeddings, the last layer.
         trained: parameters that one update changes: the network's, or one adapter's.
         trained_block: how many of them the largest block has.
         training: bytes alive at the worst moment of a forward and backward pass of one micro-batch, beside weights
@@ -51,7 +51,7 @@ class Footprint:
 
     parameters: int
     largest_block: int
-    outside: int
+    outside_blocks: int
     trained: int
     trained_block: int
     training: int
@@ -86,8 +86,8 @@ def footprint(
         peaks = [_peaks(settings.name, options, depth, batch, inference_batch, lora, mesh) for depth in depths]
     extended = (_extend(values, depths, len(blocks)) for values in zip(*peaks, strict=True))
     largest, trained_block = (max(counts) for counts in zip(*blocks, strict=True))
-    outside = whole - sum(count for count, _ in blocks)
-    return Footprint(whole, largest, outside, trained, trained_block, *extended)
+    outside_blocks = whole - sum(count for count, _ in blocks)
+    return Footprint(whole, largest, outside_blocks, trained, trained_block, *extended)
 
 
 def token_splits(settings: ModelSettings) -> list[int]:

@@ -187,7 +187,7 @@ def _gathered(config: RunConfig, layout: Layout, size: Footprint) -> float:
         return float(width * _cast(config, layout, size)) if width < MASTER else 0.0
     networks = 1 if layout.lora else 3
     # The block at work and the next; what stands outside the blocks stays gathered in every network.
-    weights = 2 * size.largest_block + networks * size.outside
+    weights = 2 * size.largest_block + networks * size.outside_blocks
     if not config.parallel.reshard:
         weights = networks * size.parameters
     return float(width * weights + (width + GRADIENT) * size.trained_block)

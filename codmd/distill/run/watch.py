@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codmd import ops
 from codmd.distill.config.sections import WatchSettings
-from codmd.distill.update.cycle_log import early_signs
+from codmd.distill.update.cycle_log import collapse_ratios
 
 
 class LeftBand(RuntimeError):
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
 def read(student: Tensor, teacher: Tensor) -> Reading:
     """Compares samples [B, F, C, H, W] of the same prompts and noise."""
-    spread, motion = map(float, early_signs(student, teacher))
+    spread, motion = map(float, collapse_ratios(student, teacher))
     if student.shape[1] == 1:
         return Reading(spread, motion, math.nan)
     unlike = [(1 - ops.relation_matrix(latents.float())).mean() for latents in (student, teacher)]

@@ -1,4 +1,4 @@
-"""What one cycle measured: losses, gradient norms, and early signs of over-saturation and frozen motion."""
+"""What one cycle measured: losses, gradient norms, and how far samples have collapsed (saturation, motion)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .objective import GeneratorLoss
 from .optimizer import Step
 
 
-class EarlySigns(NamedTuple):
+class CollapseRatios(NamedTuple):
     """A student's sample against the teacher's x0 prediction of it, 0-dim tensors.
 
     The teacher's prediction from a noised sample is smoother than a sample, so the level of both ratios is above 1
@@ -35,7 +35,7 @@ class CycleLog:
         student, critic_step: the student's update, and the last of the critic's.
         relation_to_dmd: norm of lambda * grad(relation) over norm of grad(DMD), with respect to the last sample;
             None when not asked for.
-        signs: of over-saturation and frozen motion, in the last sample; None when not asked for.
+        collapse: over-saturation and frozen motion of the last sample; None when not asked for.
         diversity: the first-step loss, unweighted; None where it is off.
     """
 
@@ -45,13 +45,13 @@ class CycleLog:
     student: Step
     critic_step: Step
     relation_to_dmd: Tensor | None
-    signs: EarlySigns | None
+    collapse: CollapseRatios | None
     diversity: Tensor | None = None
 
     def scalars(self) -> dict[str, Tensor | float]:
         """Name to value, for a log."""
         loss = self.generator
-        measured: dict[str, Tensor] = {} if self.signs is None else self.signs._asdict()
+        measured: dict[str, Tensor] = {} if self.collapse is None else self.collapse._asdict()
         if self.relation_to_dmd is not None:
             measured["relation_to_dmd"] = self.relation_to_dmd
         if self.diversity is not None:
@@ -65,13 +65,13 @@ class CycleLog:
 
 
 @torch.no_grad()
-def early_signs(sample: Tensor, real: Tensor) -> EarlySigns:
+def collapse_ratios(sample: Tensor, real: Tensor) -> CollapseRatios:
     """Ratios of the standard deviation and of the mean absolute difference of neighbouring frames.
 
     Args:
         sample, real: [B, F, C, H, W]. With one frame the second ratio is NaN: there is no motion to compare.
     """
-    return EarlySigns(sample.std() / real.std(), _frame_difference(sample) / _frame_difference(real))
+    return CollapseRatios(sample.std() / real.std(), _frame_difference(sample) / _frame_difference(real))
 
 
 def _frame_difference(latents: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from codmd.distill.config.recipe import DistillConfig
 from codmd.models.base import Condition, VideoDenoiser
 
-from .cycle_log import CycleLog, EarlySigns, early_signs
+from .cycle_log import CollapseRatios, CycleLog, collapse_ratios
 from .diversity import first_step_loss
 from .ema import WeightAverage
 from .mixing import mix_critic
@@ -31,7 +31,7 @@ class _StudentPass(NamedTuple):
     batches: list[Batch]
     exit_step: int
     ratio: Tensor | None
-    signs: EarlySigns | None
+    collapse: CollapseRatios | None
 
 
 class Distiller:
@@ -85,7 +85,7 @@ class Distiller:
 
         Args:
             measure_gradients: also measure the relation term's gradient against DMD's (two more backward passes
-                through the losses, none through a network) and the early signs; does not change training.
+                through the losses, none through a network) and the ratios of collapse; does not change training.
 
         Raises:
             NonFiniteRun: too many updates in a row were not finite.
@@ -107,7 +107,9 @@ class Distiller:
             if number > 0 or not config.share_rollout:
                 batches = [self._fresh() for _ in range(self.accumulate)]
             critic, critic_step = self.critic_update(batches)
-        return CycleLog(made.loss, critic, made.exit_step, student_step, critic_step, made.ratio, made.signs, diversity)
+        return CycleLog(
+            made.loss, critic, made.exit_step, student_step, critic_step, made.ratio, made.collapse, diversity
+        )
 
     def draw_sample(self, cond: Condition) -> tuple[Tensor, int]:
         """A micro-batch of the student's predictions at a random exit step, and that step."""
@@ -136,11 +138,11 @@ class Distiller:
             scores = self._scores(sample, exit_step, cond)
             loss = self._loss(sample, scores)
             if number == self.accumulate - 1:
-                ratio, signs = self._measure(loss, sample, scores) if measure else (None, None)
+                ratio, collapse = self._measure(loss, sample, scores) if measure else (None, None)
             (loss.total / self.accumulate).backward()
             losses.append(loss)
             batches.append((sample.detach(), cond))
-        return _StudentPass(GeneratorLoss.mean(losses), batches, exit_step, ratio, signs)
+        return _StudentPass(GeneratorLoss.mean(losses), batches, exit_step, ratio, collapse)
 
     def _window_gradients(self, measure: bool) -> _StudentPass:
         """The same, with one relation over all micro-batches.
@@ -161,11 +163,11 @@ class Distiller:
             scores.append(self._scores(sample, exit_step, cond))
         samples, joint = torch.cat([sample for sample, _ in batches]).requires_grad_(), Scores.cat(scores)
         loss = self._loss(samples, joint)
-        ratio, signs = self._measure(loss, samples, joint) if measure else (None, None)
+        ratio, collapse = self._measure(loss, samples, joint) if measure else (None, None)
         (gradient,) = torch.autograd.grad(loss.total, samples)
         for state, (_, cond), part in zip(states, batches, gradient.split(self.micro_batch), strict=True):
             self.student.predict_x0(*state, cond).backward(part)
-        return _StudentPass(GeneratorLoss.mean([loss]), batches, exit_step, ratio, signs)
+        return _StudentPass(GeneratorLoss.mean([loss]), batches, exit_step, ratio, collapse)
 
     def _start(self) -> Tensor:
         return normal((self.micro_batch, *self.student.latent_shape), self.noise, self.device)
@@ -192,9 +194,9 @@ class Distiller:
         weight = self.config.relation_weight_at(self.update)
         return distillation_loss(sample, scores, self.config, weight, self.group)
 
-    def _measure(self, loss: GeneratorLoss, sample: Tensor, scores: Scores) -> tuple[Tensor | None, EarlySigns]:
+    def _measure(self, loss: GeneratorLoss, sample: Tensor, scores: Scores) -> tuple[Tensor | None, CollapseRatios]:
         ratio = loss.gradient_ratio(sample) if self.config.uses_relation else None
-        return ratio, early_signs(sample.detach(), scores.guided(self.config))
+        return ratio, collapse_ratios(sample.detach(), scores.guided(self.config))
 
     def _fresh(self) -> Batch:
         cond = next(self.conditions)

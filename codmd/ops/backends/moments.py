@@ -64,8 +64,8 @@ def loss(latents: Latents, call: Objective) -> tuple[Tensor, Tensor, Tensor, Ten
         per_sample, magnitude = per_sample * weight.square(), magnitude * weight.abs()
     else:
         per_sample = per_sample * weight
-    wild = (selected & ~x.isfinite()).flatten(1).any(1)
-    per_sample, factor = (torch.where(wild, torch.nan, v) for v in (per_sample, factor))
+    non_finite = (selected & ~x.isfinite()).flatten(1).any(1)
+    per_sample, factor = (torch.where(non_finite, torch.nan, v) for v in (per_sample, factor))
     if rule.nan == "zero_sample":
         dropped = per_sample.isnan()
         per_sample, factor = (torch.where(dropped, 0, v) for v in (per_sample, factor))
