@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 
 from codmd.cli import CommandError
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
+    instead.add_argument("--print", action="store_true", help="print every key: value, type, default, meaning")
     instead.add_argument("--plan", action="store_true", help="print memory and communication on 1 to 128 GPUs")
 
 
@@ -43,9 +45,17 @@ def _run(source: str, overrides: list[str], args: argparse.Namespace) -> int:
 
     try:
         path = find_config(source)
-        config = read_config(source, overrides, complete=not (args.plan or args.dry_run))
+        config = read_config(source, overrides, complete=not (args.plan or args.dry_run or args.print))
     except ConfigError as error:
         raise CommandError(str(error)) from error
+
+    if config.log.tracker in ("wandb", "mlflow") and find_spec(config.log.tracker) is None:
+        raise CommandError(f"log.tracker: {config.log.tracker} is not installed; pip install {config.log.tracker}")
+    if args.print:
+        from codmd.distill.config.describe import describe
+
+        print(describe(config))
+        return 0
 
     from codmd.distill.plan.dry_run import dry_run
     from codmd.distill.run.integrity import CheckpointError

@@ -111,9 +111,15 @@ def _read(path: Path, ema: bool) -> tuple[Path, dict[str, Any], RunConfig, dict[
         if not (path / META).is_file():
             path = resolve(path, Processes(0, 1, torch.device("cpu"), None, None))
         meta = read_meta(path)
-        return path, meta, structured(RunConfig, meta["config"]), read_student(path, ema)
+        known = {**meta["config"], "log": _without(meta["config"].get("log", {}), "tensorboard")}
+        return path, meta, structured(RunConfig, known), read_student(path, ema)
     except (CheckpointError, ConfigError) as error:
         raise ValueError(str(error)) from error
+
+
+def _without(section: Mapping[str, Any], removed: str) -> dict[str, Any]:
+    """A section without a key that earlier versions wrote."""
+    return {name: value for name, value in section.items() if name != removed}
 
 
 def _check_base(base: str, found: str, path: Path, identity: Mapping[str, list[str]]) -> None:

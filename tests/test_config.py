@@ -75,9 +75,9 @@ def test_the_recipes_of_rcm_are_the_published_ones():
 
 def test_overrides_are_typed_and_reach_every_section():
     config = packaged("toy", "seed=7", "distill.sigmas=[1.0,0.4]", "distill.micro_batch=8", "model.width=32",
-                      "distill.grad_clip=1", "log.tensorboard=false", "distill.student_lr=3e-5")  # fmt: skip
+                      "distill.grad_clip=1", "log.tracker=none", "distill.student_lr=3e-5")  # fmt: skip
     assert (config.seed, config.distill.sigmas, config.distill.micro_batch) == (7, (1.0, 0.4), 8)
-    assert (config.model.options.width, config.distill.grad_clip, config.log.tensorboard) == (32, 1.0, False)
+    assert (config.model.options.width, config.distill.grad_clip, config.log.tracker) == (32, 1.0, "none")
     assert isinstance(config.distill.grad_clip, float)
     assert config.distill.student_lr == 3e-5
 

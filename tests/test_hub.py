@@ -116,7 +116,7 @@ def test_a_teacher_of_the_hub_is_trained_from_and_known_by_content(tmp_path, ser
     server.add(REPOSITORY, base)
     options = [f"model.weights={REPOSITORY}", "data.kind=prompts", f"data.path={tmp_path / 'prompts.txt'}",
                f"model.text_encoder={REPOSITORY}", "distill.batch_size=1", "distill.critic_updates=1", "updates=1",
-               "log.tensorboard=false", f"out={tmp_path / 'run'}"]  # fmt: skip
+               "log.tracker=none", f"out={tmp_path / 'run'}"]  # fmt: skip
     (tmp_path / "prompts.txt").write_text(PROMPTS[0] + "\n")
     assert main(["train", "wan_tiny", *options, "--dry-run"]) == 0
     assert main(["train", "wan_tiny", *options]) == 0

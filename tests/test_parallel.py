@@ -22,7 +22,7 @@ from codmd.distill.update.optimizer import GuardedAdamW, NonFiniteRun
 
 TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=32", "model.blocks=2", "distill.batch_size=8",
        "distill.student_lr=1e-3", "distill.critic_lr=1e-3", "distill.grad_clip=0.5", "distill.ema_decay=0.9",
-       "distill.critic_updates=2", "log.every=1", "log.tensorboard=false"]  # fmt: skip
+       "distill.critic_updates=2", "log.every=1", "log.tracker=none"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_two_processes_relate_a_whole_accumulated_batch_as_one_does(tmp_path):
 def test_two_processes_train_a_sharded_wan_as_one_does_with_guidance_and_adapters(tmp_path):
     shards = write_embeddings(tmp_path / "embeddings")
     common = ["wan_tiny", f"data.path={shards}", "model.frames=2", "model.height=4", "model.width=4", "updates=2",
-              "distill.critic_updates=2", "log.tensorboard=false"]  # fmt: skip
+              "distill.critic_updates=2", "log.tracker=none"]  # fmt: skip
     for name, options in (("whole", []), ("lora", ["lora.rank=2", "lora.alpha=2"])):
         train(*common, *options, f"out={tmp_path / name}_one")
         torchrun(tmp_path / f"{name}_two", 2, *common, *options)

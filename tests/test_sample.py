@@ -434,7 +434,7 @@ def test_a_video_that_cannot_be_read_is_not_complete(tmp_path):
 
 
 def test_a_first_video_needs_no_text_encoder_and_no_vae(tmp_path, capsys):
-    small = [f"out={tmp_path}", "log.tensorboard=false", "log.preview_every=0", "teacher.batch_size=2",
+    small = [f"out={tmp_path}", "log.tracker=none", "log.preview_every=0", "teacher.batch_size=2",
              "teacher.updates=2", "distill.batch_size=2", "distill.critic_updates=1", "updates=1"]  # fmt: skip
     assert main(["train", "textures_tiny", *small]) == 1
     assert "train that teacher first: the same command with mode=teacher" in capsys.readouterr().err

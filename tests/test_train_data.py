@@ -217,7 +217,9 @@ def test_previews_tile_videos_and_show_what_cannot_be_decoded_as_it_is():
 
 
 def test_a_heat_map_is_red_for_one_and_blue_for_minus_one():
-    image = heatmap(torch.tensor([[1.0, -1.0], [0.0, 1.0]]))
-    red, blue = image[:, 0, 0], image[:, 0, -1]
-    assert red[0] > red[2]
-    assert blue[2] > blue[0]
+    image = heatmap(torch.tensor([[1.0, -1.0], [0.0, 1.0]]), "relation", "frame").astype(int)
+    warmth = image[..., 0] - image[..., 2]
+    red, blue = (warmth > 60).nonzero(), (warmth < -60).nonzero()
+    row = red[0][len(red[0]) // 4]
+    assert red[1][red[0] == row].min() > 20  # axes stand left of the matrix
+    assert red[1][red[0] == row].min() < blue[1][blue[0] == row].min()  # 1 left of -1 in the upper row

@@ -24,7 +24,7 @@ UPDATES = 60
 """Of the undisturbed run; a killed one is caught long before."""
 TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=16", "model.blocks=1", "distill.batch_size=4",
        "distill.critic_updates=1", "distill.ema_decay=0.9", "distill.grad_clip=0.5", "log.every=1",
-       "log.tensorboard=false", "seed=5"]  # fmt: skip
+       "log.tracker=none", "seed=5"]  # fmt: skip
 
 
 class Group(Command):

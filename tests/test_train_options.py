@@ -83,7 +83,8 @@ WRONG = {
     "log.preview_prompts": ("a cat", "got 'a cat'; expected a list"),
     "log.preview_samples": ("0", "got 0; expected at least 1"),
     "log.fps": ("0", "got 0; expected at least 1"),
-    "log.tensorboard": ("maybe", "got 'maybe'; expected true or false"),
+    "log.tracker": ("maybe", "got 'maybe'; expected one of tensorboard, wandb, mlflow, none"),
+    "log.peak_tflops": ("0", "got 0.0; expected a finite number above 0"),
 }
 WRONG_OF_MODEL = {
     "toy": {

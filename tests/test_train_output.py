@@ -28,9 +28,12 @@ def test_dmd_and_codmd_runs_log_what_to_watch(tmp_path, relation_weight):
     video = imageio.imread(tmp_path / "previews" / "step_00000003.mp4")
     assert video.shape[0] == 4
     events = read_events(tmp_path / "tensorboard")
-    assert {"loss", "critic", "std_ratio", "seconds_per_update"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
-    assert events.Scalars("loss")[1].value == pytest.approx(lines[1]["loss"])
+    expected = {"loss/loss", "loss/critic", "watch/std_ratio", "gradient/student_grad_norm", "schedule/exit_step",
+                "speed/seconds_per_update", "speed/samples_per_second", "speed/forwards_per_second",
+                "speed/peak_memory_gb"}  # fmt: skip
+    assert expected <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss/loss")] == [1, 2, 3]
+    assert events.Scalars("loss/loss")[1].value == pytest.approx(lines[1]["loss"])
     assert set(events.Tags()["images"]) == {"preview/samples", "preview/frame_relation", "preview/sample_relation"}
     assert events.Images("preview/samples")[0].encoded_image_string.startswith(b"GIF8")
 
@@ -44,14 +47,14 @@ def read_events(folder):
 
 
 def test_the_log_of_a_continued_run_drops_what_was_lost_and_half_written(tmp_path):
-    with RunLog(tmp_path, ALONE, 0, 5, tensorboard=False) as log:
+    with RunLog(tmp_path, ALONE, 0, 5) as log:
         for update in (1, 2, 3):
             log.scalars(update, {"loss": torch.tensor(float(update))})
         log.scalars(4, {"loss": float("nan")})
     path = tmp_path / "log.jsonl"
     assert json.loads(path.read_text().splitlines()[3])["loss"] == "nan"
     path.write_text(path.read_text() + '{"update": 5, "lo')
-    with RunLog(tmp_path, ALONE, 2, 5, tensorboard=False) as log:
+    with RunLog(tmp_path, ALONE, 2, 5) as log:
         log.event(3, skipped={"student": 1})
     assert [line["update"] for line in read_log(path)] == [1, 2, 3]
     assert read_log(path)[2]["skipped"] == {"student": 1}
@@ -91,7 +94,7 @@ def test_the_bar_tells_loss_rate_and_time_left_on_the_first_process_alone(tmp_pa
     bar = capsys.readouterr().err.rpartition("\r")[2]
     assert re.search(r"3/3 \[\d+:\d+<\d+:\d+, +[\d.]+(update/s|s/update), loss=[-\d.e]+\]", bar)
     other = dataclasses.replace(ALONE, rank=1, size=2)
-    with RunLog(tmp_path / "other", other, 0, 3, tensorboard=True) as log:
+    with RunLog(tmp_path / "other", other, 0, 3, lambda: pytest.fail("a tracker of its own")) as log:
         log.bar.update()
     assert capsys.readouterr().err == ""
     assert not (tmp_path / "other").exists()

@@ -33,7 +33,7 @@ def prompts(tmp_path_factory):
 def options(out, pipeline, source, updates):
     return ["wan_tiny", f"out={out}", f"updates={updates}", "model.frames=2", "model.height=4", "model.width=4",
             f"model.text_encoder={pipeline}", *source, "distill.batch_size=3", "distill.critic_updates=2",
-            "distill.student_lr=1e-3", "distill.critic_lr=1e-3", "log.tensorboard=false"]  # fmt: skip
+            "distill.student_lr=1e-3", "distill.critic_lr=1e-3", "log.tracker=none"]  # fmt: skip
 
 
 def text(prompts):

@@ -121,8 +121,11 @@ def test_a_run_logs_where_a_measure_leaves_and_goes_on(tmp_path, growing, capsys
         capsys.readouterr().err
     )
     events = read_events(tmp_path / "tensorboard")
-    assert [event.step for event in events.Scalars("watch/std_ratio")] == [1, 2, 3, 4, 5, 6]
-    assert "watch/left_band/text_summary" in events.Tags()["tensors"]
+    assert [event.step for event in events.Scalars("fixed_samples/std_ratio")] == [1, 2, 3, 4, 5, 6]
+    marked = {name for name in events.Tags()["scalars"] if name.endswith("_left_band")}
+    assert (
+        marked == {f"fixed_samples/{name}_left_band" for line in lines for name in line.get("left_band", [])} != set()
+    )
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000006"]
 
 

@@ -12,7 +12,8 @@ from codmd.distill.run.parallel import Processes
 
 TOY = ["toy", "model.frames=4", "model.channels=4", "model.width=16", "model.blocks=1", "distill.batch_size=4",
        "distill.critic_updates=2", "log.every=1"]  # fmt: skip
-QUIET = "log.tensorboard=false"
+QUIET = "log.tracker=none"
+RATES = ("seconds_per_update", "samples_per_second", "forwards_per_second", "peak_memory_gb", "mfu")
 RECORD: dict[str, Any] = {
     "mode": "distill",
     "position": None,
@@ -30,6 +31,6 @@ def train(*arguments, status=0):
 
 
 def curve(folder):
-    """Every logged number but the time, as it stands in the file."""
+    """Every logged number but the rates and the memory, as it stands in the file."""
     lines = [line for line in read_log(folder / "log.jsonl") if "loss" in line]
-    return [{name: value for name, value in line.items() if name != "seconds_per_update"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in RATES} for line in lines]

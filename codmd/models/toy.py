@@ -26,7 +26,14 @@ from .sharding import ShardPolicy
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """Size of a `ToyDenoiser`: videos of `frames` x `channels` numbers (height = width = 1)."""
+    """Size of a `ToyDenoiser`.
+
+    Attributes:
+        frames, channels: of a video (height = width = 1).
+        width: of the hidden layers.
+        blocks: residual blocks.
+        frequencies: of the noise level's embedding.
+    """
 
     frames: int = 8
     channels: int = 6
@@ -43,10 +50,13 @@ class ToyConfig:
 
 @dataclass(frozen=True)
 class ToyOptions(ToyConfig, ModelOptions):
-    """Options of the registry's "toy": its size, and where its weights come from."""
+    """Options of the registry's "toy": its size, and where its weights come from.
+
+    Attributes:
+        weights: a file that `ToyDenoiser.save` wrote, or "random".
+    """
 
     weights: str = ""
-    """A file that `ToyDenoiser.save` wrote, or "random"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -144,7 +144,12 @@ class ParallelSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When checkpoints are written: `every` so many updates and at the end; the newest `keep_last` stay."""
+    """When checkpoints are written.
+
+    Attributes:
+        every: updates between checkpoints; one more is written at the end.
+        keep_last: how many of the newest stay.
+    """
 
     every: int = 100
     keep_last: int = 3
@@ -183,12 +188,13 @@ class LogSettings:
     """What a run writes about itself.
 
     Attributes:
-        every: updates between lines of the log and points in TensorBoard.
+        every: updates between lines of the log and points of the tracker.
         preview_every: updates between previews; 0 writes none.
         preview_prompts: for conditional models; empty takes the first of the data.
         preview_samples: videos of a preview where no prompts count them.
         fps: of preview videos.
-        tensorboard: write TensorBoard events beside the JSON lines.
+        tracker: where the log, the previews and the configuration go beside the JSON lines.
+        peak_tflops: of the device, for the model FLOPs utilisation (MFU); null takes that of a known GPU.
     """
 
     every: int = 10
@@ -196,9 +202,11 @@ class LogSettings:
     preview_prompts: tuple[str, ...] = ()
     preview_samples: int = 4
     fps: int = 8
-    tensorboard: bool = True
+    tracker: Literal["tensorboard", "wandb", "mlflow", "none"] = "tensorboard"
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("every", "preview_samples", "fps"):
             check_count(name, getattr(self, name), 1)
         check_count("preview_every", self.preview_every, 0)
+        check_number("peak_tflops", self.peak_tflops, positive=True)

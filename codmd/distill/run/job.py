@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -66,6 +66,7 @@ class Job:
         model: the network that is trained for use: the student, or the teacher in its own training.
         updates: of the whole run.
         positions: where the data stands; None without data.
+        preview_prompts: of the preview samples; none for an unconditional model.
         draw_preview: latents of the fixed preview samples, from the model as it is.
         decode: latents to pixels, of the data or of the model.
         identity: of what the run is trained against, by content.
@@ -75,6 +76,7 @@ class Job:
     model: VideoDenoiser
     updates: int
     positions: Positions | None
+    preview_prompts: Sequence[str]
     draw_preview: Callable[[], Tensor]
     decode: Callable[[Tensor], Tensor]
     identity: Identity
@@ -148,7 +150,8 @@ def _distill_job(config: RunConfig, processes: Processes) -> Job:
         return guided_path(roles.teacher, noise, levels, recipe, cond)
 
     draw_teacher = _preview(config, roles.teacher, source, processes, many)
-    return Job(trainer, roles.student, config.updates, positions, preview, decode, identity, draw_teacher)
+    prompts = _preview_prompts(config, source)
+    return Job(trainer, roles.student, config.updates, positions, prompts, preview, decode, identity, draw_teacher)
 
 
 def _teacher_job(config: RunConfig, processes: Processes) -> Job:
@@ -168,7 +171,8 @@ def _teacher_job(config: RunConfig, processes: Processes) -> Job:
 
     preview = _preview(config, model, source, processes, sample)
     identity = processes.agree(lambda: identity_of(config, source))
-    return Job(trainer, model, settings.updates, positions, preview, source.decode, identity)
+    prompts = _preview_prompts(config, source)
+    return Job(trainer, model, settings.updates, positions, prompts, preview, source.decode, identity)
 
 
 def _encode_once(source: Source, teacher: VideoDenoiser, recipe: DistillConfig) -> None:
@@ -213,6 +217,10 @@ def preview_numbers(config: RunConfig, source: Source | None) -> list[int]:
                 f"log.preview_prompts: {prompt!r} is not in the data; {nearest(prompt, list(known)[:20])}"
             )
     return [known[prompt] for prompt in wanted]
+
+
+def _preview_prompts(config: RunConfig, source: Source | None) -> list[str]:
+    return [] if source is None else [source.prompts[number] for number in preview_numbers(config, source)]
 
 
 def _preview(

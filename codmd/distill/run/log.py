@@ -1,4 +1,4 @@
-"""What a run writes about itself: JSON lines, TensorBoard, and a bar with loss, rate and time left."""
+"""The log of a run: JSON lines, a tracker, and a bar with loss, rate and time left."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from tqdm import tqdm
 from codmd.atomic import replacing
 
 from .parallel import Processes
+from .speed import Speed
+from .trackers import Tracker, grouped
 
 JSON_LINES = "log.jsonl"
 SHOWN = 5
@@ -33,11 +35,21 @@ class RunLog:
         processes: whose scalars are averaged.
         start: updates made before this process began.
         total: updates of the whole run.
-        tensorboard: also write TensorBoard events.
+        tracker: makes what else is told; called on the first process.
+        speed: tells how fast the run is.
     """
 
-    def __init__(self, folder: Path, processes: Processes, start: int, total: int, tensorboard: bool) -> None:
-        self.processes, self.writer, self._file = processes, None, None
+    def __init__(
+        self,
+        folder: Path,
+        processes: Processes,
+        start: int,
+        total: int,
+        tracker: Callable[[], Tracker | None] = lambda: None,
+        speed: Speed | None = None,
+    ) -> None:
+        self.processes, self.speed, self._file = processes, speed, None
+        self.tracker: Tracker | None = None
         self._clock, self._counted = time.perf_counter(), start
         if not processes.first:
             self.bar = tqdm(disable=True)
@@ -46,27 +58,26 @@ class RunLog:
         path = folder / JSON_LINES
         _drop_after(path, start, lambda message: say(message, processes))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.tracker = tracker()
         interval = 0.2 if sys.stderr.isatty() else 10.0
         self.bar = tqdm(total=total, initial=start, unit="update", mininterval=interval, dynamic_ncols=True)
 
     def scalars(self, update: int, values: Mapping[str, Tensor | float]) -> None:
-        """One line: the averages of `values` over all processes, and the rate; called by every process alike."""
+        """One line: the averages of `values` over all processes, and the rates; called by every process alike."""
         numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in values.values()])
         averaged = dict(zip(values, self.processes.mean(numbers).tolist(), strict=True))
         now = time.perf_counter()
-        seconds = (now - self._clock) / max(1, update - self._counted)
+        updates = max(1, update - self._counted)
+        seconds = (now - self._clock) / updates
         self._clock, self._counted = now, update
+        rates = {"seconds_per_update": seconds} if self.speed is None else self.speed.scalars(seconds, updates)
         if self._file is None:
             return
-        line = {"update": update, **{name: _json(value) for name, value in averaged.items()}}
-        print(json.dumps({**line, "seconds_per_update": round(seconds, 6)}), file=self._file, flush=True)
-        if self.writer is not None:
-            for name, value in {**averaged, "seconds_per_update": seconds}.items():
-                self.writer.add_scalar(name, value, update)
+        rounded = {name: float(f"{value:.6g}") for name, value in rates.items()}
+        line = {"update": update, **{name: _json(value) for name, value in averaged.items()}, **rounded}
+        print(json.dumps(line), file=self._file, flush=True)
+        if self.tracker is not None:
+            self.tracker.scalars({grouped(name): value for name, value in {**averaged, **rates}.items()}, update)
         self.bar.set_postfix(loss=f"{averaged['loss']:.4g}", refresh=False)
 
     def event(self, update: int, **values: Any) -> None:
@@ -78,13 +89,11 @@ class RunLog:
         """One line of the fixed samples' ratios to the teacher's; a measure that left its band is marked."""
         entry: dict[str, Any] = {"watch": {name: _json(value) for name, value in ratios.items()}}
         self.event(update, **entry, **({"left_band": list(left)} if left else {}))
-        if self.writer is not None:
-            for name, value in ratios.items():
-                self.writer.add_scalar(f"watch/{name}", value, update)
-            if left:
-                self.writer.add_text(
-                    "watch/left_band", ", ".join(f"{name} {ratios[name]:.3g}" for name in left), update
-                )
+        if self.tracker is not None:
+            marks = {f"fixed_samples/{name}_left_band": 1.0 for name in left}
+            self.tracker.scalars(
+                {**{f"fixed_samples/{name}": value for name, value in ratios.items()}, **marks}, update
+            )
 
     def __enter__(self) -> RunLog:
         return self
@@ -95,8 +104,8 @@ class RunLog:
         self.bar.close()
         if self._file is not None:
             self._file.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.tracker is not None:
+            self.tracker.close()
 
 
 def say(message: str, processes: Processes) -> None:

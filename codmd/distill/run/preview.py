@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from codmd import ops
 from codmd.atomic import replacing
 
+from .trackers import Tracker, caption_of
+
 COLUMNS = 4
-HEATMAP_SCALE = 16
 
 
 def to_pixels(latents: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
@@ -42,23 +42,47 @@ def tile(videos: Tensor) -> Tensor:
     return grid.reshape(frames, channels, rows * height, columns * width)
 
 
-def heatmap(relation: Tensor) -> Tensor:
-    """A relation matrix [n, n] of cosines from -1 to 1 in colours, [3, H, W] in [0, 1]."""
-    import matplotlib
-
-    colours = np.asarray(matplotlib.colormaps["RdBu_r"](((relation.float().cpu().clamp(-1, 1) + 1) / 2).numpy()))
-    image = torch.from_numpy(colours[..., :3].copy()).permute(2, 0, 1)
-    return image.repeat_interleave(HEATMAP_SCALE, 1).repeat_interleave(HEATMAP_SCALE, 2)
-
-
-def write_preview(folder: Path, writer: Any, update: int, latents: Tensor, pixels: Tensor, fps: int) -> None:
-    """The tiled video as MP4 (width and height rounded up to even) and as a moving picture in TensorBoard, the mean
-    frame relation and the relation of the samples as heat maps.
+def heatmap(relation: Tensor, title: str, unit: str) -> np.ndarray:
+    """A relation matrix [n, n] of cosines from -1 to 1 as a picture with axes and a scale, [H, W, 3] of uint8.
 
     Args:
-        writer: a `SummaryWriter`, or None.
+        unit: what rows and columns count, from 1: "frame", "sample".
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    count = len(relation)
+    figure = Figure(figsize=(4.6, 3.8), dpi=100, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    edges = (0.5, count + 0.5, count + 0.5, 0.5)
+    image = axes.imshow(relation.float().cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1, extent=edges)
+    axes.set(title=title, xlabel=unit, ylabel=unit)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes, label="cosine")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def write_preview(
+    folder: Path,
+    tracker: Tracker | None,
+    update: int,
+    latents: Tensor,
+    pixels: Tensor,
+    fps: int,
+    prompts: Sequence[str] = (),
+) -> None:
+    """The tiled video as MP4 (width and height rounded up to even) and, with its prompts, in the tracker; there also
+    the mean relation of frames and the relation of samples as heat maps.
+
+    Args:
+        tracker: of the run, or None.
         latents: [B, F, C, H, W].
         pixels: [B, T, 3, height, width] in [0, 1].
+        prompts: of the samples; none for an unconditional model.
     """
     import imageio.v3 as imageio
 
@@ -68,20 +92,14 @@ def write_preview(folder: Path, writer: Any, update: int, latents: Tensor, pixel
     video = torch.nn.functional.pad(video, (0, video.shape[3] % 2, 0, video.shape[2] % 2))
     frames = (video.permute(0, 2, 3, 1) * 255).round().byte().numpy()
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"step_{update:08d}.mp4") as partial:
+    file = folder / f"step_{update:08d}.mp4"
+    with replacing(file) as partial:
         imageio.imwrite(partial, frames, fps=fps, codec="libx264", macro_block_size=2)
-    if writer is None:
+    if tracker is None:
         return
-    gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
-    _add_gif(writer, "preview/samples", gif, update, frames.shape[1], frames.shape[2])
-    writer.add_image("preview/frame_relation", heatmap(ops.relation_matrix(latents, "frame").mean(0)), update)
+    tracker.video("preview/samples", file, frames, fps, caption_of(prompts, min(COLUMNS, len(pixels))), update)
+    frame_relation = ops.relation_matrix(latents, "frame").mean(0)
+    tracker.picture("preview/frame_relation", heatmap(frame_relation, "mean relation of frames", "frame"), update)
     if len(latents) > 1:
-        writer.add_image("preview/sample_relation", heatmap(ops.relation_matrix(latents, "batch")), update)
-
-
-def _add_gif(writer: Any, tag: str, gif: bytes, update: int, height: int, width: int) -> None:
-    """TensorBoard plays an image summary that holds a GIF; its own add_video needs a package more."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), update)
+        relation = ops.relation_matrix(latents, "batch")
+        tracker.picture("preview/sample_relation", heatmap(relation, "relation of samples", "sample"), update)

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from codmd.atomic import replacing
+from codmd.distill.config.describe import describe
 from codmd.distill.config.run_config import RunConfig
 from codmd.distill.update.optimizer import NonFiniteRun
 
@@ -23,7 +24,9 @@ from .parallel import Processes, processes
 from .preview import to_pixels, write_preview
 from .resume import before_streak, resume, save, skipped_updates
 from .roles import RANDOM
+from .speed import Speed, forward_flops, peak_tflops
 from .stop import stop_requests
+from .trackers import Tracker, open_tracker
 from .watch import LeftBand, Watch
 
 RANDOM_WEIGHTS = "its teacher has random weights"
@@ -53,6 +56,8 @@ def _train(config: RunConfig, team: Processes) -> int:
     """:func:`run` among the processes of `team`, in a scope that ends before their group does."""
     with only_run(config.folder, team):
         job = assemble(config, team)
+        if team.first:
+            write_configuration(config)
         notes: list[str] = []
         store = CheckpointStore(config.folder / "checkpoints", team, config.checkpoint.keep_last, notes.append)
         saved = resume(config, job, store, team, notes)
@@ -69,14 +74,24 @@ def _train(config: RunConfig, team: Processes) -> int:
         return stopped
 
 
+def write_configuration(config: RunConfig) -> None:
+    """The resolved configuration, every key with type, default and meaning: `config.yaml` in the run's folder."""
+    with replacing(config.folder / "config.yaml") as partial:
+        partial.write_text(describe(config) + "\n", "utf-8")
+
+
 def _updates(config: RunConfig, job: Job, store: CheckpointStore, team: Processes, saved: int | None) -> int:
     """Makes the updates that are left, and saves; returns the signal that ended them."""
-    trainer, stopped = job.trainer, 0
+    trainer, stopped, begun = job.trainer, 0, job.trainer.update
+
+    def tracker() -> Tracker | None:
+        return open_tracker(config.log.tracker, config.folder, config.as_mapping(), begun)
+
     watch = watch_of(config, job, store, saved)
     with (
         stop_requests() as stop,
         naming_sound(store),
-        RunLog(config.folder, team, trainer.update, job.updates, config.log.tensorboard) as log,
+        RunLog(config.folder, team, trainer.update, job.updates, tracker, speed_of(config, job, team)) as log,
     ):
         while trainer.update < job.updates and not (stopped := max(team.gather(stop.signal))):
             due = is_due(trainer.update + 1, config.log.every, job.updates)
@@ -140,6 +155,17 @@ def ended_by_watch(config: RunConfig, store: CheckpointStore, leaving: str) -> s
     )
 
 
+def speed_of(config: RunConfig, job: Job, team: Processes) -> Speed:
+    """Counts what the networks of a run do; FLOPs where the device's rate is known."""
+    roles = (getattr(job.trainer, name, None) for name in ("teacher", "student", "critic", "model"))
+    samples = (config.teacher if config.mode == "teacher" else config.distill).batch_size
+    peak = config.log.peak_tflops or peak_tflops(team.device)
+    # Processes that share a sample share its arithmetic.
+    flops = forward_flops(config.model) / config.parallel.context if peak and team.first else None
+    networks = [network for network in roles if network is not None]
+    return Speed(networks, samples, team.data_size, team.device, flops, peak)
+
+
 def ended(config: RunConfig, job: Job, checkpoint: Path, begun: int, stopped: int) -> str:
     """What a run made, and what comes next.
 
@@ -187,7 +213,7 @@ def preview(config: RunConfig, job: Job, team: Processes, log: RunLog) -> None:
     if team.first:
         pixels = to_pixels(latents, job.decode)
         folder = config.folder / "previews"
-        write_preview(folder, log.writer, job.trainer.update, latents, pixels, config.log.fps)
+        write_preview(folder, log.tracker, job.trainer.update, latents, pixels, config.log.fps, job.preview_prompts)
 
 
 def preview_latents(job: Job) -> Tensor:
