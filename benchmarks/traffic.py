@@ -36,7 +36,7 @@ def plane_elements(v: dict[str, Any]) -> int:
         lines = (gy + 1) * height // v["GRID_H"] - gy * height // v["GRID_H"]
         if v["FLAT"]:
             size = lines * width
-            run = cdiv(cdiv(size, v["TILE_W"]), splits) * v["TILE_W"]
+            run = cdiv(cdiv(size, splits), v["VEC"]) * v["VEC"]
             covered += sum(max(0, min(size, (s + 1) * run) - s * run) for s in range(splits))
         else:
             share = cdiv(lines, splits // v["COLUMN_TILES"])
@@ -65,7 +65,7 @@ def _size(tensor: Tensor | None) -> int:
 
 
 def _pool(v: dict[str, Any], grid: int) -> Traffic:
-    planes = grid // (v["GRID_H"] * v["SPLITS"])
+    planes = v["samples"] * v["frames"] * v["channels"]
     read = 3 * planes * plane_elements(v) * v["student"].element_size()
     written = _size(v["frame_grad"]) + _size(v["batch_grad"]) + _size(v["pooled"])
     return Traffic(read, 2 * _size(v["workspace"]) + written)
@@ -118,7 +118,7 @@ def _apply_batch(v: dict[str, Any], grid: int) -> Traffic:
 
 
 def _moments(v: dict[str, Any], grid: int) -> Traffic:
-    planes = grid // (v["GRID_H"] * v["SPLITS"])
+    planes = v["samples"] * v["frames"] * v["channels"]
     critic = ("fake", "fake_uncond") if v["second"] is None or v["RELATION"] else ()
     names = "student", "real", "real_uncond", "noisy", "second", "mask", *critic
     widths = sum(v[name].element_size() for name in names if v[name] is not None)

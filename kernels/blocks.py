@@ -59,6 +59,16 @@ def takes_last(counter, count):
 
 
 @triton.jit
+def takes_last_of_any(counter, count):
+    """:func:`takes_last`; a barrier alone where the block is the only one."""
+    last = count == 1
+    tl.debug_barrier()
+    if count > 1:
+        last = takes_last(counter, count)
+    return last
+
+
+@triton.jit
 def frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f):
     """Bool like ``frame``: inside the video and not masked."""
     inside = frame < frames

@@ -14,6 +14,12 @@ TILE_BYTES = 4096
 WAVES = 8
 """Programs wanted per multiprocessor before planes stop being split."""
 
+RESIDENT = 2
+"""Programs of 8 warps and 128 registers that a multiprocessor holds at once."""
+
+START = 4
+"""Pieces whose time the launch of a program and its ticket take."""
+
 MOST_SPLITS = 16
 
 GROUP = 16
@@ -95,6 +101,7 @@ def tile_planes(
     processors: int,
     tile_bytes: int | None = None,
     companions: tuple[Geometry, ...] = (),
+    tiles: int | None = None,
 ) -> Tiling:
     """Cut the (h, w) planes of equally shaped tensors.
 
@@ -107,6 +114,7 @@ def tile_planes(
         tile_bytes: bytes of one tensor in a tile; None means TILE_BYTES.
         companions: tensors read element by element, such as masks: they do not narrow the vectors, and a constant
             plane joins any cut.
+        tiles: of a piece, for programs that take several pieces one after another; None splits to fill processors.
     """
     samples, frames, channels, height, width = geometries[0].sizes
     flat = (
@@ -128,6 +136,24 @@ def tile_planes(
         column_tiles = cdiv(width, tile_w)
         pieces = cdiv(lines, tile_h)
     programs = samples * frames * channels * grid[0] * column_tiles
-    splits = max(1, min(pieces, cdiv(processors * WAVES, programs), MOST_SPLITS))
+    wanted = cdiv(pieces, tiles) if tiles else cdiv(processors * WAVES, programs)
+    splits = max(1, min(pieces, wanted, MOST_SPLITS))
     scaled = tuple((*(s // vec for s in g.strides[:4]), g.strides[4]) for g in geometries)
     return Tiling(flat, vec, tile_h, tile_w, splits * column_tiles, column_tiles, scaled)  # type: ignore[arg-type]
+
+
+def pieces_of_a_program(frames: int, pieces: int, processors: int, most: int) -> int:
+    """Pieces that each program takes, at most ``most``, of a grid that fills the multiprocessors a few times evenly.
+
+    Args:
+        frames: of all samples together; a program stays inside one.
+        pieces: of a frame.
+        processors: multiprocessors to fill.
+    """
+
+    def cost(each: int) -> int:
+        waves = cdiv(frames * cdiv(pieces, each), processors * RESIDENT)
+        return waves * (each + START)
+
+    even = {min(cdiv(pieces, programs), most) for programs in range(1, min(pieces, processors * WAVES) + 1)}
+    return min(even, key=lambda each: (cost(each), -each))

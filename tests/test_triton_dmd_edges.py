@@ -50,8 +50,10 @@ if INTERPRETED:
 
     @pytest.fixture
     def small_tiles(monkeypatch):
-        """Tiles of a few elements, so that small planes are looped over, split and have tails."""
+        """Tiles of a few elements: planes are looped over, split and have tails, and programs take two pieces each."""
         monkeypatch.setattr("codmd.kernels.dmd.plans.TILE_BYTES", 64)
+        monkeypatch.setattr("codmd.kernels.dmd.plans.TILES", 1)
+        monkeypatch.setattr("codmd.kernels.dmd.plans.pieces_of_a_program", lambda *given: min(2, *given[1:]))
         monkeypatch.setattr(tiling, "WAVES", 1)
         return fresh_plans(monkeypatch)
 
@@ -119,7 +121,7 @@ if INTERPRETED:
     def test_planes_beyond_one_tile_are_looped_over_and_split(small_tiles, width, pool):
         student, arguments = scores((1, 2, 1, 7, width), torch.float16)
         assert_codmd(student, pool=pool, mask=mask_of("elements", student), **arguments)
-        assert all(plan.launch.grid[0] > 6 for plan in small_tiles)
+        assert all(plan.launch.grid[0] > 3 for plan in small_tiles)
 
     @pytest.mark.parametrize("pool", ["mean", (1, 2)], ids=["flat", "columns"])
     def test_a_lane_never_meets_more_elements_than_it_counts(small_tiles, monkeypatch, pool):

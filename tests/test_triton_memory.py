@@ -96,8 +96,10 @@ if INTERPRETED:
     @pytest.fixture
     def watch(monkeypatch):
         """Tiles and groups of few elements, so that small latents have splits, tails and several groups."""
+        for plans in ("pooled.plans", "dmd.plans"):
+            monkeypatch.setattr(f"codmd.kernels.{plans}.TILE_BYTES", 64)
+            monkeypatch.setattr(f"codmd.kernels.{plans}.pieces_of_a_program", lambda _, pieces, *rest: min(2, pieces))
         monkeypatch.setattr(tiling, "TILE_BYTES", 64)
-        monkeypatch.setattr("codmd.kernels.dmd.plans.TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
         monkeypatch.setattr(together, "GROUP", 2)
         monkeypatch.setattr("codmd.kernels.whole.plans.GROUP", 2)

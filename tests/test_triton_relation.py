@@ -45,7 +45,7 @@ if INTERPRETED:
     @pytest.fixture
     def small_tiles(monkeypatch):
         """Tiles of a few elements, so that small planes are looped over, split and have tails."""
-        monkeypatch.setattr(tiling, "TILE_BYTES", 64)
+        monkeypatch.setattr("codmd.kernels.pooled.plans.TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "WAVES", 1)
         return fresh_plans(monkeypatch)
 
@@ -137,11 +137,28 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("pool", ["mean", (3, 2), (2, 1)])
     @pytest.mark.parametrize("width", [33, 40])
-    def test_planes_beyond_one_tile_are_looped_over_and_split(small_tiles, width, pool):
+    @pytest.mark.parametrize("most_splits", [16, 2])
+    def test_planes_beyond_one_tile_are_looped_over_and_split(small_tiles, monkeypatch, width, pool, most_splits):
+        monkeypatch.setattr(tiling, "MOST_SPLITS", most_splits)
         student, real, fake = latents((1, 2, 1, 7, width), torch.float16)
         assert_as_accurate_as_pytorch(student, real, fake, pool=pool)
         plan, *_ = small_tiles
         assert plan.tiling.splits > 1
+
+    @pytest.mark.parametrize(("pool", "masked"), [("mean", True), ((3, 2), False)])
+    @pytest.mark.parametrize("per", [2, 3, 100])
+    def test_programs_of_several_pieces_find_what_programs_of_one_do(small_tiles, monkeypatch, pool, masked, per):
+        """To the bit: pieces are added up one by one, in the same order."""
+        inputs = [v.detach() for v in latents((2, 3, 2, 7, 33), torch.float16)]
+        call = relation_call(inputs, pool, frame_mask(2, 3) if masked else None)
+        found = []
+        for each in (1, per):
+            monkeypatch.setattr(
+                "codmd.kernels.pooled.plans.pieces_of_a_program", lambda _, pieces, *rest, each=each: min(each, pieces)
+            )
+            small_tiles.clear()
+            found.append(backend.relation(call))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None)
 
     @pytest.mark.parametrize("perturbation", [1e-2, 1e-4])
     @pytest.mark.parametrize(("samples", "pool"), [(1, "mean"), (1, None), (3, None)])

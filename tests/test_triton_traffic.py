@@ -74,7 +74,7 @@ if INTERPRETED:
         assert_as_counted(monkeypatch, call, scores, 3 * one, (2 if pool is None else 1) * one)
 
     def test_lines_that_do_not_divide_among_splits(monkeypatch):
-        monkeypatch.setattr(tiling, "TILE_BYTES", 64)
+        monkeypatch.setattr("codmd.kernels.pooled.plans.TILE_BYTES", 64)
         monkeypatch.setattr(tiling, "MOST_SPLITS", 4)
         fresh_plans(monkeypatch)
         scores = [v.detach() for v in latents((1, 2, 2, 7, 13))]

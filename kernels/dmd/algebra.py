@@ -34,7 +34,13 @@ def add_segments(
     pieces, stride, programs, frames, segments, sums,
     MOMENTS: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """sums[moment, segment] float64 of one sample, from pieces[moment · stride + frame · programs + program]."""
+    """sums[moment, segment] float64 of one sample, from pieces[moment · stride + frame · programs + program].
+
+    A warp adds one moment: no exchange between warps.
+    """
+    ROWS: tl.constexpr = triton.next_power_of_2(MOMENTS)
+    moment = tl.arange(0, ROWS)[:, None]
+    known = moment < MOMENTS
     for segment in range(0, segments):
         if FIRST_ALONE:
             first = tl.maximum(1 + (segment - 1) * BLOCK, 0)
@@ -42,13 +48,12 @@ def add_segments(
         else:
             first = segment * BLOCK
             last = tl.minimum(first + BLOCK, frames)
-        for moment in tl.static_range(MOMENTS):
-            total = tl.zeros([TILE], tl.float64)
-            for start in range(first * programs, last * programs, TILE):
-                at = start + tl.arange(0, TILE)
-                value = tl.load(pieces + moment * stride + at, mask=at < last * programs, other=0.0)
-                total += value.to(tl.float64)
-            tl.store(sums + moment * segments + segment, tl.sum(total, 0))
+        total = tl.zeros([ROWS, TILE], tl.float64)
+        for start in range(first * programs, last * programs, TILE):
+            at = start + tl.arange(0, TILE)[None, :]
+            value = tl.load(pieces + moment * stride + at, mask=known & (at < last * programs), other=0.0)
+            total += value.to(tl.float64)
+        tl.store(sums + moment * segments + segment, tl.sum(total, 1, keep_dims=True), mask=known)
 
 
 @triton.jit

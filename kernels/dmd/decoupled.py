@@ -10,7 +10,8 @@ pass has counted.
 import triton
 import triton.language as tl
 
-from ..blocks import FAKE_SCALE, REAL_SCALE, number, takes_last
+from ..blocks import FAKE_SCALE, REAL_SCALE, number, takes_last, takes_last_of_any
+from ..pooled.pool import piece_of, tile_of
 from .algebra import LEAST_NORM, MOMENTS, SCALE, add_segments, weigh
 from .gradient import direction, norm_of_frame
 from .scores import augmentation, difference, selection
@@ -89,9 +90,10 @@ def decoupled_kernel(
     programs = channels * SPLITS
     per_sample = frames * programs
     sample = pid // per_sample
-    split = pid % SPLITS
-    channel = pid // SPLITS % channels
     frame = pid // programs % frames
+    channel, _, _, _, _, start, stop, left = piece_of(
+        pid % programs, height, width, 1, SPLITS, COLUMN_TILES, FLAT, VEC, TILE_W
+    )
     b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
 
     real_plane = (real + (b * r_b + f * r_f + c * r_c) * VEC, r_h, r_w)
@@ -109,30 +111,10 @@ def decoupled_kernel(
     real_scale = number(numbers, REAL_SCALE, real_scale)
     fake_scale = number(numbers, FAKE_SCALE, fake_scale)
 
-    i = tl.arange(0, TILE_W)[None, :]
-    left = 0
-    STEP: tl.constexpr = TILE_W if FLAT else TILE_H
-    if FLAT:
-        size = height * width
-        run = tl.cdiv(tl.cdiv(size, TILE_W), SPLITS) * TILE_W
-        start, stop = split * run, tl.minimum(size, split * run + run)
-    else:
-        left = split % COLUMN_TILES * TILE_W
-        lines = tl.cdiv(height, SPLITS // COLUMN_TILES)
-        start = split // COLUMN_TILES * lines
-        stop = tl.minimum(height, start + lines)
-
     square = tl.zeros([TILE_H, TILE_W], tl.float32)
     magnitude = tl.zeros([TILE_H, TILE_W], tl.float32)
-    for first in range(start, stop, STEP):
-        if FLAT:
-            line = tl.zeros([1, 1], tl.int64)
-            column = (first + i).to(tl.int64)
-            inside = i // VEC < (stop - first) // VEC
-        else:
-            line = (first + tl.arange(0, TILE_H)[:, None]).to(tl.int64)
-            column = (left + i).to(tl.int64)
-            inside = (line < stop) & (i // VEC < (width - left) // VEC)
+    for first in range(start, stop, TILE_W if FLAT else TILE_H):
+        line, column, inside = tile_of(first, stop, left, width, FLAT, VEC, TILE_H, TILE_W)
         d, _cond, _push = difference(
             real_plane, fake_plane, (None, 0, 0), fake_uncond_plane, None, real_scale, fake_scale,
             line, column, inside, VEC,
@@ -158,7 +140,7 @@ def decoupled_kernel(
         add_segments(
             pieces + b * per_sample, stride, programs, frames, 1, totals + sample * TOTALS, TOTALS, WHOLE, False, 256
         )
-        if takes_last(counters + samples, samples):
+        if takes_last_of_any(counters + samples, samples):
             sums = (moments + sums_at).to(tl.pointer_type(tl.float64), bitcast=True)
             dmd_loss, mean_g = finish_value(
                 sums, totals, factors, sample_weight, weight_b, samples, segments, coefficient,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..blocks import BATCH_WEIGHT, FAKE_SCALE, FRAME_WEIGHT, REAL_SCALE, RELATION_WEIGHT, number, upstream
 from ..pooled.broadcast import plane_gradient
+from ..pooled.pool import piece_of, tile_of
 from .algebra import LARGEST, pseudo_huber_root
 from .scores import augmentation, difference, segment_of, selection
 
@@ -68,31 +69,17 @@ def gradient_kernel(
 ):  # fmt: skip
     """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements, but for the mask's."""
     pid = tl.program_id(0)
-    split = pid % SPLITS
-    gy = pid // SPLITS % GRID_H
-    channel = pid // (SPLITS * GRID_H) % channels
-    frame = pid // (SPLITS * GRID_H * channels) % frames
-    sample = pid // (SPLITS * GRID_H * channels * frames)
+    pieces = channels * GRID_H * SPLITS
+    frame = pid // pieces % frames
+    sample = pid // (pieces * frames)
+    channel, gy, _, top, bottom, start, stop, left = piece_of(
+        pid % pieces, height, width, GRID_H, SPLITS, COLUMN_TILES, FLAT, VEC, TILE_W
+    )
     b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
-    top = gy * height // GRID_H
-    bottom = (gy + 1) * height // GRID_H
     skip = tl.zeros([], tl.int64)
     if FLAT:
         skip = top.to(tl.int64) * width // VEC * VEC
     out_at = out + (b * o_b + f * o_f + c * o_c) * VEC + skip
-
-    i = tl.arange(0, TILE_W)[None, :]
-    left = 0
-    STEP: tl.constexpr = TILE_W if FLAT else TILE_H
-    if FLAT:
-        size = (bottom - top) * width
-        run = tl.cdiv(tl.cdiv(size, TILE_W), SPLITS) * TILE_W
-        start, stop = split * run, tl.minimum(size, split * run + run)
-    else:
-        left = split % COLUMN_TILES * TILE_W
-        lines = tl.cdiv(bottom - top, SPLITS // COLUMN_TILES)
-        start = top + split // COLUMN_TILES * lines
-        stop = tl.minimum(bottom, start + lines)
 
     relation = tl.zeros([1, TILE_W], tl.float32)
     if frame_grad is not None or batch_grad is not None:
@@ -129,15 +116,8 @@ def gradient_kernel(
         real_scale = number(numbers, REAL_SCALE, real_scale)
         fake_scale = number(numbers, FAKE_SCALE, fake_scale)
 
-    for first in range(start, stop, STEP):
-        if FLAT:
-            line = tl.zeros([1, 1], tl.int64)
-            column = (first + i).to(tl.int64)
-            inside = i // VEC < (stop - first) // VEC
-        else:
-            line = (first + tl.arange(0, TILE_H)[:, None]).to(tl.int64)
-            column = (left + i).to(tl.int64)
-            inside = (line < stop) & (i // VEC < (width - left) // VEC)
+    for first in range(start, stop, TILE_W if FLAT else TILE_H):
+        line, column, inside = tile_of(first, stop, left, width, FLAT, VEC, TILE_H, TILE_W)
         value = relation + tl.zeros([TILE_H, TILE_W], tl.float32)
         if DMD:
             d, _cond, _push = difference(

@@ -1,9 +1,10 @@
 """The forward pass of the DMD and CoDMD losses: moments, and the relation's features, from one read of everything.
 
-A program covers one piece of one (sample, frame, channel) plane. The block that completes a sample adds its moments
-per segment of the norm and, for CoDMD, finishes its features and frame relation; the block that completes the last
-sample computes norms, loss, factors and, for CoDMD, the batch relation and the terms. Of a decoupled loss it computes
-both levels' norms; value and factors need a second read (:mod:`.decoupled`).
+A program takes ``per`` pieces of a frame one after another, as :mod:`..pooled.pool` has them, and leaves one sum of
+each moment. The block that completes a sample adds its moments per segment of the norm and, for CoDMD, finishes its
+features and frame relation; the block that completes the last sample computes norms, loss, factors and, for CoDMD, the
+batch relation and the terms. Of a decoupled loss it computes both levels' norms; value and factors need a second read
+(:mod:`.decoupled`).
 """
 
 import triton
@@ -18,9 +19,10 @@ from ..blocks import (
     ordered_sum,
     store_objective_terms,
     takes_last,
+    takes_last_of_any,
 )
 from ..pooled.algebra import relation_in_one_block
-from ..pooled.pool import finish_sample, store_regions
+from ..pooled.pool import finish_sample, piece_of, store_regions, three_sums, tile_of
 from .algebra import MOMENTS, SCALE, add_segments, finish_loss, pseudo_huber_root, store_norms
 from .scores import difference, guided_real, load, selection
 
@@ -59,7 +61,7 @@ def distances(x, r, second, selected, inside):
 
 @triton.jit(
     do_not_specialize=[
-        "losses_at", "averages_at", "pieces_at", "moments_at", "sums_at", "samples", "frames",
+        "losses_at", "averages_at", "pieces_at", "moments_at", "sums_at", "per", "samples", "frames",
         "channels", "features", "segments",
     ],
     do_not_specialize_on_alignment=[
@@ -86,7 +88,7 @@ def moments_kernel(
     numbers,  # [6] or None: the values that follow
     temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
     losses_at, averages_at, pieces_at, moments_at, sums_at,
-    samples, frames, channels, features, segments, height, width,
+    per, samples, frames, channels, features, segments, height, width,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w,
     u_b, u_f, u_c, u_h, u_w, v_b, v_f, v_c, v_h, v_w, n_b, n_f, n_c, n_h, n_w,
     a_b, a_f, a_c, a_h, a_w, m_b, m_f, m_c, m_h, m_w, sigma_b, sigma_f, weight_b, mask_b, mask_f,
@@ -99,109 +101,15 @@ def moments_kernel(
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements, but for the mask's."""
+    """Grid [B·F·programs of a frame]. Strides of b, f, c, h are in units of VEC elements, but for the mask's."""
     pid = tl.program_id(0)
-    programs = channels * GRID_H * SPLITS
+    pieces_of_frame = channels * GRID_H * SPLITS
+    programs = tl.cdiv(pieces_of_frame, per)
     per_sample = frames * programs
     sample = pid // per_sample
-    split = pid % SPLITS
-    gy = pid // SPLITS % GRID_H
-    channel = pid // (SPLITS * GRID_H) % channels
     frame = pid // programs % frames
-    b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
-    top = gy * height // GRID_H
-    bottom = (gy + 1) * height // GRID_H
-    skip = tl.zeros([], tl.int64)
-    if FLAT:
-        skip = top.to(tl.int64) * width // VEC * VEC
-
-    student_plane = (student + (b * x_b + f * x_f + c * x_c) * VEC + skip, x_h, x_w)
-    real_plane = (real + (b * r_b + f * r_f + c * r_c) * VEC + skip, r_h, r_w)
-    fake_plane = (fake + (b * f_b + f * f_f + c * f_c) * VEC + skip, f_h, f_w)
-    real_uncond_plane = (None, 0, 0)
-    fake_uncond_plane = (None, 0, 0)
-    noisy_plane = (None, 0, 0)
-    second_plane = (None, 0, 0)
-    mask_plane = (None, 0, 0)
-    if real_uncond is not None:
-        real_uncond_plane = (real_uncond + (b * u_b + f * u_f + c * u_c) * VEC + skip, u_h, u_w)
-    if fake_uncond is not None:
-        fake_uncond_plane = (fake_uncond + (b * v_b + f * v_f + c * v_c) * VEC + skip, v_h, v_w)
-    if noisy is not None:
-        noisy_plane = (noisy + (b * n_b + f * n_f + c * n_c) * VEC + skip, n_h, n_w)
-    if second is not None:
-        second_plane = (second + (b * a_b + f * a_f + c * a_c) * VEC + skip, a_h, a_w)
-    if mask is not None:
-        mask_plane = (mask + b * m_b + f * m_f + c * m_c + skip * m_w, m_h, m_w)
-    level = None
-    if sigma is not None:
-        level = tl.load(sigma + b * sigma_b + f * sigma_f).to(tl.float32)
-    real_scale = number(numbers, REAL_SCALE, real_scale)
-    fake_scale = number(numbers, FAKE_SCALE, fake_scale)
-
-    i = tl.arange(0, TILE_W)[None, :]
-    left = 0
-    STEP: tl.constexpr = TILE_W if FLAT else TILE_H
-    if FLAT:
-        size = (bottom - top) * width
-        run = tl.cdiv(tl.cdiv(size, TILE_W), SPLITS) * TILE_W
-        start, stop = split * run, tl.minimum(size, split * run + run)
-    else:
-        left = split % COLUMN_TILES * TILE_W
-        lines = tl.cdiv(bottom - top, SPLITS // COLUMN_TILES)
-        start = top + split // COLUMN_TILES * lines
-        stop = tl.minimum(bottom, start + lines)
-
-    sum_x = tl.zeros([TILE_H, TILE_W], tl.float32)
-    sum_r = tl.zeros([TILE_H, TILE_W], tl.float32)
-    sum_d = tl.zeros([TILE_H, TILE_W], tl.float32)
-    distance = tl.zeros([TILE_H, TILE_W], tl.float32)
-    penalty = tl.zeros([TILE_H, TILE_W], tl.float32)
-    magnitude = tl.zeros([TILE_H, TILE_W], tl.float32)
-    counts = tl.zeros([TILE_H, TILE_W], tl.int32)
-    for first in range(start, stop, STEP):
-        # A mask that is constant over VEC elements is what lets a load stay 16 bytes wide.
-        if FLAT:
-            line = tl.zeros([1, 1], tl.int64)
-            column = (first + i).to(tl.int64)
-            inside = i // VEC < (stop - first) // VEC
-        else:
-            line = (first + tl.arange(0, TILE_H)[:, None]).to(tl.int64)
-            column = (left + i).to(tl.int64)
-            inside = (line < stop) & (i // VEC < (width - left) // VEC)
-        x = load(student_plane, line, column, inside, VEC)
-        if second is None or RELATION:
-            d, cond, push = difference(
-                real_plane, fake_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
-                line, column, inside, VEC,
-            )  # fmt: skip
-            r = guided_real(cond, push, real_uncond_plane, noisy_plane, level, real_scale, line, column, inside, VEC)
-        else:
-            r = load(real_plane, line, column, inside, VEC)
-        selected = selection(mask_plane, line, column, inside)
-        if second is None:
-            more = moments(x, r, d, selected, inside, huber_c, HUBER)
-        else:
-            more = distances(x, r, load(second_plane, line, column, inside, VEC), selected, inside)
-        distance += more[0]
-        penalty += more[1]
-        magnitude += more[2]
-        counts += more[3]
-        if RELATION:
-            sum_x += x
-            sum_r += r
-            sum_d += kept_apart(r, d, False)
-
-    stride = samples.to(tl.int64) * frames * programs
-    piece = workspace + moments_at + b * per_sample + f * programs + pid % programs
-    low: tl.constexpr = (1 << 10) - 1
-    tl.store(piece, tl.sum(tl.sum(distance, 1), 0))
-    tl.store(piece + stride, tl.sum(tl.sum(penalty, 1), 0))
-    tl.store(piece + 2 * stride, tl.sum(tl.sum(magnitude, 1), 0))
-    for flag in tl.static_range(3):
-        seen = (counts >> flag * COUNT_BITS) & low
-        tl.store(piece + (3 + flag) * stride, tl.sum(tl.sum(seen, 1), 0).to(tl.float32))
-
+    first_piece = pid % programs * per
+    b, f = sample.to(tl.int64), frame.to(tl.int64)
     row = 3 * features + 1
     table = workspace + b * frames * row
     losses = workspace + losses_at
@@ -211,24 +119,98 @@ def moments_kernel(
     pieces = table
     if SPLITS > 1:
         pieces = workspace + pieces_at + b * SPLITS * frames * row
-    sums = (workspace + sums_at).to(tl.pointer_type(tl.float64), bitcast=True)
-    if RELATION:
-        at = pieces + (split * frames + f) * row + (channel * GRID_H + gy) * GRID_W
+    level = None
+    if sigma is not None:
+        level = tl.load(sigma + b * sigma_b + f * sigma_f).to(tl.float32)
+    real_scale = number(numbers, REAL_SCALE, real_scale)
+    fake_scale = number(numbers, FAKE_SCALE, fake_scale)
+
+    STEP: tl.constexpr = TILE_W if FLAT else TILE_H
+    distance = tl.zeros([TILE_H, TILE_W], tl.float32)
+    penalty = tl.zeros([TILE_H, TILE_W], tl.float32)
+    magnitude = tl.zeros([TILE_H, TILE_W], tl.float32)
+    counts = tl.zeros([TILE_H, TILE_W], tl.int32)
+    for piece in range(first_piece, tl.minimum(first_piece + per, pieces_of_frame)):
+        channel, gy, split, top, bottom, start, stop, left = piece_of(
+            piece, height, width, GRID_H, SPLITS, COLUMN_TILES, FLAT, VEC, TILE_W
+        )
+        c = channel.to(tl.int64)
+        skip = tl.zeros([], tl.int64)
         if FLAT:
-            share = 1.0 / ((bottom - top) * width).to(tl.float32)
-            tl.store(at, tl.sum(tl.sum(sum_x, 1), 0) * share)
-            tl.store(at + features, tl.sum(tl.sum(sum_r, 1), 0) * share)
-            tl.store(at + 2 * features, tl.sum(tl.sum(sum_d, 1), 0) * share)
-        else:
-            store_regions(
-                at, features, tl.sum(sum_x, 0), tl.sum(sum_r, 0), tl.sum(sum_d, 0), left, width, top, bottom,
-                GRID_W, TILE_W,
-            )  # fmt: skip
+            skip = top.to(tl.int64) * width // VEC * VEC
+        student_plane = (student + (b * x_b + f * x_f + c * x_c) * VEC + skip, x_h, x_w)
+        real_plane = (real + (b * r_b + f * r_f + c * r_c) * VEC + skip, r_h, r_w)
+        fake_plane = (fake + (b * f_b + f * f_f + c * f_c) * VEC + skip, f_h, f_w)
+        real_uncond_plane = (None, 0, 0)
+        fake_uncond_plane = (None, 0, 0)
+        noisy_plane = (None, 0, 0)
+        second_plane = (None, 0, 0)
+        mask_plane = (None, 0, 0)
+        if real_uncond is not None:
+            real_uncond_plane = (real_uncond + (b * u_b + f * u_f + c * u_c) * VEC + skip, u_h, u_w)
+        if fake_uncond is not None:
+            fake_uncond_plane = (fake_uncond + (b * v_b + f * v_f + c * v_c) * VEC + skip, v_h, v_w)
+        if noisy is not None:
+            noisy_plane = (noisy + (b * n_b + f * n_f + c * n_c) * VEC + skip, n_h, n_w)
+        if second is not None:
+            second_plane = (second + (b * a_b + f * a_f + c * a_c) * VEC + skip, a_h, a_w)
+        if mask is not None:
+            mask_plane = (mask + b * m_b + f * m_f + c * m_c + skip * m_w, m_h, m_w)
+
+        sum_x = tl.zeros([TILE_H, TILE_W], tl.float32)
+        sum_r = tl.zeros([TILE_H, TILE_W], tl.float32)
+        sum_d = tl.zeros([TILE_H, TILE_W], tl.float32)
+        for first in range(start, stop, STEP):
+            line, column, inside = tile_of(first, stop, left, width, FLAT, VEC, TILE_H, TILE_W)
+            x = load(student_plane, line, column, inside, VEC)
+            if second is None or RELATION:
+                d, cond, push = difference(
+                    real_plane, fake_plane, real_uncond_plane, fake_uncond_plane, level, real_scale, fake_scale,
+                    line, column, inside, VEC,
+                )  # fmt: skip
+                r = guided_real(
+                    cond, push, real_uncond_plane, noisy_plane, level, real_scale, line, column, inside, VEC
+                )
+            else:
+                r = load(real_plane, line, column, inside, VEC)
+            selected = selection(mask_plane, line, column, inside)
+            if second is None:
+                more = moments(x, r, d, selected, inside, huber_c, HUBER)
+            else:
+                more = distances(x, r, load(second_plane, line, column, inside, VEC), selected, inside)
+            distance += more[0]
+            penalty += more[1]
+            magnitude += more[2]
+            counts += more[3]
+            if RELATION:
+                sum_x += x
+                sum_r += r
+                sum_d += kept_apart(r, d, False)
+        if RELATION:
+            at = pieces + (split * frames + f) * row + (channel * GRID_H + gy) * GRID_W
+            if FLAT:
+                found, which = three_sums(sum_x, sum_r, sum_d)
+                share = 1.0 / ((bottom - top) * width).to(tl.float32)
+                tl.store(at + which * features, found * share, mask=which < 3)
+            else:
+                store_regions(
+                    at, features, tl.sum(sum_x, 0), tl.sum(sum_r, 0), tl.sum(sum_d, 0), left, width, top, bottom,
+                    GRID_W, TILE_W,
+                )  # fmt: skip
+
+    stride = samples.to(tl.int64) * frames * programs
+    moment = workspace + moments_at + pid
+    low: tl.constexpr = (1 << 10) - 1
+    found, which = three_sums(distance, penalty, magnitude)
+    tl.store(moment + which * stride, found, mask=which < 3)
+    found, which = three_sums(counts & low, (counts >> COUNT_BITS) & low, counts >> 2 * COUNT_BITS)
+    tl.store(moment + (3 + which) * stride, found.to(tl.float32), mask=which < 3)
+    sums = (workspace + sums_at).to(tl.pointer_type(tl.float64), bitcast=True)
 
     if takes_last(counters + sample, per_sample):
         add_segments(
             workspace + moments_at + b * per_sample, stride, programs, frames, segments,
-            sums + sample * MOMENTS * segments, MOMENTS, BLOCK, FIRST_ALONE, 256,
+            sums + sample * MOMENTS * segments, MOMENTS, BLOCK, FIRST_ALONE, 128,
         )  # fmt: skip
         if RELATION:
             finish_sample(
@@ -242,7 +224,7 @@ def moments_kernel(
                 frame_grad + b * frames * features, 1.0 / samples, BLOCK_F, BLOCK_K,
             )  # fmt: skip
             tl.store(losses + sample, loss)
-        if takes_last(counters + samples, samples):
+        if takes_last_of_any(counters + samples, samples):
             frame_term = 0.0
             batch_term = 0.0
             if FRAMES:

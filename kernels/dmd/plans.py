@@ -16,7 +16,7 @@ from .. import limits
 from ..launch import Launcher, multiprocessors
 from ..plans import Workspace, padded, pair_of_strides
 from ..pooled.plans import FEATURES, RowsPlan, in_parallel, one_tile
-from ..tiling import Geometry, Tiling, cdiv, next_power_of_2, tile_planes
+from ..tiling import Geometry, Tiling, cdiv, next_power_of_2, pieces_of_a_program, tile_planes
 from .algebra import MOMENTS
 from .decoupled import TOTALS, decoupled_kernel
 from .gradient import gradient_kernel
@@ -27,6 +27,9 @@ TILE_BYTES = 2048
 
 WHOLE = 1 << 20
 """Frames of a segment where the norm's scope is a sample or the batch."""
+
+TILES = 2
+"""Of a piece of the forward pass: one sum of features between warps for both."""
 
 SUMS_TILE = 128
 """Samples times segments whose sums the last block takes at once."""
@@ -45,7 +48,12 @@ MOST_COUNTED = (1 << int(COUNT_BITS.value)) - 1
 
 
 def _cut(
-    latents: tuple[Any, ...], mask: Tensor | None, layout: str, grid: Grid, tile_bytes: int | None
+    latents: tuple[Any, ...],
+    mask: Tensor | None,
+    layout: str,
+    grid: Grid,
+    tile_bytes: int | None,
+    tiles: int | None = None,
 ) -> tuple[Tiling, tuple[int, ...], tuple[int, int, int, int, int]]:
     """The tiling, every tensor's five strides (1 where absent; the mask's last and unscaled), the canonical sizes."""
     present = tuple(t for t in latents if t is not None)
@@ -53,7 +61,8 @@ def _cut(
     companions = () if mask is None else (Geometry.of(mask.shape, mask.stride(), layout),)
     aligned = all(t.data_ptr() % 16 == 0 for t in present)
     processors = multiprocessors(present[0].device)
-    tile = tile_planes(geometries, grid, present[0].element_size(), aligned, processors, tile_bytes, companions)
+    itemsize = present[0].element_size()
+    tile = tile_planes(geometries, grid, itemsize, aligned, processors, tile_bytes, companions, tiles)
     sizes = geometries[0].sizes
     width = sizes[4]
 
@@ -66,10 +75,16 @@ def _cut(
     return tile, found + (strides(companions[0].strides, companions[0]) if companions else NONE), sizes
 
 
+def _tiles(tile: Tiling, lines: int, width: int) -> int:
+    """Tiles of a piece."""
+    splits = tile.splits // tile.column_tiles
+    return cdiv(cdiv(lines * width, splits), tile.tile_w) if tile.flat else cdiv(cdiv(lines, splits), tile.tile_h)
+
+
 def _countable(tile: Tiling, lines: int, width: int) -> Tiling:
     """More splits of planes so large that a lane would meet more elements than it can count."""
-    tiles = cdiv(lines * width, tile.tile_w) if tile.flat else cdiv(lines, tile.tile_h)
-    splits = max(tile.splits // tile.column_tiles, cdiv(tiles, MOST_COUNTED))
+    whole = _tiles(replace(tile, splits=tile.column_tiles), lines, width)
+    splits = max(tile.splits // tile.column_tiles, cdiv(whole, MOST_COUNTED))
     return replace(tile, splits=splits * tile.column_tiles)
 
 
@@ -98,7 +113,7 @@ class MomentsPlan:
         sigma, sample_weight, frame_mask, rule = call.sigma, call.sample_weight, call.frame_mask, call.convention
         pool = call.pool if call.related else (1, 1)
         tile, strides, (samples, frames, channels, height, width) = _cut(
-            (*call[:LATENTS], call.augment_real), call.mask, call.layout, pool, 2 * TILE_BYTES
+            (*call[:LATENTS], call.augment_real), call.mask, call.layout, pool, 2 * TILE_BYTES, TILES
         )
         tile = _countable(tile, cdiv(height, pool[0]), width)
         segments = len(rule.segments(frames)) - 1
@@ -113,7 +128,10 @@ class MomentsPlan:
         if parallel:
             self.rows = RowsPlan(samples if has_frames else 0, frames, samples if has_batch else 0, features, True)
         row = 3 * features + 1
-        programs = channels * pool[0] * tile.splits
+        pieces_of_frame = channels * pool[0] * tile.splits
+        most = MOST_COUNTED // _tiles(tile, cdiv(height, pool[0]), width)
+        per = pieces_of_a_program(samples * frames, pieces_of_frame, multiprocessors(call.student.device), most)
+        programs = cdiv(pieces_of_frame, per)
         moments, sums = int(MOMENTS.value) * samples * frames * programs, int(MOMENTS.value) * samples * segments
         workspace = Workspace(
             tables=samples * row * frames, losses=samples, averages=samples * row * has_batch,
@@ -151,7 +169,7 @@ class MomentsPlan:
             registers=128,
             fixed=(
                 *workspace.at("losses", "averages", "pieces", "moments", "sums"),
-                samples, frames, channels, features, segments, height, width, *strides, *pair_of_strides(sigma),
+                per, samples, frames, channels, features, segments, height, width, *strides, *pair_of_strides(sigma),
                 1 if sample_weight is None else sample_weight.stride(0), *pair_of_strides(frame_mask),
                 float(rule.huber_c if huber else 0.0), float(rule.eps), float(rule.coefficient),
             ),

@@ -9,7 +9,7 @@ from codmd.ops.contract import Grid
 from .. import limits
 from ..launch import Launcher
 from ..plans import Workspace, pair_of_strides
-from ..tiling import Geometry, cdiv, next_power_of_2, tile_planes
+from ..tiling import Geometry, cdiv, next_power_of_2, pieces_of_a_program, tile_planes
 from .pool import pool_kernel
 from .rows import relation_rows_kernel
 
@@ -22,8 +22,11 @@ FEATURES = 16
 ROWS, COLUMNS = 16, 64
 """Of a tile of S, where row blocks run in parallel."""
 
-REGISTERS, REGISTERS_BOTH_TERMS = 128, 128
-"""Four (three) blocks of four warps on a multiprocessor: 48 (36) KB of loads in flight, more than the memory needs."""
+TILE_BYTES = 8192
+"""Bytes of one tensor in a tile of 8 warps, or 4 wavefronts: two 16-byte vectors a thread."""
+
+REGISTERS = 128
+"""Two blocks of eight warps on a multiprocessor: 24 KB of loads in flight and as much before each sum."""
 
 
 def one_tile(vectors: int) -> int:
@@ -101,7 +104,9 @@ class ForwardPlan:
         features = channels * pool[0] * pool[1]
         has_frames, has_batch = frame and frames > 1, batch and samples > 1 and not gather
         parallel = in_parallel(frames * has_frames, samples * has_batch)
-        self.tiling = tiling = tile_planes(geometries, pool, itemsize, aligned, processors)
+        self.tiling = tiling = tile_planes(geometries, pool, itemsize, aligned, processors, TILE_BYTES, tiles=1)
+        pieces_of_frame = channels * pool[0] * tiling.splits
+        per = pieces_of_a_program(samples * frames, pieces_of_frame, processors, pieces_of_frame)
         self.rows: RowsPlan | None = None
         if parallel:
             self.rows = RowsPlan(samples if has_frames else 0, frames, samples if has_batch else 0, features)
@@ -119,7 +124,7 @@ class ForwardPlan:
         self.counters = samples + 2
         self.launch = Launcher(
             pool_kernel,
-            samples * frames * channels * pool[0] * tiling.splits,
+            samples * frames * cdiv(pieces_of_frame, per),
             (
                 *pool,
                 *tiling.constants,
@@ -133,9 +138,9 @@ class ForwardPlan:
             ),
             warps=8,
             wavefronts=4,
-            registers=REGISTERS_BOTH_TERMS if has_frames and has_batch else REGISTERS,
+            registers=REGISTERS,
             fixed=(
-                *workspace.at("losses", "averages", "pieces"), samples, frames, channels, features, height,
+                *workspace.at("losses", "averages", "pieces"), per, samples, frames, channels, features, height,
                 width, *sum(tiling.strides, ()), *pair_of_strides(frame_mask),
             ),
         )  # fmt: skip

@@ -1,6 +1,8 @@
 """One launch: read student, real and fake once, pool them to features, and finish the relation in the last block.
 
-A program averages one piece of one region of one (sample, frame, channel) plane: Σx, Σr and Σ(f - r) in float32.
+A plane of one (sample, frame, channel) is cut into pieces of its regions. A program takes ``per`` pieces of a frame
+one after another and averages each: Σx, Σr and Σ(f - r) in float32. The next piece's loads go out before a piece is
+added up.
 The block that completes a sample adds the pieces in a fixed order, writes the sample's feature table
 ``[F, 3K + 1]`` (see :mod:`.algebra`) and its row ``[3K + 1]`` of time averages, and computes the frame
 term; the block that completes the last sample computes the batch term and the total. Feature k = (c, gy, gx).
@@ -9,62 +11,103 @@ term; the block that completes the last sample computes the batch term and the t
 import triton
 import triton.language as tl
 
-from ..blocks import TEMPERATURE, difference_of, frame_validity, number, ordered_sum, store_terms, takes_last
+from ..blocks import (
+    TEMPERATURE,
+    difference_of,
+    frame_validity,
+    number,
+    ordered_sum,
+    store_terms,
+    takes_last,
+    takes_last_of_any,
+)
 from .algebra import relation_in_one_block
 
 UNROLL = tl.constexpr(4)
 
 
 @triton.jit
-def load_triple(student, real, fake, at_x, at_r, at_f, mask):
-    """x, r and f - r as float32; half-precision arithmetic never happens."""
-    x = tl.load(student + at_x, mask=mask, other=0.0).to(tl.float32)
-    r = tl.load(real + at_r, mask=mask, other=0.0).to(tl.float32)
-    f = tl.load(fake + at_f, mask=mask, other=0.0).to(tl.float32)
-    return x, r, difference_of(r, f)
-
-
-@triton.jit
-def sum_run(student, real, fake, start, stop, TILE: tl.constexpr, VEC: tl.constexpr):
-    """Σx, Σr, Σd of elements ``start : stop`` of three contiguous planes; both multiples of VEC."""
-    i = tl.arange(0, TILE)
-    x = tl.zeros([TILE], tl.float32)
-    r = tl.zeros([TILE], tl.float32)
-    d = tl.zeros([TILE], tl.float32)
-    for first in range(start, stop, TILE):
-        at = first + i
-        # The comparison is per vector of VEC elements: that is what lets a masked load stay 16 bytes wide.
-        more = load_triple(student, real, fake, at, at, at, i // VEC < (stop - first) // VEC)
-        x += more[0]
-        r += more[1]
-        d += more[2]
-    return tl.sum(x, 0), tl.sum(r, 0), tl.sum(d, 0)
-
-
-@triton.jit
-def sum_columns(
-    student, real, fake, top, bottom, left, width, x_h, x_w, r_h, r_w, f_h, f_w,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, VEC: tl.constexpr,
+def piece_of(
+    piece, height, width,
+    GRID_H: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr, FLAT: tl.constexpr, VEC: tl.constexpr,
+    TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """Column sums [TILE_W] of x, r, d over rows ``top : bottom``, columns ``left : left + TILE_W`` (< width)."""
-    i = tl.arange(0, TILE_W)
-    column = (left + i).to(tl.int64)[None, :]
-    inside = (i // VEC < (width - left) // VEC)[None, :]
-    x = tl.zeros([TILE_H, TILE_W], tl.float32)
-    r = tl.zeros([TILE_H, TILE_W], tl.float32)
-    d = tl.zeros([TILE_H, TILE_W], tl.float32)
-    for first in range(top, bottom, TILE_H):
-        y = first + tl.arange(0, TILE_H)[:, None]
-        line = y.to(tl.int64)
-        more = load_triple(
-            student, real, fake,
-            line * x_h * VEC + column * x_w, line * r_h * VEC + column * r_w, line * f_h * VEC + column * f_w,
-            (y < bottom) & inside,
-        )  # fmt: skip
-        x += more[0]
-        r += more[1]
-        d += more[2]
-    return tl.sum(x, 0), tl.sum(r, 0), tl.sum(d, 0)
+    """A piece of a frame: channel, row of regions and split; the region's lines top : bottom; what it covers.
+
+    That are elements start : stop of the region's run if FLAT, else its lines start : stop from column ``left`` on.
+    """
+    split = piece % SPLITS
+    gy = piece // SPLITS % GRID_H
+    channel = piece // (SPLITS * GRID_H)
+    top = gy * height // GRID_H
+    bottom = (gy + 1) * height // GRID_H
+    left = split % COLUMN_TILES * TILE_W
+    if FLAT:
+        size = (bottom - top) * width
+        run = tl.cdiv(tl.cdiv(size, SPLITS), VEC) * VEC
+        start = split * run
+        stop = tl.minimum(size, start + run)
+    else:
+        lines = tl.cdiv(bottom - top, SPLITS // COLUMN_TILES)
+        start = top + split // COLUMN_TILES * lines
+        stop = tl.minimum(bottom, start + lines)
+    return channel, gy, split, top, bottom, start, stop, left
+
+
+@triton.jit
+def tile_of(
+    first, stop, left, width, FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr
+):  # fmt: skip
+    """Lines [H or 1, 1] and columns [1, W] of a tile of a piece, int64, and which elements are inside.
+
+    A mask that is constant over VEC elements is what lets a load stay 16 bytes wide.
+    """
+    i = tl.arange(0, TILE_W)[None, :]
+    if FLAT:
+        line = tl.zeros([1, 1], tl.int64)
+        column = (first + i).to(tl.int64)
+        inside = i // VEC < (stop - first) // VEC
+    else:
+        line = (first + tl.arange(0, TILE_H)[:, None]).to(tl.int64)
+        column = (left + i).to(tl.int64)
+        inside = (line < stop) & (i // VEC < (width - left) // VEC)
+    return line, column, inside
+
+
+@triton.jit
+def first_tile(
+    student, real, fake, piece, last, height, width,
+    GRID_H: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr, FLAT: tl.constexpr, VEC: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """The first tile of a piece of three latents; zeros from piece ``last`` on."""
+    channel, _, _, top, _, start, stop, left = piece_of(
+        piece, height, width, GRID_H, SPLITS, COLUMN_TILES, FLAT, VEC, TILE_W
+    )
+    line, column, inside = tile_of(start, stop, left, width, FLAT, VEC, TILE_H, TILE_W)
+    inside = inside & (piece + tl.zeros(inside.shape, tl.int32) < last)
+    return (
+        elements(student, channel, top, width, line, column, inside, FLAT, VEC),
+        elements(real, channel, top, width, line, column, inside, FLAT, VEC),
+        elements(fake, channel, top, width, line, column, inside, FLAT, VEC),
+    )
+
+
+@triton.jit
+def elements(latent, channel, top, width, line, column, inside, FLAT: tl.constexpr, VEC: tl.constexpr):
+    """Of a frame (pointer, strides of channel, line, column), in its dtype; 0 outside."""
+    at = latent[0] + channel.to(tl.int64) * latent[1] * VEC
+    if FLAT:
+        at += top.to(tl.int64) * width // VEC * VEC
+    return tl.load(at + line * latent[2] * VEC + column * latent[3], mask=inside, other=0.0)
+
+
+@triton.jit
+def three_sums(a, b, c):
+    """Σa, Σb, Σc of [H, W] as the first three of [2, 2], and their numbers: one exchange between warps, not three."""
+    every = tl.join(tl.join(a, b), tl.join(c, tl.zeros_like(c)))
+    i = tl.arange(0, 2)
+    return tl.sum(tl.sum(every, 1), 0), i[:, None] + 2 * i[None, :]
 
 
 @triton.jit
@@ -121,7 +164,7 @@ def finish_sample(
 
 @triton.jit(
     do_not_specialize=[
-        "losses_at", "averages_at", "pieces_at", "samples", "frames", "channels", "features"
+        "losses_at", "averages_at", "pieces_at", "per", "samples", "frames", "channels", "features"
     ],
     do_not_specialize_on_alignment=[
         "frame_mask", "terms", "frame_grad", "batch_grad", "pooled", "workspace", "counters", "numbers"
@@ -139,23 +182,24 @@ def pool_kernel(
     counters,  # [B + 1], zero before and after
     numbers,  # [6] or None: the values that follow
     temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
-    losses_at, averages_at, pieces_at, samples, frames, channels, features, height, width,
+    losses_at, averages_at, pieces_at, per, samples, frames, channels, features, height, width,
     x_b, x_f, x_c, x_h, x_w, r_b, r_f, r_c, r_h, r_w, f_b, f_f, f_c, f_h, f_w, mask_b, mask_f,
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     FRAMES: tl.constexpr, BATCH: tl.constexpr, AVERAGES: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Grid [B·F·C·GRID_H·SPLITS]. Strides of b, f, c, h are in units of VEC elements."""
+    """Grid [B·F·programs of a frame]. Strides of b, f, c, h are in units of VEC elements."""
     pid = tl.program_id(0)
-    per_sample = frames * channels * GRID_H * SPLITS
+    pieces_of_frame = channels * GRID_H * SPLITS
+    programs = tl.cdiv(pieces_of_frame, per)
+    per_sample = frames * programs
     sample = pid // per_sample
-    split = pid % SPLITS
-    gy = pid // SPLITS % GRID_H
-    channel = pid // (SPLITS * GRID_H) % channels
-    frame = pid // (SPLITS * GRID_H * channels) % frames
+    frame = pid // programs % frames
+    first_piece = pid % programs * per
+    last_piece = tl.minimum(first_piece + per, pieces_of_frame)
 
-    b, f, c = sample.to(tl.int64), frame.to(tl.int64), channel.to(tl.int64)
+    b, f = sample.to(tl.int64), frame.to(tl.int64)
     row = 3 * features + 1
     table = workspace + b * frames * row
     losses = workspace + losses_at
@@ -166,34 +210,43 @@ def pool_kernel(
     pieces = table
     if SPLITS > 1:
         pieces = workspace + pieces_at + b * SPLITS * frames * row
-    at = pieces + (split * frames + f) * row + (channel * GRID_H + gy) * GRID_W
 
     if frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f):
-        top = gy * height // GRID_H
-        bottom = (gy + 1) * height // GRID_H
-        x_at = student + (b * x_b + f * x_f + c * x_c) * VEC
-        r_at = real + (b * r_b + f * r_f + c * r_c) * VEC
-        f_at = fake + (b * f_b + f * f_f + c * f_c) * VEC
-        if FLAT:
-            size = (bottom - top) * width
-            run = tl.cdiv(tl.cdiv(size, TILE_W), SPLITS) * TILE_W
-            skip = top.to(tl.int64) * width // VEC * VEC
-            x, r, d = sum_run(
-                x_at + skip, r_at + skip, f_at + skip, split * run, tl.minimum(size, split * run + run), TILE_W, VEC
+        x_frame = student + (b * x_b + f * x_f) * VEC, x_c, x_h, x_w
+        r_frame = real + (b * r_b + f * r_f) * VEC, r_c, r_h, r_w
+        f_frame = fake + (b * f_b + f * f_f) * VEC, f_c, f_h, f_w
+        STEP: tl.constexpr = TILE_W if FLAT else TILE_H
+        x, r, y = first_tile(
+            x_frame, r_frame, f_frame, first_piece, last_piece, height, width,
+            GRID_H, SPLITS, COLUMN_TILES, FLAT, VEC, TILE_H, TILE_W,
+        )  # fmt: skip
+        for piece in range(first_piece, last_piece):
+            channel, gy, split, top, bottom, start, stop, left = piece_of(
+                piece, height, width, GRID_H, SPLITS, COLUMN_TILES, FLAT, VEC, TILE_W
             )
-            share = 1.0 / size.to(tl.float32)
-            tl.store(at, x * share)
-            tl.store(at + features, r * share)
-            tl.store(at + 2 * features, d * share)
-        else:
-            lines = tl.cdiv(bottom - top, SPLITS // COLUMN_TILES)
-            left = split % COLUMN_TILES * TILE_W
-            start = top + split // COLUMN_TILES * lines
-            x, r, d = sum_columns(
-                x_at, r_at, f_at, start, tl.minimum(bottom, start + lines), left, width,
-                x_h, x_w, r_h, r_w, f_h, f_w, TILE_H, TILE_W, VEC,
+            sum_x, sum_r = x.to(tl.float32), r.to(tl.float32)
+            sum_d = difference_of(sum_r, y.to(tl.float32))
+            for first in range(start + STEP, stop, STEP):
+                line, column, inside = tile_of(first, stop, left, width, FLAT, VEC, TILE_H, TILE_W)
+                sum_x += elements(x_frame, channel, top, width, line, column, inside, FLAT, VEC).to(tl.float32)
+                more_r = elements(r_frame, channel, top, width, line, column, inside, FLAT, VEC).to(tl.float32)
+                more_f = elements(f_frame, channel, top, width, line, column, inside, FLAT, VEC).to(tl.float32)
+                sum_r += more_r
+                sum_d += difference_of(more_r, more_f)
+            x, r, y = first_tile(
+                x_frame, r_frame, f_frame, piece + 1, last_piece, height, width,
+                GRID_H, SPLITS, COLUMN_TILES, FLAT, VEC, TILE_H, TILE_W,
             )  # fmt: skip
-            store_regions(at, features, x, r, d, left, width, top, bottom, GRID_W, TILE_W)
+            at = pieces + (split * frames + f) * row + (channel * GRID_H + gy) * GRID_W
+            if FLAT:
+                sums, which = three_sums(sum_x, sum_r, sum_d)
+                share = 1.0 / ((bottom - top) * width).to(tl.float32)
+                tl.store(at + which * features, sums * share, mask=which < 3)
+            else:
+                store_regions(
+                    at, features, tl.sum(sum_x, 0), tl.sum(sum_r, 0), tl.sum(sum_d, 0), left, width, top, bottom,
+                    GRID_W, TILE_W,
+                )  # fmt: skip
 
     if takes_last(counters + sample, per_sample):
         finish_sample(
@@ -208,7 +261,7 @@ def pool_kernel(
             )  # fmt: skip
             tl.store(losses + sample, loss)
         if TERMS:  # noqa: SIM102 (decided at compile time, the next at run time)
-            if takes_last(counters + samples, samples):
+            if takes_last_of_any(counters + samples, samples):
                 frame_term = 0.0
                 batch_term = 0.0
                 if FRAMES:

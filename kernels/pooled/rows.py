@@ -18,6 +18,7 @@ from ..blocks import (
     store_terms,
     store_tile,
     takes_last,
+    takes_last_of_any,
     unless_alone,
 )
 from ..divergence import divergence_rows
@@ -202,7 +203,7 @@ def relation_rows_kernel(
             relations += samples
         if BATCH:
             relations += 1
-        if takes_last(counters + samples + 1, relations):
+        if takes_last_of_any(counters + samples + 1, relations):
             frame_loss = 0.0
             batch_loss = 0.0
             if FRAMES:
