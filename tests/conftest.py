@@ -9,7 +9,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every",
         action="store_true",
-        help="contract: every ambient state, and every case under the interpreter; static: every configuration",
+        help="contract: every ambient state, every case traced and under the interpreter; static: every configuration",
     )
 
 

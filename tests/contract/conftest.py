@@ -25,21 +25,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without ``--every`` not what is marked so; and one case of a claim and loss under the interpreter.
+    """Without ``--every``: not what is marked so, and a sample of what takes a second.
 
-    That takes a second for what C++ does in a millisecond.
+    Under the interpreter that is one case of a claim and loss. Traced, it is every case on C++ and a third of them on
+    the reference and on CUDA: what an operator is for a tracer depends on its backend in one shape alone.
     """
     if config.getoption("--every"):
         return
-    left_out = [item for item in items if item.get_closest_marker("every")]
-    claims: dict[tuple, list[pytest.Item]] = {}
-    for item in items if INTERPRETED else ():
-        if "call" in getattr(item, "fixturenames", ()):
+    on_a_backend = [item for item in items if "call" in getattr(item, "fixturenames", ())]
+    if INTERPRETED:
+        claims: dict[tuple, list[pytest.Item]] = {}
+        for item in on_a_backend:
             claims.setdefault((item.function, item.callspec.params.get("loss")), []).append(item)
-    kept = {cases[crc32(cases[0].name.encode()) % len(cases)] for cases in claims.values()}
-    left_out += [item for cases in claims.values() for item in cases if item not in kept]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+        kept = {cases[crc32(cases[0].name.encode()) % len(cases)] for cases in claims.values()}
+    else:
+        kept = {
+            item for item in on_a_backend
+            if item.path.name != "test_traced.py" or item.callspec.params["call"].backend == "cpp"
+            or crc32(item.name.encode()) % 3 == 0
+        }  # fmt: skip
+    left_out = {item for item in on_a_backend if item not in kept}
+    left_out |= {item for item in items if item.get_closest_marker("every")}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture
