@@ -41,10 +41,10 @@ REGISTERS = {
     "pool_kernel": 184,
     "relation_rows_kernel": 255,
     "gram_kernel": 255,
-    "apply_kernel": 128,
+    "apply_kernel": 168,
     "gram_batch_kernel": 256,
     "relations_kernel": 255,
-    "apply_batch_kernel": 224,
+    "apply_batch_kernel": 255,
     "moments_kernel": 184,
     "decoupled_kernel": 96,
     "gradient_kernel": 48,
@@ -56,7 +56,7 @@ if TRITON < (3, 8):
 DECOUPLED = {"moments_kernel": 192, "gradient_kernel": 64}
 """Registers of kernels that read a second noise level too."""
 
-SPILLED = {("every pixel float32, batch 8", "gram_batch_kernel", "sm_90"): 48}
+SPILLED: dict[tuple[str, str, str], int] = {}
 if TRITON == (3, 6):
     SPILLED[("every pixel, 120 frames", "gram_kernel", "sm_100")] = 88
 """Bytes, where a kernel spills nevertheless."""

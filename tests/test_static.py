@@ -78,12 +78,28 @@ def test_every_configuration_keeps_to_its_budgets(compiled):
         ({"shared": 50_000}, "50000 bytes of shared memory, at most 49152 allowed"),
         ({"guarded": 0}, "1 tickets without a barrier, at most 0 allowed"),
         ({"wide_loads": 2}, "2 16-byte loads, at least 3 expected"),
+        ({"tf32": 1}, "1 TF32 products, at most 0 allowed"),
+        ({"dtype": "bfloat16", "products": 1, "carried": 1}, "1 products without a flush, at most 0 allowed"),
+        ({"dtype": "float16"}, "no product of float16 on tensor cores"),
     ],
 )
 def test_an_excess_is_named(change, said):
     fine = static.Report("pool_kernel", "sm_90", 100, 0, 0, 1024, 3, 0, 1, 1)
     assert excesses("relation, wan-480p", fine) == []
     assert excesses("relation, wan-480p", replace(fine, **change)) == [said]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_latents_of_sixteen_bits_are_multiplied_by_tensor_cores_and_no_others(every_target, target):
+    found = {(report.dtype, report.products > 0) for _, report in every_target[target] if report.dtype}
+    assert found <= {("bfloat16", True), ("float16", True), ("float32", False)}
+    assert {dtype for dtype, _ in found} >= {"bfloat16", "float32"}
+
+
+def test_a_chain_of_products_that_does_not_start_at_zero_is_counted():
+    chain = "%a = tt.dot %x, %y, %cst_1, inputPrecision = tf32\n%b = tt.dot %x, %z, %a, inputPrecision = tf32\n"
+    assert static.chained(chain) == 0
+    assert static.chained(chain + "%c = tt.dot %x, %y, %total, inputPrecision = tf32\n") == 1
 
 
 def test_every_kernel_of_the_package_is_compiled(every_target):

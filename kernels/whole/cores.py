@@ -16,7 +16,8 @@ its sum goes to the running one in float32, rounded to nearest. That takes an FM
 the chain by the compiler. :mod:`benchmarks.static` counts chains that do not start at zero.
 
 **Tiles.** Columns lie in slices, one for each warp: up to 32 rows a slice is a matrix of its own [G, N, L], whose
-products no other warp repeats, and slices are added once, at the end. The next tile is on its way meanwhile.
+products no other warp repeats, and slices are added once, at the end. The next tile is on its way
+meanwhile, unless every element has an address of its own, which takes the registers.
 
 The gradient's M, float32, takes two parts as well, which leave 2^-17 (2^-23) of it, under the rounding of the result.
 """
@@ -271,9 +272,12 @@ def student_grams(
     averages_xx = tl.zeros([BLOCK_B, BLOCK_B, BLOCK_L], tl.float32)
     x = load_tile(student, at, lane, rows, first, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L)
     for tile in range(first, last):
-        coming = load_tile(
-            student, at, lane, rows, tile + 1, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L
-        )
+        if VEC > 1:
+            coming = load_tile(
+                student, at, lane, rows, tile + 1, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L
+            )
+        else:
+            x = load_tile(student, at, lane, rows, tile, last, run_lines, length, x_c, x_h, x_w, JOINED, VEC, BLOCK_L)
         x = matrices(x)
         if pooled is not None or BLOCK_B > 1:
             average = row_means(product(x, unit), count)
@@ -283,7 +287,8 @@ def student_grams(
             averages_xx += outer(average, average, BLOCK_B)
         if FRAMES:
             xx = flushed(product(x, x), xx)
-        x = coming
+        if VEC > 1:
+            x = coming
     return sample_grams(xx, BLOCK_B, BLOCK_N, SLICES), tl.sum(averages_xx, 2)
 
 
@@ -312,12 +317,16 @@ def score_grams(
     r = load_tile(real, at_r, lane, rows, first, last, run_lines, length, r_c, r_h, r_w, JOINED, VEC, BLOCK_L)
     f = load_tile(fake, at_f, lane, rows, first, last, run_lines, length, f_c, f_h, f_w, JOINED, VEC, BLOCK_L)
     for tile in range(first, last):
-        coming_r = load_tile(
-            real, at_r, lane, rows, tile + 1, last, run_lines, length, r_c, r_h, r_w, JOINED, VEC, BLOCK_L
-        )
-        coming_f = load_tile(
-            fake, at_f, lane, rows, tile + 1, last, run_lines, length, f_c, f_h, f_w, JOINED, VEC, BLOCK_L
-        )
+        if VEC > 1:
+            coming_r = load_tile(
+                real, at_r, lane, rows, tile + 1, last, run_lines, length, r_c, r_h, r_w, JOINED, VEC, BLOCK_L
+            )
+            coming_f = load_tile(
+                fake, at_f, lane, rows, tile + 1, last, run_lines, length, f_c, f_h, f_w, JOINED, VEC, BLOCK_L
+            )
+        else:
+            r = load_tile(real, at_r, lane, rows, tile, last, run_lines, length, r_c, r_h, r_w, JOINED, VEC, BLOCK_L)
+            f = load_tile(fake, at_f, lane, rows, tile, last, run_lines, length, f_c, f_h, f_w, JOINED, VEC, BLOCK_L)
         wide = f.to(tl.float32)
         if pooled is not None:
             d = difference_of(r.to(tl.float32), wide)
@@ -342,7 +351,8 @@ def score_grams(
             largest = tl.maximum(largest, tl.max(tl.abs(wide), 3))
             rr = flushed(product(r, r), rr)
             pp = flushed(add_product(low, f, add_product(low, r, add_product(high, f, product(high, r)))), pp)
-        r, f = coming_r, coming_f
+        if VEC > 1:
+            r, f = coming_r, coming_f
     pp = sample_grams(pp, BLOCK_B, BLOCK_N, SLICES)
     ff = tl.sum(tl.reshape(tl.sum(ff, 2), [BLOCK_B, SLICES, BLOCK_N]), 1)
     largest = tl.max(tl.reshape(tl.max(largest, 2), [BLOCK_B, SLICES, BLOCK_N]), 1)

@@ -110,8 +110,7 @@ def score_grams(
             rr = batched_dot(r, r, rr)
             tt = batched_dot(d, 0.5 * (r + f), tt)
     tt += tl.permute(tt, (0, 2, 1))
-    averages_tt += tl.trans(averages_tt)
-    return rr, tt, ff, averages_rr, averages_tt, averages_ff
+    return rr, tt, ff, averages_rr, averages_tt + tl.trans(averages_tt), averages_ff
 
 
 @triton.jit(

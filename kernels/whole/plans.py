@@ -45,6 +45,8 @@ class GramPlan:
         if half_precision and grams:
             block_n = max(16, next_power_of_2(vectors))
             slices, block_l, block_x, warps = CORES[block_n]
+            # The unit matrix of time averages takes shared memory.
+            block_x = min(block_x, 64) if means and slices == 1 else block_x
         else:
             block_n = max(16, min(64, next_power_of_2(vectors)))
             # The addresses of time averages leave the registers room for tiles of one dot.

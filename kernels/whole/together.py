@@ -41,9 +41,9 @@ def _blocks(samples: int, frames: int) -> tuple[int, int]:
     return next_power_of_2(samples), max(16, next_power_of_2(frames))
 
 
-def _columns(block_b: int, block_n: int, vec: int) -> int:
-    """Columns of a tile: with the largest Gram matrices, one address an element leaves registers for one dot of 8."""
-    if vec == 1 and block_b * block_n**2 == MOST_PRODUCTS:
+def _columns(block_b: int, block_n: int) -> int:
+    """Columns of a tile in float32: the largest Gram matrices leave registers for the operands of one dot of 8."""
+    if block_b * block_n**2 == MOST_PRODUCTS:
         return 8
     return 32 if block_b * block_n <= 64 else 16
 
@@ -67,11 +67,11 @@ class TogetherPlan:
             slices = cdiv(8, block_b)
             block_l, block_x = 16 * slices, 32 * slices
         else:
-            block_l = block_x = _columns(block_b, block_n, runs.vec)
+            block_l = block_x = _columns(block_b, block_n)
         tiles = runs.tiles(block_l)
         most = cdiv(tiles, 4)
-        # Half as many bytes and dots for x as for r and f.
-        splits_x = max(1, min(processors // 3, most))
+        # Half as many bytes for x as for r and f; on tensor cores a third of the instructions.
+        splits_x = max(1, min(processors * 3 // 11 if half_precision else processors // 3, most))
         splits_s = max(1, min(processors - splits_x, most))
         groups_x, groups_s = cdiv(splits_x, GROUP), cdiv(splits_s, GROUP)
 
