@@ -45,16 +45,20 @@ double Relation::divergence() const {
 
 void Relation::normalise(int row) { norms_[size_t(row)] = products_.norms(n_, row); }
 
-void Relation::diverge(int row, double temperature, double* scratch) {
-  double* similarity = similarity_.data() + size_t(row) * n_;
-  double* shift = excess_.data() + size_t(row) * n_;
-  for (int j = 0; j < n_; ++j) {
+void Relation::compare(int row) {
+  for (int j = row; j < n_; ++j) {
     const Norms<double>&left = norms_[size_t(row)], &right = norms_[size_t(j)];
     Inner<double> pair = products_.pair(n_, row, j);
     if (left.scores_apart || right.scores_apart) pair.ff = products_.fakes(n_, row, j);
-    similarity[j] = cosine(pair, left, right);
-    shift[j] = score_difference(pair, left, right);
+    const size_t at = size_t(row) * size_t(n_) + size_t(j), mirrored = size_t(j) * size_t(n_) + size_t(row);
+    similarity_[at] = similarity_[mirrored] = cosine(pair, left, right);
+    excess_[at] = excess_[mirrored] = score_difference(pair, left, right);
   }
+}
+
+void Relation::diverge(int row, double temperature, double* scratch) {
+  double* similarity = similarity_.data() + size_t(row) * n_;
+  double* shift = excess_.data() + size_t(row) * n_;
   kl_[size_t(row)] = centred_kl_row(similarity, shift, scratch, scratch + n_, n_, temperature);
 }
 

@@ -43,6 +43,7 @@ class Relation {
   double divergence() const;
 
   void normalise(int row);
+  void compare(int row);  // with the rows from its own on, for both of each pair
   void diverge(int row, double temperature, double* scratch);              // scratch [2n]
   void gradient(int row, double temperature, double* matrix_row) const;    // row of M, [n]
   // out[columns[j]] = matrix_row[j] / divisor as float32; null columns stand for 0 .. n - 1.
@@ -68,6 +69,11 @@ class RelationTeam {
   void run(const Worker& worker, const Write& write) {
     double* scratch = scratch_.data() + 2 * largest_ * size_t(worker.index);
     each(worker, [](Relation& relation, int, int row) { relation.normalise(row); });
+    worker.barrier();
+    // From both ends in turn: a worker's share has as many pairs as another's.
+    each(worker, [](Relation& relation, int, int row) {
+      relation.compare(row % 2 ? relation.rows() - 1 - row / 2 : row / 2);
+    });
     worker.barrier();
     each(worker, [&](Relation& relation, int, int row) { relation.diverge(row, temperature_, scratch); });
     worker.barrier();
