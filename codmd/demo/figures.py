@@ -131,8 +131,12 @@ def curves(outcomes: Outcomes) -> Figure:
         axis.set_title(title)
         axis.legend()
     codmd = outcomes.of("codmd")
-    _curves(axes[2], codmd, "relation_frame", COLORS["codmd"], "frames")
-    _curves(axes[2], codmd, "relation_batch", "#e9a23b", "samples")
+    for name, color, label in (
+        ("relation_frame", COLORS["codmd"], "frames"),
+        ("relation_batch", "#e9a23b", "samples"),
+    ):
+        if any(any(outcome.curves.get(name, ())) for outcome in codmd):  # a term that is off is 0 throughout
+            _curves(axes[2], codmd, name, color, label)
     axes[2].set_title("relation loss of CoDMD")
     axes[2].legend()
     _curves(axes[3], codmd, "relation_to_dmd", COLORS["codmd"], "")
@@ -173,9 +177,12 @@ def _limit(outcomes: Outcomes) -> float:
 
 
 def _heatmap(axis: Axes, matrix: list[list[float]], low: float, high: float, colors: str) -> AxesImage:
-    image = axis.imshow(matrix, cmap=colors, vmin=low, vmax=high)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    count = len(matrix)
+    image = axis.imshow(matrix, cmap=colors, vmin=low, vmax=high, extent=(0.5, count + 0.5, count + 0.5, 0.5))
+    axis.set_xticks((1, count))
+    axis.set_yticks((1, count))
+    axis.tick_params(length=2, labelsize=7)
+    axis.set_xlabel("frame", fontsize=7, labelpad=-6)
     axis.spines[:].set_visible(False)
     return image
 

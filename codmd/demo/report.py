@@ -79,7 +79,7 @@ def results(study: Study) -> dict[str, Any]:
 
 def render(folder: Path, summary: Summary, settings: dict[str, Any]) -> str:
     """report.html as text, with the folder's PNGs embedded."""
-    definitions = page.definitions([(c.title, c.explanation) for c in COLUMNS.values()])
+    meanings = [(c.title, c.explanation) for c in COLUMNS.values()]
     few = summary.student_steps
     body = f"""\
 <h1>Distilling a {summary.evaluations["teacher"]}-step teacher into {few} step{"s" if few > 1 else ""}</h1>
@@ -87,7 +87,7 @@ def render(folder: Path, summary: Summary, settings: dict[str, Any]) -> str:
 {_figure(folder, "demo")}
 {"<p class='note'>A --quick run: too short to judge the term by.</p>" if settings["quick"] else ""}
 <h2>What was measured</h2>
-{page.table(*table(summary), _row_class)}
+{page.table(*table(summary), _row_class, meanings)}
 <p class="note">Mean ± standard deviation over seeds {", ".join(map(str, summary.seeds))}. Lower is better, except the
 std ratio, which should be 1. Fresh data against data is the floor that sampling noise leaves. DMD and CoDMD students
 have the same network, so their sampling time is one measurement.</p>
@@ -99,7 +99,6 @@ not help, the table says so.</p>
 <h2>Samples</h2>{_figure(folder, "trajectories")}
 <h2>Motion</h2>{_figure(folder, "speeds")}
 <h2>Training</h2>{_figure(folder, "curves")}
-<h2>The measures</h2>{definitions}
 <h2>The experiment</h2>
 <p>Arc video: eight frames of six channels. A scene is a random plane with an offset; a video is a point moving on that
 scene's circle with a random phase at one of six angular speeds. The teacher is a residual network trained by flow

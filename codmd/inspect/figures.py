@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .measures import COLUMNS, Measurement
@@ -37,6 +38,7 @@ def overview(clips: Sequence[Measurement], references: Sequence[Measurement | No
         axis.set_title(COLUMNS[name].title, fontsize=9)
         axis.tick_params(axis="y", labelsize=7)
         axis.margins(y=0.12)
+        from_zero_or_cut(axis)
     return _png(figure)
 
 
@@ -73,6 +75,19 @@ def clip_card(clip: Measurement, reference: Measurement | None) -> bytes:
     return _png(figure)
 
 
+def from_zero_or_cut(axis: Axes) -> None:
+    """Lets the vertical axis begin at zero; where that would hide what differs, marks its lower end as cut."""
+    low, high = axis.get_ylim()
+    if low < 0 < high:
+        axis.axhline(0, color=GREY, lw=0.8, zorder=0)
+    elif low >= 0 and high - low > 0.25 * high:
+        axis.set_ylim(0, high)
+    elif low > 0:
+        axis.plot((0, 0), (0.02, 0.06), marker=[(-1, -0.6), (1, 0.6)], ms=7, ls="", color=THEIRS, clip_on=False,
+                  transform=axis.transAxes)  # fmt: skip
+        axis.text(0.03, 0.02, "cut", fontsize=7, color=THEIRS, transform=axis.transAxes)
+
+
 def _strip(axis: Axes, measured: Measurement) -> None:
     axis.set_axis_off()
     if measured.strip is not None:
@@ -90,13 +105,20 @@ def _motion(axis: Axes, measured: Measurement, colour: str, fastest: float) -> N
     axis.plot(range(1, measured.frames), measured.curves["motion"], color=colour, lw=1.5)
     axis.set_ylim(0, max(1.15 * fastest, 0.5))
     axis.set_title(COLUMNS["motion"].title, fontsize=9)
+    axis.set_xlabel("frame", fontsize=7, labelpad=1)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.tick_params(labelsize=7)
 
 
 def _heatmap(axis: Axes, matrix: Tensor, low: float, high: float, colours: str) -> AxesImage:
-    image = axis.imshow(matrix.numpy(), cmap=colours, vmin=min(low, high - 1e-3), vmax=high)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    count = len(matrix)
+    edges = (0.5, count + 0.5, count + 0.5, 0.5)
+    image = axis.imshow(matrix.numpy(), cmap=colours, vmin=min(low, high - 1e-3), vmax=high, extent=edges)
+    axis.set_xticks((1, count))
+    axis.set_yticks((1, count))
+    axis.tick_params(labelsize=6, length=2)
+    axis.set_xlabel("frame", fontsize=7, labelpad=-6)
+    axis.set_ylabel("frame", fontsize=7, labelpad=-4)
     axis.spines[:].set_visible(False)
     return image
 

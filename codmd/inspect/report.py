@@ -13,12 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from codmd import page
+from codmd.compare.study import unplayable
 from codmd.files import short_names
 from codmd.output import MARKER
 
 from . import figures
 from .measures import COLUMNS, Column, Measurement
 from .pairs import DISTANCES, SET_DISTANCES, Pair, mean_and_std, set_distances
+
+FILMS = {".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif"}
+"""What browsers play, to its MIME type."""
+MOST_FILM = 64 * 2**20
+"""Bytes of films in a page."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +75,25 @@ def shown(inspection: Inspection, pictures: int) -> list[Measurement]:
 
 
 def verdict(inspection: Inspection) -> str:
-    """The outcome in a sentence or two."""
-    count = len(inspection.clips)
+    """The outcome in a sentence."""
+    count, pairs = len(inspection.clips), inspection.pairs
     static = sum(m.values.get("static", 0) == 1 for m in inspection.clips)
-    text = f"{count} clip{'s' if count > 1 else ''}, {static} static."
-    if inspection.pairs:
-        differing = [pair for pair in inspection.pairs if pair.findings]
-        text += f" {len(differing)} of {len(inspection.pairs)} with a reference differ from it visibly"
+    if pairs:
+        differing = [pair for pair in pairs if pair.findings]
         kinds = [finding.partition(":")[0] for pair in differing for finding in pair.findings]
-        counted = (f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        text += f" ({', '.join(counted)})." if kinds else "."
+        counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        text = f"{len(pairs) - len(differing)} of {len(pairs)} clips look like their references to these measures"
+        text += (
+            f", {len(differing)} {'differs' if len(differing) == 1 else 'differ'} visibly ({counted})"
+            if counted
+            else ""
+        )
+    else:
+        text = f"{count} {'clip was' if count == 1 else 'clips were'} measured, without references to compare with"
+    text += f"; {static} of {count} {'is' if static == 1 else 'are'} static"
     if inspection.skipped:
-        text += f" {len(inspection.skipped)} skipped or not compared."
-    return text
+        text += f"; {len(inspection.skipped)} skipped or not compared"
+    return f"{text}."
 
 
 def render(inspection: Inspection, pictures: int) -> str:
@@ -104,11 +116,6 @@ def render(inspection: Inspection, pictures: int) -> str:
     if inspection.pairs:
         parts.append(_pairs_section(inspection, names))
     parts.append(_cards(inspection, names, by_path, pictures))
-    parts.append("<h2>What the measures are</h2>")
-    parts.append(page.definitions([(c.title, c.explanation) for c in COLUMNS.values()]))
-    if inspection.pairs:
-        parts.append("<h2>What the distances are</h2>")
-        parts.append(page.definitions([(c.title, c.explanation) for c in DISTANCES.values()]))
     return page.page("codmd inspect", "\n".join(parts))
 
 
@@ -120,7 +127,9 @@ def _measures_table(inspection: Inspection, names: dict[Path, str]) -> str:
             found = (_statistics([m.values for m in members], name) for name in COLUMNS)
             rows.append([title, *(_spread(s, c) for s, c in zip(found, COLUMNS.values(), strict=True))])
     header = ["clip", *(c.title for c in COLUMNS.values())]
-    return page.table(header, rows, lambda row: "strong" if row[0] in groups else "")
+    present = {name for clip in inspection.clips for name in clip.values}
+    meanings = [(c.title, c.explanation) for name, c in COLUMNS.items() if name in present]
+    return page.table(header, rows, lambda row: "strong" if row[0] in groups else "", meanings)
 
 
 def _pairs_section(inspection: Inspection, names: dict[Path, str]) -> str:
@@ -133,7 +142,8 @@ def _pairs_section(inspection: Inspection, names: dict[Path, str]) -> str:
     rows.append(["mean", *(_spread(s, c) for s, c in spreads)])
     parts = ["<h2>Against the references</h2>", page.text_table(("clip", "finding"), found)]
     parts.append("<h2>Distances</h2>")
-    parts.append(page.table(["clip", *(c.title for c in DISTANCES.values())], rows, _mean_is_strong))
+    meanings = [(c.title, c.explanation) for c in DISTANCES.values()]
+    parts.append(page.table(["clip", *(c.title for c in DISTANCES.values())], rows, _mean_is_strong, meanings))
     if between := set_distances(inspection.pairs):
         parts.append("<h3>Between the two sets</h3>")
         parts.append(page.text_table((), [(f"{value:.4f}", SET_DISTANCES[name]) for name, value in between.items()]))
@@ -147,6 +157,7 @@ def _cards(inspection: Inspection, names: dict[Path, str], by_path: dict[Path, P
     if rest:
         which = "farthest from their references" if by_path else "first"
         parts.append(f'<p class="note">The {len(chosen)} {which}; {rest} more are in the tables.</p>')
+    room = MOST_FILM
     for clip in chosen:
         pair = by_path.get(clip.path)
         width, height = clip.size
@@ -156,8 +167,24 @@ def _cards(inspection: Inspection, names: dict[Path, str], by_path: dict[Path, P
         png = figures.clip_card(clip, pair.reference if pair else None)
         prompt = html.escape(inspection.prompts.get(clip.path, ""))
         parts.append(f"<h3>{html.escape(names[clip.path])}</h3>")
-        parts.append((f"<p>{prompt}</p>" if prompt else "") + page.figure(png, caption))
+        films = _films(clip, pair, room)
+        room -= sum(len(content) for _, _, content in films)
+        parts.append(f"<p>{prompt}</p>" if prompt else "")
+        parts.append(page.beside(films) if films else "")
+        parts.append(page.figure(png, caption))
     return "".join(parts)
+
+
+def _films(clip: Measurement, pair: Pair | None, room: int) -> list[tuple[str, str, bytes]]:
+    """The clip and its reference as a browser plays them; none where it plays one of them not, or `room` is over."""
+    sides = [("clip", clip)] if pair is None else [("clip", clip), ("reference", pair.reference)]
+    if any(m.path.suffix.lower() not in FILMS or m.path.is_dir() for _, m in sides):
+        return []
+    if sum(m.path.stat().st_size for _, m in sides) > room:
+        return []
+    if any(m.path.suffix.lower() == ".mp4" and unplayable(m.path) for _, m in sides):
+        return []
+    return [(side, FILMS[m.path.suffix.lower()], m.path.read_bytes()) for side, m in sides]
 
 
 def _mean_is_strong(row: Sequence[str]) -> str:
