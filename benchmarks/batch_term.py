@@ -142,7 +142,7 @@ LOSSES: dict[str, Callable[[Batch], Tensor]] = {
     "batch, errors of others": errors_of_others,
     "own errors, sharp partners": sharp_partners,
     "own errors, no partners": directions_alone,
-    "own errors, no partners, over |x|": directions_over_the_sample,
+    "own errors, no partners, over the sample's length": directions_over_the_sample,
 }
 LOW = (0.02, 0.3)
 LOW_NOISE = {f"{name}, low noise": LOSSES[name] for name in ("DMD", "batch term", "batch, own errors")}
