@@ -12,12 +12,16 @@ import torch
 from cases import relative_error
 from test_distill import SHAPE, GaussianDenoiser, generator
 
+from codmd.demo.arc import ArcVideo
+from codmd.demo.teacher import TeacherConfig, train_teacher
 from codmd.distill.config.consistency import ConsistencyConfig
 from codmd.distill.config.recipe import DistillConfig
 from codmd.distill.update.consistency import consistency_loss, sample_time
-from codmd.distill.update.methods import ConsistencyDistiller, RegularisedDistiller
-from codmd.distill.update.rollout import sample_few_step
+from codmd.distill.update.methods import ConsistencyDistiller, RegularisedDistiller, consistency_trainer
+from codmd.distill.update.rollout import sample_euler, sample_few_step
+from codmd.distill.update.schedule import sampling_sigmas
 from codmd.distill.update.trigflow import cos_sin, field, field_difference, field_jvp, level_of, time_of
+from codmd.metrics import energy_distance
 from codmd.models.base import per_sample
 from codmd.models.toy import ToyConfig, ToyDenoiser
 
@@ -275,3 +279,32 @@ def test_the_power_law_average_follows_the_student():
     assert torch.equal(trainer.average.average["mean"], student.mean)  # the first update counts alone
     trainer.cycle()
     assert not torch.equal(trainer.average.average["mean"], student.mean)
+
+
+# The toy teacher
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """(teacher of moving arcs, its data), much smaller and less trained than the demo's."""
+    config = TeacherConfig(steps=400, batch_size=256, warmup=50, model=ToyConfig(width=64, blocks=2))
+    return train_teacher(config, lambda: None).requires_grad_(False), ArcVideo(config.arc)
+
+
+@pytest.mark.parametrize("method", ["rcm", "scm"])
+def test_a_student_of_four_steps_beats_four_plain_steps_of_its_teacher(method, toy):
+    teacher, data = toy
+    real, noise = data.sample(500, generator(5)), torch.randn(500, *teacher.latent_shape, generator=generator(6))
+    plain = energy_distance(sample_euler(teacher, noise, sampling_sigmas(4, 3.0)), real)
+    recipe = replace(
+        RECIPE, method=method, consistency=ConsistencyConfig(log_mean=0.0, warmup=60), batch_size=64,
+        student_lr=3e-4, critic_lr=3e-4,
+    )  # fmt: skip
+    student, critic = (copy.deepcopy(teacher).requires_grad_() for _ in range(2))
+    drawing = generator(7)
+    stream = ((data.sample(64, drawing), None) for _ in itertools.count())
+    trainer = consistency_trainer(teacher, student, critic, recipe, 0, None, stream, None)
+    for _ in range(100):
+        trainer.cycle()
+    found = energy_distance(sample_few_step(student, noise, RCM_LEVELS, generator(8)), real)
+    assert found < 0.6 * plain
