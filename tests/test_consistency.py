@@ -304,7 +304,7 @@ def test_a_student_of_four_steps_beats_four_plain_steps_of_its_teacher(method, t
     drawing = generator(7)
     stream = ((data.sample(64, drawing), None) for _ in itertools.count())
     trainer = consistency_trainer(teacher, student, critic, recipe, 0, None, stream, None)
-    for _ in range(100):
+    for _ in range(150):
         trainer.cycle()
     found = energy_distance(sample_few_step(student, noise, RCM_LEVELS, generator(8)), real)
     assert found < 0.6 * plain

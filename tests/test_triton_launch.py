@@ -345,7 +345,8 @@ def test_the_readme_names_functions_where_they_are():
 
 
 LAYERS = (
-    "launch", "tiling", "limits", "plans", "tickets", "blocks", "divergence", "pooled", "whole", "dmd", "backend",
+    "launch", "tiling", "limits", "plans", "tickets", "blocks", "divergence", "pooled", "whole", "dmd", "attention",
+    "backend",
 )  # fmt: skip
 
 
