@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from backend_calls import objective_call
 from cases import DTYPES, relative_error
 from codmd_cases import UPSTREAMS, assert_as_good_as_torch, fused, terms_and_gradient, truth
 from dmd_cases import has_fused, scores
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from workers import run_processes
 
 from benchmarks import codmd_cpu
-from codmd import conventions, ops
+from codmd import backends, conventions, ops
 
 
 @pytest.mark.parametrize(
@@ -87,16 +88,28 @@ def parameter_gradient(model, student, arguments, **options):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def compare_with_one_process(rank, world, backends):
+def compare_with_one_process(rank, world, names):
     student, arguments = scores((2 * world, 5, 4, 6, 7), perturbation=0.3)
     own = slice(2 * rank, 2 * rank + 2)
     local = {name: value[own] for name, value in arguments.items()}
-    for backend in backends:
+    for backend in names:
         for options in ({}, {"pool": (2, 3), "relation_weight": 2.0}, {"pool": None}, {"frame_weight": 0.0}):
             expected = parameter_gradient(Generator(), student, arguments, backend=backend, **options)
             model = DistributedDataParallel(Generator())
             found = parameter_gradient(model, student[own], local, backend=backend, group=dist.group.WORLD, **options)
             assert relative_error(found, expected) < 2e-6, (backend, options, found, expected)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_the_two_stages_of_a_gather_find_what_one_does(name):
+    run, reason = backends.load(name)
+    if run is None:
+        pytest.skip(reason)
+    call = objective_call()
+    pending = run.features(call)
+    staged = run.gathered(call, pending, pending.rows, 0, 1.0)
+    for found, expected in zip(staged, run.objective(call, True), strict=True):
+        assert relative_error(found, expected) < 3e-6
 
 
 def test_two_processes_give_the_gradient_of_the_global_batch():
