@@ -241,6 +241,9 @@ def test_the_relation_is_weighed_against_half_a_mean():
 def test_scm_refuses_a_relation_weight():
     with pytest.raises(ValueError, match="relation_weight: scm has no scores to relate"):
         DistillConfig(method="scm")
+    for option in ({"critic_mixing": 0.03}, {"diversity_weight": 0.05}, {"decoupled": True, "guidance": 3.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: an option of method dmd; method rcm does not"):
+            DistillConfig(method="rcm", **option)
 
 
 def test_a_rollout_may_begin_below_pure_noise():

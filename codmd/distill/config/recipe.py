@@ -94,6 +94,9 @@ class DistillConfig:
         resolve(self.convention)
         if self.method == "scm" and self.relation_weight > 0:
             raise ValueError("relation_weight: scm has no scores to relate; set relation_weight to 0")
+        for name in ("diversity_weight", "critic_mixing", "decoupled"):
+            if self.method != "dmd" and getattr(self, name):
+                raise ValueError(f"{name}: an option of method dmd; method {self.method} does not have it")
         for name in ("batch_size", "micro_batch", "critic_updates", "max_nonfinite"):
             check_count(name, getattr(self, name), 1)
         check_count("relation_warmup", self.relation_warmup, 0)
