@@ -135,6 +135,15 @@ if INTERPRETED:
         if shape[1] > 2:
             assert_as_accurate_as_pytorch(student, real, fake, pool=pool, frame_mask=frame_mask(*shape[:2]))
 
+    @pytest.mark.parametrize("columns", [16, 256])
+    @pytest.mark.parametrize("shape", [(1, 35, 5, 2, 2), (33, 1, 5, 2, 2)], ids=str)
+    def test_rows_of_many_vectors_by_tiles_and_features_by_steps(monkeypatch, shape, columns):
+        """Beyond one tile S, Δ and G go through memory; 20 features take two steps."""
+        monkeypatch.setattr("codmd.kernels.pooled.plans.COLUMNS", columns)
+        fresh_plans(monkeypatch)
+        mask = frame_mask(*shape[:2]) if shape[1] > 1 else None
+        assert_as_accurate_as_pytorch(*latents(shape), pool=(2, 2), frame_mask=mask)
+
     @pytest.mark.parametrize("pool", ["mean", (3, 2), (2, 1)])
     @pytest.mark.parametrize("width", [33, 40])
     @pytest.mark.parametrize("most_splits", [16, 2])

@@ -55,15 +55,15 @@ class RowsPlan:
         frame_blocks, batch_blocks = cdiv(frames, ROWS), cdiv(batch, ROWS)
 
         def room(count: int, blocks: int) -> Workspace:
-            share, square = count * features, count * count
+            share = count * cdiv(features, FEATURES) * FEATURES
+            square = count * count * (every > COLUMNS)
             return Workspace(
-                losses=blocks, direct=share, transposed=blocks * share, row_radial=count,
-                column_radial=blocks * count, similarity=square, difference=square,
+                losses=blocks, direct=share, transposed=blocks * share, similarity=square, difference=square,
             )  # fmt: skip
 
         of_frame, of_batch = room(frames, frame_blocks), room(batch, batch_blocks)
         both = Workspace(frames=samples * of_frame.size, batch=of_batch.size, totals=samples + 1)
-        names = "direct", "transposed", "row_radial", "column_radial", "similarity", "difference"
+        names = "direct", "transposed", "similarity", "difference"
         self.room = both.size
         self.relations = samples, frames
         self.batch = batch
