@@ -1,5 +1,6 @@
 """`pytest benchmarks`: speed-ups as a table and a picture, and none of a case that fails its accuracy gate."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from benchmarks import relation_cpu
 from codmd.ops.backends import cpp
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +52,38 @@ def test_a_case_that_fails_its_gate_has_no_time(tmp_path):
     assert "accuracy gate failed" in done.stdout
     assert not re.search(r"\d ms", done.stdout)
     assert not picture.exists()
+
+
+def test_sides_take_turns_and_the_least_time_counts_but_for_the_first_of_a_block(monkeypatch):
+    turns = []
+
+    def step(loss, *inputs):
+        turns.append(loss)
+        return (0.001, 0.009, 0.004, 0.005)[(len(turns) - 1) % 4]
+
+    monkeypatch.setattr(relation_cpu, "step", step)
+    monkeypatch.setattr(relation_cpu, "floor_step", lambda *inputs: step("floor"))
+    monkeypatch.setattr(relation_cpu, "LOSSES", {"compiled": "compiled", "codmd": "codmd"})
+    found = relation_cpu.least((torch.ones(2), torch.ones(2), torch.ones(2)), "mean", 2)
+    assert found == {"compiled": 4.0, "codmd": 4.0, "floor": 4.0}
+    assert turns == [side for side in ("compiled", "codmd", "floor") for _ in range(4)] * 2
+
+
+def test_the_floor_reads_three_latents_and_writes_one(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    relation_cpu._floor.cache_clear()
+    student, real, fake = (torch.full((3,), float(value), requires_grad=value == 1) for value in (1, 2, 4))
+    out = torch.zeros(3)
+    assert relation_cpu.floor_step(student, real, fake, out) > 0
+    assert out.tolist() == [7, 7, 7]
+    relation_cpu._floor.cache_clear()
+
+
+def test_the_committed_figures_have_the_floor_and_are_those_of_the_readme():
+    report = json.loads((ROOT / "benchmarks/results/cpu/relation_cpu_floor.json").read_text())
+    assert next(iter(relation_cpu.LOSSES)) == "compiled"
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for case in report["cases"]:
+        assert case["most_speed_up"] == pytest.approx(case["compiled_ms"] / case["floor_ms"])
+        ratio, most = case["compiled_ms"] / case["codmd_ms"], case["most_speed_up"]
+        assert f"{ratio:.1f} × of at most {most:.1f} × in {case['dtype']}" in readme
