@@ -155,6 +155,34 @@ def test_rows_of_zeros_in_fake_are_zero_vectors(backend, flow):
         assert_as_good_as_torch(student, backend, UPSTREAMS[1], pool=pool, **options)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("scale", [1e-36, 3e-44])
+def test_a_loss_of_subnormal_latents_is_right_or_not_finite(scale, backend):
+    """Their norm is subnormal, too, and has few digits, though the loss is that of any other scale."""
+    if not has_fused(backend):
+        pytest.skip(f"{backend} does not run here")
+    student, arguments = scores((3, 5, 3, 4, 6))
+    student, arguments = scale * student, {name: scale * value for name, value in arguments.items()}
+    options = {"guidance": 4.5, "fake_guidance": 1.2, **arguments}
+    true, true_gradient = truth(student, **options)(UPSTREAMS[0])
+    terms, gradient = terms_and_gradient(fused, student, backend=backend, **options)
+    assert relative_error(terms[1], true[1]) < 1e-6 if scale == 1e-36 else terms[1].isnan()
+    assert relative_error(gradient, true_gradient) < 1e-6 if scale == 1e-36 else gradient.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_sample_of_fake_whose_digits_are_lost_is_no_zero_vector(backend):
+    """Where real + (fake - real) rounds to 0, averages over pixels and frames keep it apart from one."""
+    if not has_fused(backend):
+        pytest.skip(f"{backend} does not run here")
+    for seed in range(20):
+        student, arguments = scores((2, 3, 2, 3, 4), seed=seed)
+        arguments = {"real": arguments["real"], "fake": arguments["fake"]}
+        arguments["real"][1] *= 1e24
+        terms, _ = terms_and_gradient(fused, student, backend=backend, **arguments)
+        assert terms[[0, 2, 3]].isnan().all()
+
+
 @pytest.mark.skipif(not has_fused("cpp"), reason="the C++ extension is not built")
 def test_the_number_of_threads_does_not_change_the_gradient_of_the_dmd_term():
     student, arguments = scores((2, 5, 4, 40, 52), torch.bfloat16, flow=True)

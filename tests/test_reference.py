@@ -287,3 +287,15 @@ def test_self_forcing_dmd_loss_equals_its_published_form():
 def test_guidance_forms_differ_by_one():
     c, u = torch.randn(2, 3, dtype=torch.float64)
     torch.testing.assert_close(reference.guided(c, u, 3.5, "cond"), reference.guided(c, u, 4.5, "uncond"))
+
+
+def test_the_gradient_of_a_zero_row_has_digits():
+    """Its norm is 1e-12: what rounding leaves of Δ_ii = 0 in the other rows would be all of it."""
+    features = [torch.randn(4, 6) for _ in range(3)]
+    for value in features:
+        value[1] = 0
+    x, r, d = features
+    leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    reference.relation_divergence(leaf, r, 0.1 * d, 0.1).backward()
+    reference.relation_divergence(wide, r.double(), (0.1 * d).double(), 0.1).backward()
+    torch.testing.assert_close(leaf.grad.double(), wide.grad, rtol=1e-4, atol=0)

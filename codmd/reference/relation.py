@@ -92,12 +92,13 @@ def difference_of(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def kept_apart(real: Tensor, difference: Tensor, zero: Tensor) -> Tensor:
-    """``difference``, which moves by one rounding where rounding made it -real although fake is not ``zero``.
+    """``difference``, which moves by 32 roundings where rounding made it -real although fake is not ``zero``.
 
-    ‖real + difference‖ then tells a fake far under real, whose digits are lost, from a zero.
+    ‖real + difference‖ then tells a fake far under real, whose digits are lost, from a zero, also after the averages
+    over pixels and frames, which round again.
     """
     hidden = (real + difference == 0) & ~zero
-    return torch.where(hidden, difference * (1 - torch.finfo(difference.dtype).eps / 2), difference)
+    return torch.where(hidden, difference * (1 - 2**5 * torch.finfo(difference.dtype).eps), difference)
 
 
 def unit_difference(real: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,12 +122,19 @@ def unit_difference(real: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score_difference_relation(real: Tensor, difference: Tensor) -> Tensor:
-    """Δ = S(f) - S(r) = e f̂ᵀ + r̂ eᵀ, from ``real`` and ``difference = fake - real`` features ``[..., N, K]``."""
+    """Δ = S(f) - S(r) = e f̂ᵀ + r̂ eᵀ, from ``real`` and ``difference = fake - real`` features ``[..., N, K]``.
+
+    Δ_ii is 0 but where a norm is clamped. Rounding would leave 1e-8 of it, which the gradient of a student under the
+    floor divides by 1e-12.
+    """
     unit_real, change = unit_difference(real, difference)
     unit_fake = unit_real + change
-    return einsum(change, unit_fake, "... i k, ... j k -> ... i j") + einsum(
+    delta = einsum(change, unit_fake, "... i k, ... j k -> ... i j") + einsum(
         unit_real, change, "... i k, ... j k -> ... i j"
     )
+    length = torch.minimum(feature_norm(real), feature_norm(real + difference))
+    same = torch.eye(delta.shape[-1], dtype=torch.bool, device=delta.device) & (length >= NORM_FLOOR)
+    return torch.where(same & ~delta.isnan(), 0, delta)
 
 
 def student_log_probability(similarity: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:

@@ -52,7 +52,8 @@ void read_planes(const DmdScores& scores, const DmdRule& rule, const Numbers& nu
         chunks.each(region, [&](int64_t y, int64_t x, int64_t n) {
           chunks.add_exact(rule, p, y, x, n, read_before, means);
         });
-        if (means[1] + means[2] == 0.0 && means[3] != 0.0) means[2] = std::nextafter(means[2], 0.0);
+        // By more than the average over frames rounds, and less than kLeastDouble.
+        if (means[1] + means[2] == 0.0 && means[3] != 0.0) means[2] *= 1.0 - 0x1p-46;
       }
       const size_t at = size_t(item * regions + region);
       const double area = chunks.area(region);

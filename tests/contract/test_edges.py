@@ -25,7 +25,7 @@ from losses import (
 )
 from torch import Tensor
 
-from codmd import conventions, ops
+from codmd import conventions, ops, reference
 from codmd.conventions import NAMED
 
 BAD = [torch.nan, torch.inf, -torch.inf]
@@ -99,6 +99,21 @@ def test_a_value_is_right_or_not_finite_at_the_ends_of_the_range(scale, loss, ca
             assert (right | ~value.isfinite()).all(), (options, value, true)
 
 
+@pytest.mark.parametrize("pool", ["mean", None], ids=str)
+def test_scores_on_either_side_of_the_floor_are_right_or_not_finite(pool, call):
+    """|r| under 1e-12 and |f| above it: the clamped norm is not what f - r changes."""
+    student, arguments = RELATION.inputs(SHAPE, perturbation=1.0)
+    size = 5e-13 / reference.frame_features(arguments["real"], "bfchw", pool).norm(dim=-1).mean()
+    real, fake = arguments["real"] * size, arguments["fake"] * 4 * size
+    exact = evaluate(
+        RELATION.reference, student.double(), RELATION.total, real=real.double(), fake=fake.double(), pool=pool
+    )
+    found = call(RELATION, student, {"real": real, "fake": fake}, RELATION.total, pool=pool)
+    for value, true in zip(found, exact, strict=True):
+        right = (value - true).abs() <= 2e-3 * true.abs().max()
+        assert (right | ~value.isfinite()).all(), (value, true)
+
+
 @related
 @pytest.mark.parametrize("which", ["real", "fake"])
 @pytest.mark.parametrize("scale", [1e-14, 1e-12, 1e-9, 1e-5, 1e5, 1e9, 1e14])
@@ -134,6 +149,17 @@ def test_a_zero_norm_gives_what_nan_to_num_makes_of_infinity(name, call):
     assert gradient[plain["fake"] != student].abs().min() > 1e34
 
 
+def test_a_zero_norm_adds_nothing_to_the_reported_magnitude(call: Calls):
+    """g = 0/0 is repaired to 0."""
+    student, arguments = DMD.inputs(SHAPE)
+    latents = {"student": student, "real": arguments["real"], "fake": arguments["fake"]}
+    latents["real"][0] = latents["fake"][0] = student[0]
+    with call.ambient():
+        found = ops.dmd_loss(**latents, backend=call.backend, return_terms=True)
+        rest = ops.dmd_loss(**{n: v[1:] for n, v in latents.items()}, backend=call.backend, return_terms=True)
+    torch.testing.assert_close(found.magnitude, rest.magnitude * (len(student) - 1) / len(student), rtol=1e-5, atol=0)
+
+
 def test_a_zero_norm_without_repair_is_not_hidden(call):
     student, arguments = DMD.inputs(SHAPE)
     arguments |= {"real": student, "real_uncond": student}
@@ -156,6 +182,19 @@ def test_a_bad_prediction_in_one_sample_does_what_the_policy_says(name, where, b
     assert gradient[1].isfinite().all()
     if name == "rcm" and where != "fake" and bad is torch.nan:
         assert not gradient[0].any()
+
+
+@pytest.mark.parametrize("name", ["rcm", "rcm_2025"])
+def test_an_unconditional_prediction_that_guides_nothing_is_not_read(name, call):
+    """0 times its NaN would be one."""
+    student, arguments = DMD.inputs(SHAPE, layout="bcfhw")
+    scales = {"guidance": NAMED[name].guided_above, "fake_guidance": NAMED[name].guided_above}
+    absent = {**arguments, "real_uncond": None, "fake_uncond": None, **scales}
+    for which in ("real_uncond", "fake_uncond"):
+        arguments[which][:, 1] = torch.nan
+    assert_same(
+        call(DMD, student, {**arguments, **scales}, convention=name), call(DMD, student, absent, convention=name)
+    )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -65,6 +65,10 @@ def loss(latents: Latents, call: Objective) -> tuple[Tensor, Tensor, Tensor, Ten
     else:
         per_sample = per_sample * weight
     non_finite = (selected & ~x.isfinite()).flatten(1).any(1)
+    for level in [norms] if second is None else norms:
+        # Few digits are left of a norm below the normal numbers.
+        norm = _per_frame(level, d, rule)
+        non_finite |= ((norm > 0) & (norm < torch.finfo(norm.dtype).tiny)).flatten(1).any(1)
     per_sample, factor = (torch.where(non_finite, torch.nan, v) for v in (per_sample, factor))
     if rule.nan == "zero_sample":
         dropped = per_sample.isnan()
