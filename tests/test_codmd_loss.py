@@ -171,6 +171,28 @@ def test_a_loss_of_subnormal_latents_is_right_or_not_finite(scale, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_norm_beyond_the_largest_number_leaves_no_finite_loss(backend):
+    """Divided by an infinite norm the loss would be 0."""
+    if not has_fused(backend):
+        pytest.skip(f"{backend} does not run here")
+    student, real, fake = (torch.full((2, 3, 2, 3, 4), value) for value in (3e38, -3e38, -2.5e38))
+    assert not ops.dmd_loss(student, real=real, fake=fake, backend=backend).isfinite()
+
+
+def test_the_magnitude_step_by_step_is_of_the_selected_elements():
+    student, arguments = scores()
+    mask = torch.rand(student.shape) > 0.5
+    found = [
+        ops.dmd_loss(
+            student, **arguments, mask=mask, return_terms=True,
+            convention=replace(conventions.self_forcing, arithmetic=arithmetic),
+        ).magnitude.float()
+        for arithmetic in ("float32", "float64")
+    ]  # fmt: skip
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_a_sample_of_fake_whose_digits_are_lost_is_no_zero_vector(backend):
     """Where real + (fake - real) rounds to 0, averages over pixels and frames keep it apart from one."""
     if not has_fused(backend):

@@ -65,10 +65,12 @@ def loss(latents: Latents, call: Objective) -> tuple[Tensor, Tensor, Tensor, Ten
     else:
         per_sample = per_sample * weight
     non_finite = (selected & ~x.isfinite()).flatten(1).any(1)
-    for level in [norms] if second is None else norms:
-        # Few digits are left of a norm below the normal numbers.
+    for level, prediction in [(norms, r)] if second is None else zip(norms, (r, second), strict=True):
+        # Few digits are left of a norm below the normal numbers, and none of one beyond the largest.
         norm = _per_frame(level, d, rule)
-        non_finite |= ((norm > 0) & (norm < torch.finfo(norm.dtype).tiny)).flatten(1).any(1)
+        lost = norm.isinf() | (norm > 0) & (norm < torch.finfo(norm.dtype).tiny)
+        finite = prediction.isfinite().flatten(1).all(1)
+        non_finite |= lost.flatten(1).any(1) & (finite.all() if rule.norm_scope == "batch" else finite)
     per_sample, factor = (torch.where(non_finite, torch.nan, v) for v in (per_sample, factor))
     if rule.nan == "zero_sample":
         dropped = per_sample.isnan()
