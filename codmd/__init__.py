@@ -7,10 +7,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compat", "conventions", "distributed", "metrics", "ops", "reference", "scheduler"]
+__all__ = [
+    "__version__",
+    "compat",
+    "conventions",
+    "distill",
+    "distributed",
+    "metrics",
+    "models",
+    "ops",
+    "reference",
+    "scheduler",
+]
 
 if TYPE_CHECKING:
-    from codmd import compat, conventions, distributed, metrics, ops, reference, scheduler
+    from codmd import compat, conventions, distill, distributed, metrics, models, ops, reference, scheduler
 else:
 
     def __getattr__(name: str) -> ModuleType:

@@ -40,6 +40,12 @@ def test_mean_flow_learns_to_sample_in_one_step():
     assert after < 0.85 * before
 
 
+def test_distillation_from_python_brings_the_student_nearer_to_the_data(capsys):
+    before, after = runpy.run_path(str(ROOT / "examples/distil_from_python.py"))["distil"](updates=100)
+    assert after < 0.95 * before
+    assert [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()] == [50, 100]
+
+
 def test_the_notebook_runs_and_its_step_lowers_the_loss(capsys):
     """Its cells in one process; Jupyter itself is no dependency."""
     plt.switch_backend("Agg")
