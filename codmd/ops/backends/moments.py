@@ -52,11 +52,11 @@ def loss(latents: Latents, call: Objective) -> tuple[Tensor, Tensor, Tensor, Ten
     selected = torch.ones_like(d, dtype=torch.bool) if call.mask is None else _view(call, call.mask)
     weight = torch.ones_like(d[:, 0, 0, 0, 0]) if call.sample_weight is None else call.sample_weight.to(d.dtype)
     g = torch.where(selected, _direction(d, augmentation, norms, rule), 0)
-    penalty = g.square()
+    # The square of a small difference would be lost before a norm as small divides it.
+    by = torch.where(selected, g / _per_frame(norms, d, rule), 0) if rule.norm_divides == "loss" else g
+    penalty = g * by
     if rule.penalty == "huber":
-        penalty = penalty / ((penalty + rule.huber_c**2).sqrt() + rule.huber_c)
-    if rule.norm_divides == "loss":
-        penalty = torch.where(selected, penalty / _per_frame(norms, d, rule), 0)
+        penalty = penalty / ((g.square() + rule.huber_c**2).sqrt() + rule.huber_c)
     per_sample, magnitude = penalty.sum((1, 2, 3, 4)), g.abs().sum((1, 2, 3, 4))
 
     factor = rule.coefficient * (2 if rule.penalty == "l2" else 1) * weight
