@@ -50,7 +50,7 @@ def distil(updates: int = 200, taught_for: int = 800) -> tuple[float, float]:
 
     before = distance()
     for cycle in cycles(distiller, updates, measure_every=50):
-        if cycle.signs is not None:  # measured: log it to any tracker, draw a preview, stop early
+        if cycle.collapse is not None:  # measured: log it to any tracker, draw a preview, stop early
             values = {name: float(value) for name, value in cycle.scalars().items()}
             print(f"{distiller.update:4d}  loss {values['loss']:.3f}  std ratio {values['std_ratio']:.2f}")
     return before, distance()

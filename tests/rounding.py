@@ -24,7 +24,7 @@ EPS = 2.0**-24
 TINY = torch.finfo(torch.float32).tiny
 
 
-def response(student: Tensor, real: Tensor, fake: Tensor, draws: int = 16, **kwargs) -> tuple[Tensor, float]:
+def response(student: Tensor, real: Tensor, fake: Tensor, draws: int = 64, **kwargs) -> tuple[Tensor, float]:
     """(largest change of each of the three terms, of the gradient's norm) over random signs of the roundings.
 
     The float64 reference, with what its equations name rounded once: the features φ and ψ of student, real and

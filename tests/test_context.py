@@ -22,7 +22,7 @@ from codmd.distill.plan.footprint import LiveBytes, flash_attention, footprint
 from codmd.distill.run.parallel import processes
 
 COMMON = ["wan_tiny", "model.frames=2", "model.height=4", "model.width=8", "distill.batch_size=4",
-          "distill.critic_updates=2", "log.every=1", "log.tensorboard=false"]  # fmt: skip
+          "distill.critic_updates=2", "log.every=1", "log.tracker=none"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_a_loop_that_is_left_and_taken_up_again_trains_as_one():
 
 
 def test_measurements_are_made_when_they_are_asked_for_and_at_the_last_update():
-    measured = [cycle.signs is not None for cycle in distill.cycles(distiller(), 5, measure_every=2)]
+    measured = [cycle.collapse is not None for cycle in distill.cycles(distiller(), 5, measure_every=2)]
     assert measured == [False, True, False, True, True]
 
 

@@ -48,7 +48,7 @@ def test_wan22_ti2v_is_trained_converted_and_sampled(tmp_path, adapters):
     data = write_embeddings(tmp_path / "embeddings")
     train("wan_tiny", f"model.weights={folder}", "model.config=''", f"data.path={data}", "model.frames=2",
           "model.height=4", "model.width=4", "updates=1", "distill.critic_updates=1", f"out={run}",
-          "log.tensorboard=false", *adapters)  # fmt: skip
+          "log.tracker=none", *adapters)  # fmt: skip
     assert cli.main(["convert", str(run), str(tmp_path / "student")]) == 0
     student = models.build("wan", weights=str(tmp_path / "student"), frames=2, height=4, width=4)
     assert student.latent_shape == (2, 48, 4, 4)

@@ -54,7 +54,7 @@ def test_a_run_from_prompts_goes_through_them_in_a_new_order_each_epoch(from_tex
     assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
     meta = read_meta(from_text / "checkpoints" / "step_00000005")
     assert meta["position"] == 5 * 3 * 2, "three samples for the student's update, three fresh ones for the critic's"
-    assert meta["config"]["data"] == {"kind": "prompts", "path": str(prompts), "zoom": 4.0}
+    assert meta["config"]["data"] == {"kind": "prompts", "path": str(prompts), "embeddings": "", "zoom": 4.0}
 
 
 @pytest.mark.parametrize("adapters", [(), LORA], ids=["whole", "lora"])

@@ -337,7 +337,7 @@ def test_a_null_condition_of_zeros_means_the_same_at_every_length():
     [
         ({"weights": ""}, "weights: not given"),
         ({"config": ""}, "config: not given; random weights need"),
-        ({"config": "2b"}, r"config: 2b is no file; expected one of 1.3b, 14b, tiny"),
+        ({"config": "2b"}, r"config: 2b is no file; expected one of 1.3b, 14b, ti2v_5b, tiny"),
         ({"frames": 0}, "frames: got 0"),
         ({"width": 5}, "width: got 5; expected a multiple of the patch, 2"),
         ({"compute": "float16"}, "compute: got 'float16'"),

@@ -38,7 +38,7 @@ from codmd.sample.source import open_source
 from .arms import ARMS, updates_of
 from .toy import KEPT, PARTS, write_outcome
 
-QUIET = ("log.tensorboard=false", "log.preview_every=0")
+QUIET = ("log.tracker=none", "log.preview_every=0")
 CLIPS = 6
 BATCH = 32
 FEWEST = 84

@@ -17,7 +17,7 @@ def cycles(distiller: Distiller, updates: int, measure_every: int = 1) -> Iterat
     Args:
         distiller: with its networks, recipe and conditions.
         updates: student updates of the whole run.
-        measure_every: updates between measurements of the relation's gradient and the early signs, which cost two
+        measure_every: updates between measurements of the relation's gradient and of collapse, which cost two
             backward passes through the losses; the last update is always measured.
 
     Yields:

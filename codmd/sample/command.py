@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="that the weights are of, unless codmd train wrote them (wan)")
-    model.add_argument("--config", help="of a weight file: 1.3b, 14b, tiny or a config.json (found out)")
+    model.add_argument("--config", help="of a weight file: 1.3b, 14b, ti2v_5b, tiny or a config.json (found out)")
     model.add_argument(
         "--text-encoder", help="folder or repository of text_encoder and tokenizer (SOURCE, if it has them)"
     )
