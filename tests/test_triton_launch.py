@@ -378,7 +378,7 @@ def test_masked_loads_say_what_stands_outside():
 
 
 def test_every_dot_is_ieee_float32():
-    """The default is TF32, which the interpreter does not imitate. Operands in cores.py have 16 bits (test_static.py)."""
+    """The default is TF32, which the interpreter does not imitate. cores.py multiplies 16 bits (test_static.py)."""
     found = [(place, keywords) for place, keywords in _calls("dot") if not place.startswith("cores.py:")]
     assert len(found) > 10
     assert [place for place, keywords in found if keywords.get("input_precision") != "'ieee'"] == []

@@ -380,7 +380,7 @@ if INTERPRETED:
             ((7, 17, 2, 1, 9), TOGETHER),
             ((8, 18, 1, 3, 3), TOGETHER),
             ((9, 3, 1, 2, 8), TOGETHER),
-            ((2, 35, 1, 2, 8), TOGETHER),
+            ((2, 35, 1, 2, 8), WITH_TABLES),
             ((9, 17, 1, 2, 8), WITH_TABLES),
             ((3, 33, 1, 2, 8), WITH_TABLES),
             ((17, 2, 1, 2, 8), WITH_TABLES),

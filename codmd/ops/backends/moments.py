@@ -69,7 +69,7 @@ def loss(latents: Latents, call: Objective) -> tuple[Tensor, Tensor, Tensor, Ten
         # Few digits are left of a norm below the normal numbers, and none of one beyond the largest.
         norm = _per_frame(level, d, rule)
         lost = norm.isinf() | (norm > 0) & (norm < torch.finfo(norm.dtype).tiny)
-        finite = prediction.isfinite().flatten(1).all(1)
+        finite = (x.isfinite() & prediction.isfinite()).flatten(1).all(1)
         non_finite |= lost.flatten(1).any(1) & (finite.all() if rule.norm_scope == "batch" else finite)
     per_sample, factor = (torch.where(non_finite, torch.nan, v) for v in (per_sample, factor))
     if rule.nan == "zero_sample":
