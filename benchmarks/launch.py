@@ -58,9 +58,8 @@ def microseconds(calls: dict[str, Callable[[], object]], rounds: int, repeats: i
 
 def measurements(rounds: int) -> dict[str, float]:
     """Microseconds a call, by name."""
-    from codmd.kernels import backend
-
     from codmd import conventions, ops
+    from codmd.kernels import backend
     from codmd.ops.contract import Numbers, Objective, Relation, Upstream
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

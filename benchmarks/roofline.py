@@ -20,12 +20,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from codmd.kernels.launch import Launch
-from codmd.kernels.limits import MOST_WHOLE
-
 from benchmarks import attention_jvp, static_cases
 from benchmarks.shapes import SHAPES
 from benchmarks.traffic import codmd_bytes, relation_bytes, traffic
+from codmd.kernels.launch import Launch
+from codmd.kernels.limits import MOST_WHOLE
 
 EVERY_SHAPE = SHAPES | {"wan-720p-161-frames-b8": (8, 41, 16, 90, 160)}
 CEILINGS = {"H100": 3.35e12, "H200": 4.3e12}

@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 import triton
-from codmd.kernels.launch import Launch, assuming
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.static_budgets import Report, excesses
 from benchmarks.static_cases import CASES
+from codmd.kernels.launch import Launch, assuming
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from codmd.kernels import backend
-from codmd.kernels.launch import Launch, recording
-from codmd.kernels.limits import MOST_WHOLE
 from torch import Tensor
 
 from benchmarks.shapes import SHAPES
 from codmd import conventions
+from codmd.kernels import backend
+from codmd.kernels.launch import Launch, recording
+from codmd.kernels.limits import MOST_WHOLE
 from codmd.ops.contract import Attention, Call, Found, Grid, Numbers, Objective, Relation, Upstream
 
 MEAN = (1, 1)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from codmd.kernels.launch import Launch
 from codmd.kernels.tiling import cdiv
-from torch import Tensor
 
 
 @dataclass(frozen=True)

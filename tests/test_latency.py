@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from codmd.kernels.whole.together import DOTS_OF_EIGHT
-
 from benchmarks import roofline
 from benchmarks.latency import launches, model, table, walk
 from benchmarks.latency.sass import Unreadable, parse
 from benchmarks.latency.values import DATA, Bits, State, step_of
 from benchmarks.roofline import EVERY_SHAPE, OPERATORS
+from codmd.kernels.whole.together import DOTS_OF_EIGHT
 
 PARAMETERS = 0x210
 

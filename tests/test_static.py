@@ -12,13 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from codmd.kernels.launch import INTERPRETING
-from codmd.kernels.whole.together import DOTS_OF_EIGHT
-
 from benchmarks import roofline, static, static_cases
 from benchmarks.shapes import SHAPES
 from benchmarks.static_budgets import REGISTERS, excesses
 from benchmarks.traffic import codmd_bytes, relation_bytes, traffic
+from codmd.kernels.launch import INTERPRETING
+from codmd.kernels.whole.together import DOTS_OF_EIGHT
 
 pytestmark = pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
 

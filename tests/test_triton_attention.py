@@ -11,11 +11,10 @@ from test_attention import ABSENT, operands, without
 pytest.importorskip("triton")
 
 if INTERPRETED:
-    from codmd.kernels import backend, launch
-    from codmd.kernels.attention import passes
-
     import codmd
     from codmd import reference
+    from codmd.kernels import backend, launch
+    from codmd.kernels.attention import passes
     from codmd.ops.contract import Attention
 
     def assert_as_accurate_as_pytorch(arguments):

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 if INTERPRETED:
     import triton
     import triton.language as tl
-    from codmd.kernels.whole import cores
 
+    from codmd.kernels.whole import cores
     from codmd.ops import relation_loss
 
     HALVES = [torch.bfloat16, torch.float16]

@@ -14,12 +14,12 @@ from test_decoupled import FUSABLE, decoupled
 pytest.importorskip("triton")
 
 if INTERPRETED:
-    from codmd.kernels import backend, launch, plans, tiling
     from triton_calls import gradient, objective_call
 
     from benchmarks.traffic import traffic
     from codmd import conventions, reference
     from codmd.conventions import NAMED
+    from codmd.kernels import backend, launch, plans, tiling
     from codmd.ops.backends import reference as by_reference
     from codmd.ops.contract import Numbers
 

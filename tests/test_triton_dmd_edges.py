@@ -17,8 +17,6 @@ from interpreted import INTERPRETED
 pytest.importorskip("triton")
 
 if INTERPRETED:
-    from codmd.kernels import backend, launch, tickets, tiling
-    from codmd.kernels.limits import MOST_POOLED
     from codmd_cases import by_reference, fused, terms_and_gradient
     from codmd_cases import truth as codmd_truth
     from dmd_cases import mask_of
@@ -26,6 +24,8 @@ if INTERPRETED:
 
     from codmd import conventions, ops
     from codmd.conventions import NAMED
+    from codmd.kernels import backend, launch, tickets, tiling
+    from codmd.kernels.limits import MOST_POOLED
     from codmd.ops.backends import reference
     from codmd.ops.contract import Numbers
 

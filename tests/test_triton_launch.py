@@ -17,12 +17,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from codmd.kernels import backend, blocks, launch, limits, plans, tickets, tiling
-from codmd.kernels.launch import Launch, recording
-from codmd.kernels.whole.runs import Runs
 from triton_calls import gradient, objective_call, relation_call
 
 from codmd import conventions
+from codmd.kernels import backend, blocks, launch, limits, plans, tickets, tiling
+from codmd.kernels.launch import Launch, recording
+from codmd.kernels.whole.runs import Runs
 from codmd.ops.contract import Numbers, Upstream
 
 KERNELS = Path(__file__).parent.parent / "kernels"

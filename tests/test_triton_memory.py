@@ -20,11 +20,11 @@ if INTERPRETED:
     import triton
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
-    from codmd.kernels import backend, launch, tiling
-    from codmd.kernels.whole import together
     from triton_calls import fresh_plans, relation_call
 
     from codmd import ops
+    from codmd.kernels import backend, launch, tiling
+    from codmd.kernels.whole import together
 
     class Watch:
         """The interpreter's memory; raises where a launch leaves its tensors or trusts an order."""

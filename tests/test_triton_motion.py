@@ -11,9 +11,8 @@ from test_motion import KINDS, MASK, moving, truth
 pytest.importorskip("triton")
 
 if INTERPRETED:
-    from codmd.kernels import backend
-
     from codmd import reference
+    from codmd.kernels import backend
     from codmd.ops.contract import Numbers, Relation, Upstream
     from codmd.ops.motion import frame_term
 

@@ -30,12 +30,12 @@ pytest.importorskip("triton")
 if INTERPRETED:
     import triton
     import triton.language as tl
+    from triton_calls import fresh_plans, gradient, relation_call
+
     from codmd.kernels import backend, launch, limits, tickets, tiling
     from codmd.kernels.pooled.algebra import feature_norms, relation_tile, validity
     from codmd.kernels.whole import plans as whole_plans
     from codmd.kernels.whole import together
-    from triton_calls import fresh_plans, gradient, relation_call
-
     from codmd.ops import relation_loss
     from codmd.ops.backends import reference
     from codmd.ops.contract import Numbers

@@ -14,10 +14,10 @@ pytest.importorskip("triton")
 
 if INTERPRETED:
     import triton.runtime.interpreter as interpreter
-    from codmd.kernels import backend, launch, tiling
     from triton_calls import fresh_plans, gradient, objective_call, relation_call
 
     from benchmarks.traffic import traffic
+    from codmd.kernels import backend, launch, tiling
 
     class Counter:
         """The interpreter's memory, counting bytes inside the watched tensors."""

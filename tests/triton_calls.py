@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from codmd.kernels.plans import Plans
 from torch import Tensor
 
 from codmd import conventions
 from codmd.conventions import Convention
+from codmd.kernels.plans import Plans
 from codmd.ops.contract import Backend, Call, Found, Grid, Numbers, Objective, Relation, Upstream
 
 

@@ -24,7 +24,6 @@ from unittest import mock
 
 import torch
 import triton
-from codmd.kernels.launch import ASSUMED_MULTIPROCESSORS
 from filelock import FileLock
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from benchmarks.latency.launches import LAYOUTS, Launched, bank, disassemble
 from benchmarks.latency.sass import Code
 from benchmarks.nvcc import load_nvcc
 from benchmarks.static_cases import MEAN, NUMBERS, latents, objective
+from codmd.kernels.launch import ASSUMED_MULTIPROCESSORS
 from codmd.ops.backends import cuda
 from codmd.ops.contract import Call, Relation, Upstream
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from codmd.kernels.launch import Launch
 from torch import Tensor
 
 from benchmarks.idle_cuda import BYTES
@@ -23,6 +22,7 @@ from benchmarks.latency.sass import Code, parse
 from benchmarks.roofline import OPERATORS
 from benchmarks.static import compiled_for, specialise
 from benchmarks.traffic import traffic
+from codmd.kernels.launch import Launch
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from codmd.kernels.launch import ASSUMED_MULTIPROCESSORS
-from codmd.kernels.tiling import cdiv
-
 from benchmarks.latency.launches import Launched
 from benchmarks.latency.walk import CLOCK_HZ, Kernel, Program, Walk
+from codmd.kernels.launch import ASSUMED_MULTIPROCESSORS
+from codmd.kernels.tiling import cdiv
 
 BOUNDARY_US = 1.2
 """Of a launch in a graph, before its first instruction."""
