@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dmd_cases import mask_of
-from dmd_formulas import FORMULAS, cosmos, fastvideo_streaming, one_forcing, value_and_gradient
+from dmd_formulas import FORMULAS, cosmos, fastvideo_streaming, lightx2v_pdmd, one_forcing, value_and_gradient
 
 from codmd import conventions, ops, reference
 from codmd.conventions import NAMED, SOURCES
@@ -157,6 +157,17 @@ def test_a_projected_direction_has_no_part_along_the_critics_residual():
     same = reference.dmd_direction(f, real=c, fake=f, convention=rule)
     torch.testing.assert_close(
         same, reference.dmd_direction(f, real=c, fake=f, convention=replace(rule, projected=False))
+    )
+
+
+def test_a_projection_onto_a_small_residual_is_guarded_as_its_formula_says():
+    """<e, e> is of the size of the 1e-8 that is added to it."""
+    x, f, c, u = predictions()
+    f = x + 1e-6 * (f - x)
+    assert 1e-10 < float((x - f).square().sum((1, 2, 3, 4)).max()) < 1e-7
+    agree(
+        value_and_gradient(loss_of("lightx2v_pdmd", layout="bfchw"), x, f, c, u),
+        value_and_gradient(lightx2v_pdmd, x, f, c, u, 3.5, **WIDE),
     )
 
 
