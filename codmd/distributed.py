@@ -59,8 +59,8 @@ resolve = private.group_of_name
 def check_equal_rows(rows: int, columns: int, group: dist.ProcessGroup) -> None:
     """Raise the same ``ValueError`` on every rank unless all ranks bring ``[rows, columns]``."""
     host = _host_group(group)
-    shapes = torch.empty(host.size(), 2, dtype=torch.int64)
-    all_gather(shapes, torch.tensor([[rows, columns]]), group=host)
+    shapes = torch.empty(host.size(), 2, dtype=torch.int64, device="cpu")
+    all_gather(shapes, torch.tensor([[rows, columns]], device="cpu"), group=host)
     found = shapes.tolist()
     if any(shape != found[0] for shape in found):
         listing = ", ".join(f"rank {rank}: {b} x {k}" for rank, (b, k) in enumerate(found))

@@ -93,7 +93,7 @@ def _counters(device: torch.device, stream: int, count: int) -> Tensor:
 def _lasting_zeros(device: torch.device, count: int) -> Tensor:
     """Made on a stream of their own, so that no private memory pool of the caller comes to own them."""
     if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     side = torch.cuda.Stream(device)
     with torch.cuda.stream(side):
         zeros = torch.zeros(count, dtype=torch.int32, device=device)
