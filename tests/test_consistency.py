@@ -137,6 +137,8 @@ def test_a_sample_that_is_not_a_number_is_dropped():
     x0 = torch.randn(3, *SHAPE, generator=generator(3))
     found = consistency_loss(GaussianDenoiser(0.5), Broken(0.0), x0, RECIPE, generator(4), 1.0)
     assert found.dropped == 1
+    assert found.tangent_norm > 0
+    assert found.derivative_norm > 0
     assert found.loss.isfinite()
     student = GaussianDenoiser(0.5)
     consistency_loss(student, Broken(0.0), x0, RECIPE, generator(4), 1.0).loss.backward()

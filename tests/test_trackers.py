@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from train_cases import QUIET, TOY, train
+from train_cases import QUIET, TOY, curve, train
 
 from codmd import cli
 from codmd.distill.config.describe import described
 from codmd.distill.config.run_config import read_config
 from codmd.distill.run.speed import Speed, forward_flops
-from codmd.distill.run.trackers import caption_of, open_tracker
+from codmd.distill.run.trackers import caption_of, grouped, open_tracker
+from codmd.sample.video import write_latents
 
 PACKAGED = {"toy": (), "textures_tiny": (), "wan_1.3b": ("lora.rank=8",)}
 
@@ -94,6 +95,27 @@ def test_a_tracker_that_is_not_installed_is_said_before_the_run(monkeypatch, cap
     train(*TOY, "log.tracker=wandb", f"out={tmp_path / 'run'}", status=1)
     assert "log.tracker: wandb is not installed; pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["dmd", "rcm", "scm"])
+def test_only_rates_and_memory_are_of_the_group_speed(tmp_path, method):
+    options = (
+        ["diversity_weight=0.1"] if method == "dmd" else [f"method={method}", "convention=rcm", "relation_weight=0"]
+    )
+    options = [f"distill.{option}" for option in [*options, "consistency.warmup=0"]]
+    if method != "dmd":
+        options += latents_of(tmp_path / "data")
+    train(*TOY, QUIET, f"out={tmp_path / 'run'}", "updates=2", "log.every=1", *options)
+    names = {name for line in curve(tmp_path / "run") for name in line} - {"update"}
+    assert not [name for name in names if grouped(name).startswith("speed/")]
+
+
+def latents_of(folder):
+    folder.mkdir()
+    for number in range(4):
+        latents = torch.randn(4, 4, 1, 1, generator=torch.Generator().manual_seed(number))
+        write_latents(folder / f"clip-{number}.safetensors", latents, "a prompt", number)
+    return ["data.kind=latents", f"data.path={folder}"]
 
 
 def test_prompts_of_a_tiled_video_have_their_places():

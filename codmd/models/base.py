@@ -89,6 +89,9 @@ class VideoDenoiser(nn.Module, ABC):
     lora_targets: tuple[str, ...] = ()
     """Name endings of the linear layers that low-rank adapters go to."""
 
+    frames_per_second = 16
+    """Of the videos that it was trained on."""
+
     checkpointing = False
     """Whether blocks are recomputed in the backward pass."""
 
@@ -159,9 +162,6 @@ class VideoDenoiser(nn.Module, ABC):
 
     def free_text_encoder(self) -> None:
         """Gives back the memory of what `encode` uses; the next call loads it again."""
-
-    frames_per_second = 16
-    """Of the videos that it was trained on."""
 
     @property
     def video_frames(self) -> int:

@@ -12,9 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from codmd.atomic import replacing
+from codmd.distill.data.latents import LATENTS
 from codmd.models.tensor_files import save_tensors
-
-LATENTS = "latents"
 
 
 def write_video(path: Path, pixels: Tensor, fps: int) -> None:

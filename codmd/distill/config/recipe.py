@@ -21,7 +21,8 @@ class DistillConfig:
 
     Attributes:
         method: "dmd" (distribution matching), "rcm" (the consistency term, then distribution matching beside it) or
-            "scm" (the consistency term alone: no critic, no relation). The last two learn from `data.kind: latents`.
+            "scm" (the consistency term alone: no critic, no relation). The last two learn from clean
+            samples: `data.kind` latents or textures.
         consistency: numbers of the consistency term.
         sigmas: the student's step list, noise levels from 1, or just below, downwards.
         shift: flow-matching shift of the training levels.
@@ -133,7 +134,8 @@ class DistillConfig:
     @property
     def summary(self) -> str:
         """Method and options of this recipe that are on, in a line."""
-        parts = [f"{len(self.sigmas)}-step student", f"DMD of {self.convention}"]
+        dmd = f"DMD of {self.convention}"
+        parts = [f"{len(self.sigmas)}-step student", {"dmd": dmd, "rcm": f"rCM with {dmd}", "scm": "sCM"}[self.method]]
         if self.uses_relation:
             terms = f"{self.batch_weight:g} batch + {self.frame_weight:g} frame"
             parts.append(f"relation {self.relation_weight:g} x ({terms}, {self.relation_features} features)")

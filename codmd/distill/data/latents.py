@@ -14,9 +14,11 @@ from torch import Tensor
 
 from codmd.distill.config.typed import ConfigError
 from codmd.models.base import Condition
-from codmd.sample.video import LATENTS
 
 from .prompts import Embeddings
+
+LATENTS = "latents"
+"""The tensor in a file of latents, and the folder of such files that `codmd sample` writes."""
 
 
 class Latents:

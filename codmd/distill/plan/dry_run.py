@@ -63,7 +63,7 @@ def dry_run(config: RunConfig) -> str:
         f"folder: {config.folder}",
     ]
     if assumed > 1:
-        lines.append(f"checked for {size} processes, the fewest for parallel.shard_size; start them with torchrun")
+        lines.append(f"checked for {size} processes, the fewest for its parallel settings; start them with torchrun")
     return "\n".join(lines)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from codmd.distill.config.sections import ModelSettings
+from codmd.private import fake_tensors
 
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "B200": 2250, "4090": 165}
 """Part of a CUDA device's name to its dense bfloat16 rate by NVIDIA's data sheets, TFLOP/s."""
@@ -93,7 +93,7 @@ def forward_flops(settings: ModelSettings) -> float:
         model = models.build(settings.name, **{name: value for name, value in options.items() if name in known})
     # In its parts, because the counter knows the products and not every fused attention.
     unfused = sdpa_kernel(SDPBackend.MATH)
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad(), unfused:
+    with fake_tensors(), FlopCounterMode(display=False) as counter, torch.no_grad(), unfused:
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         weights = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in state.items()}
         inputs = torch.empty(1, *model.latent_shape), torch.empty(1), model.empty_cond(1)

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from codmd.atomic import replacing
 from codmd.distill.config.typed import leaves
 
 GROUPS = {
-    "loss": ("loss", "dmd", "relation_batch", "relation_frame", "critic"),
-    "watch": ("relation_to_dmd", "std_ratio", "frame_difference_ratio", "skipped"),
-    "gradient": ("student_grad_norm", "critic_grad_norm", "grad_norm"),
-    "schedule": ("relation_weight", "exit_step", "lr"),
+    "loss": ("loss", "dmd", "relation_batch", "relation_frame", "critic", "consistency", "diversity"),
+    "watch": ("relation_to_dmd", "std_ratio", "frame_difference_ratio", "skipped", "dropped"),
+    "gradient": ("student_grad_norm", "critic_grad_norm", "grad_norm", "tangent_norm", "derivative_norm"),
+    "schedule": ("relation_weight", "exit_step", "lr", "warmth", "steps"),
 }
 """Group to the scalars in it; all others are of the group "speed"."""
 
@@ -93,6 +94,16 @@ class TensorBoard:
         self.writer.close()
 
 
+def _known_run(place: Path) -> str | None:
+    """The tracker's name of the run that is continued."""
+    return json.loads(place.read_text("utf-8"))["id"] if place.is_file() else None
+
+
+def _keep_run(place: Path, name: str) -> None:
+    with replacing(place) as partial:
+        partial.write_text(json.dumps({"id": name}) + "\n", "utf-8")
+
+
 class Wandb:
     """A run of Weights & Biases called as the folder; project and mode by WANDB_PROJECT (codmd) and WANDB_MODE."""
 
@@ -102,7 +113,7 @@ class Wandb:
         import wandb
 
         place = folder / "wandb_run.json"
-        known = json.loads(place.read_text("utf-8"))["id"] if place.is_file() else None
+        known = _known_run(place)
         self.run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "codmd"),
             name=str(folder),
@@ -111,7 +122,7 @@ class Wandb:
             id=known,
             resume="allow",
         )
-        place.write_text(json.dumps({"id": self.run.id}) + "\n", "utf-8")
+        _keep_run(place, self.run.id)
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")  # a continued run writes earlier updates again
 
@@ -139,9 +150,9 @@ class Mlflow:
         import mlflow
 
         place = folder / "mlflow_run.json"
-        known = json.loads(place.read_text("utf-8"))["id"] if place.is_file() else None
+        known = _known_run(place)
         run = mlflow.start_run(run_id=known, run_name=None if known else str(folder))
-        place.write_text(json.dumps({"id": run.info.run_id}) + "\n", "utf-8")
+        _keep_run(place, run.info.run_id)
         self.mlflow: Any = mlflow
         if known is None:
             mlflow.log_params({key: str(value)[:6000] for key, value in leaves(config)})

@@ -35,8 +35,8 @@ class ConsistencyLoss:
 
     Attributes:
         loss: summed over the samples.
-        tangent_norm: mean of |g|, before it is normalised.
-        derivative_norm: mean of |dF/dt|.
+        tangent_norm: mean of |g| over the samples kept, before it is normalised; NaN where none is.
+        derivative_norm: mean of |dF/dt|, likewise.
         dropped: samples whose tangent is not a number, which count nothing.
     """
 
@@ -98,4 +98,4 @@ def consistency_loss(
         kept = ~norm.isnan()
         target = fixed + g / (norm + SOFTENING)
     squares = torch.where(kept, own - target, 0).square()
-    return ConsistencyLoss(SCALE * squares.sum(), norm.mean(), derivative_norm.mean(), (~kept).sum().double())
+    return ConsistencyLoss(SCALE * squares.sum(), norm.nanmean(), derivative_norm.nanmean(), (~kept).sum().double())

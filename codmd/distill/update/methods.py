@@ -66,8 +66,12 @@ class ConsistencyLog:
 
 
 def _mean(losses: list[ConsistencyLoss]) -> ConsistencyLoss:
-    columns = zip(*((loss.loss, loss.tangent_norm, loss.derivative_norm, loss.dropped) for loss in losses), strict=True)
-    return ConsistencyLoss(*(torch.stack([value.detach() for value in column]).mean() for column in columns))
+    rows = ((loss.loss, loss.tangent_norm, loss.derivative_norm, loss.dropped) for loss in losses)
+    loss, tangent_norm, derivative_norm, dropped = (
+        torch.stack([value.detach() for value in column]) for column in zip(*rows, strict=True)
+    )
+    # A norm is NaN where every sample of a micro-batch was dropped.
+    return ConsistencyLoss(loss.mean(), tangent_norm.nanmean(), derivative_norm.nanmean(), dropped.mean())
 
 
 class ConsistencyDistiller:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from codmd.private import lerp_all
+
 from .ema import local
 
 
@@ -18,4 +20,4 @@ def mix_critic(critic: Mapping[str, Tensor], student: Mapping[str, Tensor], shar
 
     Source: implicit distribution alignment of SenseFlow, arXiv 2506.00523, share 0.03.
     """
-    torch._foreach_lerp_([local(critic[name]) for name in student], [local(w) for w in student.values()], share)
+    lerp_all([local(critic[name]) for name in student], [local(w) for w in student.values()], share)

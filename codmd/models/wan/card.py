@@ -34,7 +34,7 @@ video = pipe(
     prompt, latents=start, guidance_scale=1.0, num_inference_steps={steps},
     num_frames={frames}, height={height}, width={width},
 ).frames[0]
-export_to_video(video, "video.mp4", fps=16)
+export_to_video(video, "video.mp4", fps={fps})
 ```
 
 `begin` gives the noise that `codmd sample` has for that prompt and seed. Without codmd, leave out
@@ -51,12 +51,15 @@ nearest to the step list. Its levels are off by up to {stock_error:.1e} (of 1), 
 """
 
 
-def card(provenance: Provenance, latent_shape: Sequence[int], pixels: Sequence[int], stock_error: float) -> str:
+def card(
+    provenance: Provenance, latent_shape: Sequence[int], pixels: Sequence[int], fps: int, stock_error: float
+) -> str:
     """README.md of a student's pipeline.
 
     Args:
         latent_shape: (F, C, H, W).
         pixels: frames, height and width of a video.
+        fps: its frames a second.
         stock_error: the largest error in sigma of the stock scheduler.
     """
     recipe, teacher = provenance.recipe, provenance.teacher
@@ -71,6 +74,7 @@ def card(provenance: Provenance, latent_shape: Sequence[int], pixels: Sequence[i
         frames=pixels[0],
         height=pixels[1],
         width=pixels[2],
+        fps=fps,
         stock_error=stock_error,
         recipe=_table([(key, _text(value)) for key, value in recipe.items()]),
         versions=_table(sorted(provenance.versions.items())),

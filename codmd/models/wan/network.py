@@ -261,7 +261,9 @@ class WanDenoiser(VideoDenoiser):
         with creating_folder(path) as folder:
             self.save_state(folder / "transformer", state, dtype, progress)
             error = write_parts(folder, opened, provenance.recipe["sigmas"], progress)
-            (folder / "README.md").write_text(card(provenance, self.latent_shape, pixels, error), "utf-8")
+            (folder / "README.md").write_text(
+                card(provenance, self.latent_shape, pixels, self.frames_per_second, error), "utf-8"
+            )
 
     def save_adapter(
         self, path: str | os.PathLike[str], factors: Mapping[str, Tensor], dtype: torch.dtype | None = None

@@ -8,6 +8,7 @@ what does not reach as far as a call would touch (``csrc/python.h``). The order 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -161,20 +162,22 @@ def _unless_empty(tensor: Tensor) -> Described:
     return described(tensor) if tensor.numel() else None
 
 
-class Extension:
+class Extension(ABC):
     """The functions of :class:`codmd.ops.contract.Backend` on an extension, which a subclass calls."""
 
+    @abstractmethod
     def run_forward(self, call: Call, outputs: tuple[Described, ...]) -> None:
-        raise NotImplementedError
+        """The losses of a call, into its outputs."""
 
+    @abstractmethod
     def run_gathered(self, rows: Tensor, fields: tuple[Any, ...], terms: Described, batch_grad: Described) -> None:
         """``fields``: what the extension reads, then the numbers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_gradient(
         self, out: Tensor, upstream: tuple[Described, ...], arguments: tuple[Any, ...], found: tuple[Described, ...]
     ) -> None:
-        raise NotImplementedError
+        """The gradient of the student, into `out`."""
 
     def relation(self, call: Relation) -> Found:
         return self._forward(call, False, True).found
