@@ -19,6 +19,7 @@ import codmd
 from codmd import hub, models
 from codmd.cli import main
 from codmd.distill.update.schedule import sampling_sigmas
+from codmd.models.wan.network import FRAMES_PER_SECOND
 from codmd.sample.samplers import FewStep, noise_of
 from codmd.scheduler import FewStepScheduler, nearest_stock
 from examples.wan_tiny import pipeline as tiny_pipeline
@@ -216,7 +217,8 @@ def test_a_generator_in_the_place_of_the_stream_decides_the_noise():
     assert torch.equal(scheduler.step(v, scheduler.timesteps[1], x, return_dict=False)[0], x)
 
 
-def test_the_card_tells_recipe_versions_and_measures(tmp_path, base, capsys):
+def test_the_card_tells_recipe_versions_and_measures(tmp_path, base, capsys, monkeypatch):
+    monkeypatch.setitem(FRAMES_PER_SECOND, 16, 24)  # a model of as many channels is not of the default rate
     results = {"distances": {"cosine": {"mean": 0.0123, "std": 0.004, "count": 3}, "order": None}, "measures": {}}
     (tmp_path / "results.json").write_text(json.dumps(results))
     write_run(tmp_path / "run", weights=base / "transformer")
@@ -233,6 +235,7 @@ def test_the_card_tells_recipe_versions_and_measures(tmp_path, base, capsys):
         "| std_ratio | 1.25 |",
         "| distance to the reference: cosine | 0.0123 ± 0.004 (3 videos) |",
         "num_frames=9, height=32, width=48",
+        "fps=24",
     ):
         assert part in card
     (tmp_path / "results.json").write_text("[]")
