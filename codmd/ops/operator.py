@@ -238,6 +238,7 @@ class Operator:
 
         def backward(grad_terms: Tensor, *values: Any) -> Tensor:
             kept, numbers, parts, out, (*encoded, backend) = taken(grad_terms, values)
+            parts = [part.contiguous() for part in parts]
             held = Found(grad_terms, None, None, out, out)._replace(**dict(zip(found, parts, strict=True)))
             options = self._decoded([*encoded, numbers], self.tensors)
             run = backends.select(backend, out, self.name)

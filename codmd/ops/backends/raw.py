@@ -31,6 +31,12 @@ def described(tensor: Tensor | None) -> Described:
     return tensor.data_ptr(), storage, tensor.storage_offset(), code, tensor.stride()
 
 
+def _flat(tensor: Tensor | None) -> Described:
+    """The same of contiguous memory that an operator made, from its first element on: in half the time."""
+    size = 0 if tensor is None else tensor.nbytes
+    return (tensor.data_ptr(), size, 0, CODES.get(tensor.dtype, -1), None) if size else None  # type: ignore[union-attr]
+
+
 def arguments(call: Call) -> tuple[Any, ...]:
     """The leading arguments of the extension's ``forward``."""
     frame_mask, student = described(call.frame_mask), call.student
@@ -63,15 +69,12 @@ def gradient_arguments(out: Tensor, call: Call, whole: bool) -> tuple[Any, ...]:
 
 def upstream_arguments(upstream: Upstream) -> tuple[Described, ...]:
     total, dmd, batch, frame = upstream
-    return described(total), described(dmd), described(batch), described(frame)
+    return _flat(total), _flat(dmd), _flat(batch), _flat(frame)
 
 
 def kept_arguments(found: Found) -> tuple[Described, ...]:
     """What a backward pass reads of a forward one."""
-    return (
-        None, described(found.norms), described(found.factors), _unless_empty(found.frame_grad),
-        _unless_empty(found.batch_grad), None,
-    )  # fmt: skip
+    return None, _flat(found.norms), _flat(found.factors), _flat(found.frame_grad), _flat(found.batch_grad), None
 
 
 class Outputs(NamedTuple):
@@ -156,10 +159,6 @@ def _norms(call: Objective, samples: int, frames: int) -> tuple[int, ...]:
     if scope == "block":
         return *levels, samples, len(call.convention.segments(frames)) - 1
     return (*levels, 1) if scope == "batch" else (*levels, samples)
-
-
-def _unless_empty(tensor: Tensor) -> Described:
-    return described(tensor) if tensor.numel() else None
 
 
 class Extension(ABC):
