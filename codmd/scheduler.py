@@ -37,7 +37,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         seed: of the noise where `begin` is not called.
     """
 
-    config_name = "scheduler_config.json"  # type: ignore[assignment]
+    config_name = "scheduler_config.json"
     order = 1
 
     @register_to_config

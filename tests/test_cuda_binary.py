@@ -1,4 +1,4 @@
-"""The CUDA extension as nvcc builds it, without a GPU: every kernel for sm_80 and sm_90, by --every for all by default.
+"""The CUDA extension as nvcc builds it, without a GPU: every kernel for sm_90, by --every for all by default.
 
 Skipped only where there is no usable nvcc; what the kernels compute is tested in test_cuda_host.py.
 """
@@ -52,7 +52,7 @@ def compiled(request, toolkit, tmp_path_factory):
     before = Path.cwd()
     os.chdir(ROOT)
     try:
-        wanted = nvcc.DEFAULT_ARCHS if request.config.getoption("--every") else (80, 90)
+        wanted = nvcc.DEFAULT_ARCHS if request.config.getoption("--every") else (90,)
         archs = [arch for arch in wanted if arch in toolkit.known]
         folder = str(tmp_path_factory.mktemp("cuda"))
         return archs, nvcc.compile_sources(toolkit, archs, folder, "-Xptxas=-v", "--keep", f"--keep-dir={folder}")

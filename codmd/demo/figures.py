@@ -188,7 +188,7 @@ def _heatmap(axis: Axes, matrix: list[list[float]], low: float, high: float, col
 
 
 def _trajectories(axis: Axes, outcome: Outcome, arc: ArcConfig) -> None:
-    palette = plt.get_cmap("Dark2").colors  # type: ignore[attr-defined]
+    palette = plt.get_cmap("Dark2").colors
     radius = arc.radius
     axis.add_patch(plt.Circle((0, 0), radius, fill=False, color="#bdc1c6", lw=1))
     for scene in range(arc.scenes):

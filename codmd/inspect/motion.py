@@ -44,7 +44,7 @@ def measure_motion(pixels: np.ndarray) -> Motion:
     fastest: list[float] = []
     residual: list[float] = []
     for frame, following in itertools.pairwise(_grey(image, scale) for image in pixels):
-        flow = flow_of.calc(frame, following, None)  # type: ignore[call-overload]
+        flow = flow_of.calc(frame, following, None)
         length = np.linalg.norm(flow, axis=-1).ravel() / scale
         cut = length.size - max(1, round(FASTEST_SHARE * length.size))
         speed.append(float(length.mean()))
