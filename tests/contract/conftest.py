@@ -27,8 +27,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without ``--every``: not what is marked so, and a sample of what takes a second.
 
-    Under the interpreter that is one case of a claim and loss. Traced, it is every case on C++ and a third of them on
-    the reference and on CUDA: what an operator is for a tracer depends on its backend in one shape alone.
+    Under the interpreter that is one case of a claim and loss, and of claims about the operator, which is one for all
+    backends, those of every pixel, the one shape that depends on the backend. Traced, it is every case on C++ and a
+    third of them on the reference and on CUDA.
     """
     if config.getoption("--every"):
         return
@@ -36,6 +37,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if INTERPRETED:
         claims: dict[tuple, list[pytest.Item]] = {}
         for item in on_a_backend:
+            if (
+                item.get_closest_marker("operator")
+                and item.callspec.params.get("options", {}).get("pool", "") is not None
+            ):
+                continue
             claims.setdefault((item.function, item.callspec.params.get("loss")), []).append(item)
         kept = {cases[crc32(cases[0].name.encode()) % len(cases)] for cases in claims.values()}
     else:

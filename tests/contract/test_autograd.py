@@ -56,6 +56,7 @@ def test_calls_in_turn_leave_nothing_to_each_other(loss, call):
         assert_same(call(loss, *one), expected)
 
 
+@pytest.mark.operator
 @every_loss
 def test_two_graphs_may_be_alive_at_once_and_accumulate(loss, call: Calls):
     student, arguments = loss.inputs(SHAPE)
@@ -73,6 +74,7 @@ def test_two_graphs_may_be_alive_at_once_and_accumulate(loss, call: Calls):
     assert torch.equal(other_leaf.grad, expected[1].gradient)
 
 
+@pytest.mark.operator
 @every_loss
 def test_the_value_needs_no_gradient(loss, call: Calls):
     student, arguments = loss.inputs(SHAPE)
@@ -86,6 +88,7 @@ def test_the_value_needs_no_gradient(loss, call: Calls):
                     assert not any(term.requires_grad for term in terms)
 
 
+@pytest.mark.operator
 @every_loss
 def test_latents_made_in_inference_mode_have_the_same_value(loss, call: Calls):
     expected = call(loss, *loss.inputs(SHAPE)).terms
@@ -95,6 +98,7 @@ def test_latents_made_in_inference_mode_have_the_same_value(loss, call: Calls):
             assert torch.equal(torch.stack(loss.operator(student, backend=call.backend, **arguments)), expected)
 
 
+@pytest.mark.operator
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_changes_nothing(dtype, loss, call: Calls):
@@ -106,6 +110,7 @@ def test_autocast_changes_nothing(dtype, loss, call: Calls):
                 assert_same(call(loss, student, arguments, **options), expected)
 
 
+@pytest.mark.operator
 @every_loss
 def test_checkpointing_changes_nothing(loss, call: Calls):
     student, arguments = loss.inputs(SHAPE)
@@ -117,6 +122,7 @@ def test_checkpointing_changes_nothing(loss, call: Calls):
     assert_same(call.of(again, student, (1.0,), **arguments), expected)
 
 
+@pytest.mark.operator
 @every_loss
 def test_differentiating_twice_raises(loss, call: Calls):
     student, arguments = loss.inputs(SHAPE)
@@ -145,6 +151,7 @@ def test_differentiating_a_traced_call_twice_raises(loss):
             gradient.sum().backward()
 
 
+@pytest.mark.operator
 @every_loss
 def test_the_student_alone_receives_a_gradient(loss, call: Calls):
     student, arguments = loss.inputs(SHAPE)

@@ -27,6 +27,9 @@ NAMES = [f"{loss.name}, {', '.join(options) or 'plain'}" for loss, options in CA
 every_case = pytest.mark.parametrize(("loss", "options"), CASES, ids=NAMES)
 
 
+pytestmark = pytest.mark.operator
+
+
 @pytest.fixture(autouse=True)
 def _nothing_compiled():
     torch._dynamo.reset()
