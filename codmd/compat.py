@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from codmd.ops.checks import check_memory
 from codmd.ops.relation import relation_loss
 
 
@@ -39,6 +40,8 @@ def compute_copula_aware_loss(
     Raises:
         TypeError, ValueError: as :func:`codmd.ops.relation_loss`.
     """
+    check_memory("real_score_latent", real_score_latent)
+    check_memory("fake_score_latent", fake_score_latent)
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     terms = relation_loss(
         student_latent,

@@ -94,7 +94,9 @@ class Buffer {
       refuse(name_, "missing, " + std::to_string(needed) + " elements of " + name_of(int64_t(code)) + " needed");
     if (code_ != int64_t(code))
       refuse(name_, std::string(name_of(int64_t(code))) + " needed, " + name_of(code_) + " came");
-    const int64_t found = first_ < 0 || bytes_ < 0 || !data_ ? 0 : bytes_ / size_of(code) - first_;
+    // Of a view of a storage without memory, the address is the offset alone.
+    const bool nowhere = first_ < 0 || bytes_ < 0 || data_ == uintptr_t(first_ * size_of(code));
+    const int64_t found = nowhere ? 0 : bytes_ / size_of(code) - first_;
     if (found < needed)
       refuse(name_, std::to_string(needed) + " elements needed from its address on, " +
                         std::to_string(found < 0 ? 0 : found) + " came");

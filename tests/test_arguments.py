@@ -57,7 +57,10 @@ def test_relation_loss_refuses(error, message, changed):
 @pytest.mark.parametrize(
     "error, message, changed",
     [
-        (TypeError, "student must be a torch.Tensor", {"latents": None}),
+        (TypeError, "latents must be a torch.Tensor", {"latents": None}),
+        (TypeError, "latents must be float32", {"latents": STUDENT.int()}),
+        (ValueError, "latents must have 5 axes", {"latents": STUDENT[0]}),
+        (ValueError, "latents must not be empty", {"latents": STUDENT[:0]}),
         (ValueError, "axis='row' is not known; allowed: frame, batch", {"axis": "row"}),
         (ValueError, "pool must be", {"pool": "sum"}),
         (ValueError, "layout='x' is not known", {"layout": "x"}),
@@ -83,5 +86,9 @@ def test_an_unknown_environment_backend_is_refused(monkeypatch):
 def test_compat_refuses_what_relation_loss_refuses():
     with pytest.raises(ValueError, match="temperature must be greater than 0"):
         compat.compute_copula_aware_loss(STUDENT, REAL, FAKE, temperature=0)
+    with pytest.raises(TypeError, match=r"real_score_latent must be a torch\.Tensor, got NoneType"):
+        compat.compute_copula_aware_loss(STUDENT, None, FAKE)
+    with pytest.raises(TypeError, match=r"fake_score_latent .* pass fake_score_latent\.to_dense\(\)"):
+        compat.compute_copula_aware_loss(STUDENT, REAL, FAKE.to_sparse())
     with pytest.raises(ValueError, match="batch_grad='x' is not known"):
         compat.compute_copula_aware_loss(STUDENT, REAL, FAKE, batch_grad="x")

@@ -153,6 +153,15 @@ def test_a_storage_that_shrank_is_refused(run, name):
             gradient(run, call, found)
 
 
+def test_a_view_of_a_storage_without_memory_is_refused(run):
+    """Its address is its offset alone."""
+    call = CALLS["relation"]
+    nowhere = torch._efficientzerotensor((2, *call.fake.shape))[1]
+    assert nowhere.data_ptr()
+    with pytest.raises(ValueError, match=r"fake: .* elements needed from its address on, 0 came"):
+        forward(run, call._replace(fake=nowhere))
+
+
 def test_workspace_and_counters_are_measured_before_a_launch(monkeypatch):
     with simulated(cuda, monkeypatch):
         given = cuda._memory

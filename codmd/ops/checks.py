@@ -46,13 +46,13 @@ def remembered(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-def check_latents(latents: tuple[Any, ...]) -> None:
-    """Latents in the order of ``LATENTS``: the student is 5-D, floating and of plain memory.
+def check_latents(latents: tuple[Any, ...], first: str = LATENTS[0]) -> None:
+    """Latents in the order of ``LATENTS``: the student, called ``first``, is 5-D, floating and of plain memory.
 
     The others match it and require no gradient; those after ``fake`` may be None.
     """
     if not plainly_match(latents):
-        _explain_latents(latents)
+        _explain_latents(latents, first)
 
 
 def plainly_match(latents: tuple[Any, ...]) -> bool:
@@ -75,26 +75,26 @@ def plainly_match(latents: tuple[Any, ...]) -> bool:
                 or latent.device != device
             ):
                 return False
-            # The values are what lies at the tensor's address.
-            if not compiling and (latent.data_ptr() == 0 or latent.is_neg()):
+            # The values are what lies at the tensor's address. Of a view without memory that is its offset in bytes.
+            if not compiling and (latent.data_ptr() <= 8 * latent.storage_offset() or latent.is_neg()):
                 return False
     except RuntimeError:  # nested tensors have no shape, sparse ones no address
         return False
     return True
 
 
-def _explain_latents(latents: tuple[Any, ...]) -> None:
+def _explain_latents(latents: tuple[Any, ...], first: str) -> None:
     student, *others = latents
-    check_memory("student", student)
+    check_memory(first, student)
     if student.dtype not in DTYPES:
-        raise TypeError(f"student must be float32, bfloat16, float16 or float64, got {student.dtype}")
+        raise TypeError(f"{first} must be float32, bfloat16, float16 or float64, got {student.dtype}")
     if student.ndim != 5:
         raise ValueError(
-            f"student must have 5 axes (batch, frames, channels, height, width in the order of layout), "
+            f"{first} must have 5 axes (batch, frames, channels, height, width in the order of layout), "
             f"got shape {tuple(student.shape)}"
         )
     if student.numel() == 0:
-        raise ValueError(f"student must not be empty, got shape {tuple(student.shape)}")
+        raise ValueError(f"{first} must not be empty, got shape {tuple(student.shape)}")
     for name, other in zip(LATENTS[1:], others, strict=False):
         if other is not None or name in LATENTS[:3]:
             _check_match(name, other, student)
@@ -163,7 +163,9 @@ def _refuse_transforms() -> None:
 
 
 def _has_no_address(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.device.type != "meta" and tensor.numel() > 0 and tensor.data_ptr() == 0
+    if type(tensor) not in PLAIN or tensor.device.type == "meta" or tensor.numel() == 0:
+        return False
+    return tensor.data_ptr() == tensor.storage_offset() * tensor.itemsize
 
 
 def _is_distributed(tensor: Tensor) -> bool:

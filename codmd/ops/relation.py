@@ -205,7 +205,7 @@ def relation_matrix(latents: Tensor, axis: str = "frame", pool: Pool = "mean", l
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     checks.check_layout(layout)
-    checks.check_latents((latents,))
+    checks.check_latents((latents,), "latents")
     checks.check_one_of("axis", axis, ("frame", "batch"))
     grid = checks.check_pool(pool, latents.shape)
     with torch.autocast(latents.device.type, enabled=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -88,16 +88,28 @@ CODMD = Loss(
 LOSSES = (RELATION, DMD, CODMD)
 
 
+def decoupled_inputs(*args, **kwargs) -> tuple[Tensor, dict[str, Any]]:
+    """Those of DMD at one noise level, and the guidance of a second."""
+    (student, arguments), (second, others) = (dmd_inputs(*args, seed=seed, **kwargs) for seed in (0, 1))
+    uncond = second + others["fake"] - others["real"]
+    return student, {**arguments, "real_uncond": None, "augment_real": second, "augment_uncond": uncond}
+
+
+DECOUPLED = replace(DMD, inputs=decoupled_inputs)
+FORMS = {**{loss.name: loss for loss in LOSSES}, "decoupled": DECOUPLED}
+
+
 def each(*losses: Loss) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("loss", losses, ids=lambda loss: loss.name)
 
 
+every_form = pytest.mark.parametrize("loss", FORMS.values(), ids=FORMS)
 every_loss, related, distributional = each(*LOSSES), each(RELATION, CODMD), each(DMD, CODMD)
 
 
 def pools(loss: Loss) -> list[dict[str, Any]]:
     """Options of a call with each way of pooling; the most of one way alone for the interpreter."""
-    if loss is DMD:
+    if loss in (DMD, DECOUPLED):
         return [{}]
     if INTERPRETED:
         return [{"pool": None if loss is RELATION else (2, 3)}]

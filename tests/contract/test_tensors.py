@@ -13,10 +13,11 @@ import torch.distributed as dist
 from dmd_cases import mask_of
 from fresh import in_fresh_process
 from interpreted import INTERPRETED
-from losses import CODMD, LOSSES, RELATION, Calls, Found, Loss, assert_same, every_loss
+from losses import CODMD, DECOUPLED, LOSSES, RELATION, Calls, Found, Loss, assert_same, every_loss
 from torch import Tensor
 
-from codmd import backends
+from codmd import backends, ops, reference
+from codmd.ops.contract import Attention
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="what is refused never reaches a kernel")
 
@@ -57,6 +58,8 @@ KINDS = {
     "jagged": Kind(lambda v: torch.nested.nested_tensor(list(v), layout=torch.jagged), ANY_CALL, axes=2),
     "quantised": Kind(quantised, r"dequantize\(\)"),
     "functional": Kind(torch._to_functional_tensor, "plain memory"),
+    "view of a zero": Kind(lambda v: torch._efficientzerotensor((2, *v.shape))[1], "plain memory", torch.zeros_like),
+    "view of a functional": Kind(lambda v: torch._to_functional_tensor(torch.stack([v, v])[1]), "plain memory"),
 }
 MASKS = ("sparse", "distributed")
 """Kinds that booleans have too."""
@@ -108,6 +111,52 @@ def test_a_tensor_that_is_no_plain_memory_is_right_or_refused(loss, kind, backen
     in_fresh_process(right_or_refused, LOSSES.index(loss), backend, kind)
 
 
+def motion(student: Tensor, real: Tensor, fake: Tensor) -> tuple[Tensor, ...]:
+    return ops.relation_loss(student, real, fake, relation_features="centred", return_terms=True)
+
+
+def decoupled(student: Tensor, **arguments: Any) -> tuple[Tensor]:
+    return (ops.dmd_loss(student, **arguments),)
+
+
+def matrix(latents: Tensor) -> tuple[Tensor]:
+    return (ops.relation_matrix(latents),)
+
+
+def other_operators() -> list[tuple[Callable[..., tuple[Tensor, ...]], dict[str, Any]]]:
+    student, arguments = RELATION.inputs(SHAPE)
+    leveled, levels = DECOUPLED.inputs(SHAPE)
+    operands = torch.randn(6, 2, 3, 5, 8).unbind()  # views, all but the first with an offset
+    return [
+        (motion, {"student": student, **arguments}), (decoupled, {"student": leveled, **levels}),
+        (matrix, {"latents": student}), (ops.attention_jvp, dict(zip(Attention._fields, operands, strict=True))),
+    ]  # fmt: skip
+
+
+def others_right_or_refused(kind_name: str) -> None:
+    torch.set_num_threads(1)
+    kind = KINDS[kind_name]
+    for function, arguments in other_operators():
+        for name in [name for name, value in arguments.items() if isinstance(value, Tensor)]:
+            refusal = ""
+            with forward_ad.dual_level():
+                try:
+                    found = function(**{**arguments, name: kind.make(arguments[name])})
+                except TypeError as error:
+                    refusal = str(error)
+            if refusal:
+                assert re.search(rf"\b{name}\b.*{kind.advice}", refusal), refusal
+            else:
+                expected = function(**{**arguments, name: kind.plain(arguments[name])})
+                for value, other in zip(found, expected, strict=True):
+                    torch.testing.assert_close(value, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_it_is_in_every_other_operator(kind):
+    in_fresh_process(others_right_or_refused, kind)
+
+
 @every_loss
 def test_parameters_are_tensors(loss, call: Calls):
     student, arguments = loss.inputs(SHAPE)
@@ -136,3 +185,24 @@ def test_transforms_of_functions_are_refused_in_our_own_words(loss, terms, trans
 
     with pytest.raises(TypeError, match=r"do not support torch\.func transforms"):
         transform(value, student)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_the_other_operators_are_refused_or_right(transform):
+    """Attention's are those of its forward mode; it has no backward pass."""
+    *losses, (attention, operands) = other_operators()
+    for function, arguments in losses:
+        first = next(iter(arguments))
+        with pytest.raises(TypeError, match=r"do not support torch\.func transforms"):
+            transform(lambda x, f=function, given=arguments, n=first: f(**{**given, n: x})[-1].sum(), arguments[first])
+    q, others = operands["q"], {name: value for name, value in operands.items() if name != "q"}
+    expected = transform(lambda x: reference.attention_jvp(x, **others)[1].sum(), q)
+    refusal = ""
+    try:
+        found = transform(lambda x: attention(x, **others)[1].sum(), q)
+    except (TypeError, ValueError) as error:
+        refusal = str(error)
+    if refusal:
+        assert re.match("q (must be .* got a dual number|requires a gradient)", refusal), refusal
+    else:
+        torch.testing.assert_close(found, expected)
