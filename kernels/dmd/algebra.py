@@ -14,9 +14,12 @@ SCALE = tl.constexpr(2.0**20)
 """Sums hold |x - r|/SCALE, |d|/SCALE and penalty(d)·SCALE² in float32: neither sums of latents near the largest number
 nor squares of differences down to 1e-25 leave its range. Differences beyond 1e13 make the loss inf."""
 
+LEAST_SIZE = tl.constexpr(2.0**-140)
+"""Least |x - r|/SCALE and |d|/SCALE but 0: tells sums that left the range, below LEAST_NORM, from those of zeros."""
+
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LEAST_SQUARE, LEAST_NORM = tl.constexpr(2.0**-129), tl.constexpr(2.0**-100)
-"""A mean square (times SCALE²) and a norm below these have lost digits."""
+"""A mean square (times SCALE²) and a norm below these have lost digits; with the norm, the gradient's are lost too."""
 
 NEGLIGIBLE_NORM = tl.constexpr(2.0**-34)
 """Where the norm is larger, squares that lost digits add less than 2^-100 to the loss."""
@@ -27,6 +30,12 @@ def pseudo_huber_root(d, huber_c):
     """sqrt(d² + c²), |d| where d² leaves the range."""
     square = d * d
     return tl.where(square < float("inf"), tl.sqrt(square + huber_c * huber_c), tl.abs(d))
+
+
+@triton.jit
+def lost_digits(norm):
+    """Whether a norm is so small that its sum lost digits."""
+    return (norm > 0.0) & (norm < LEAST_NORM)
 
 
 @triton.jit
@@ -181,7 +190,8 @@ def finish_loss(
         magnitude = tl.load(at + 2 * segments, mask=inside, other=0.0) * SCALE
         selected = tl.load(at + 3 * segments, mask=inside, other=0.0)
         nans = tl.load(at + 4 * segments, mask=inside, other=0.0)
-        wild = tl.sum(tl.load(at + 5 * segments, mask=inside, other=0.0), 1) > 0.0
+        wild = tl.load(at + 5 * segments, mask=inside, other=0.0)
+        wild = tl.max(tl.where(inside & lost_digits(norm), 1.0, wild), 1) > 0.0
         value = penalty / SCALE / SCALE / norm
         lost = (penalty < LEAST_SQUARE * selected) & (norm < NEGLIGIBLE_NORM) & (magnitude > 0.0)
         if not LOSS_DIVIDED:
@@ -193,7 +203,7 @@ def finish_loss(
         else:
             value = tl.where(nans > 0.0, float("nan"), value)
             magnitude = tl.where(nans > 0.0, float("nan"), magnitude)
-        value = tl.where(lost | ((norm > 0.0) & (norm < LEAST_NORM)), float("nan"), value)
+        value = tl.where(lost, float("nan"), value)
         loss = tl.sum(tl.where(inside & (selected > 0.0), value, 0.0), 1)
         size_here = tl.sum(tl.where(inside & (selected > 0.0), magnitude, 0.0), 1)
         loss, size_here = weigh(

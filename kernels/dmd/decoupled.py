@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..blocks import FAKE_SCALE, REAL_SCALE, number, takes_last, takes_last_of_any
 from ..pooled.pool import piece_of, tile_of
-from .algebra import LEAST_NORM, MOMENTS, SCALE, add_segments, weigh
+from .algebra import MOMENTS, SCALE, add_segments, lost_digits, weigh
 from .gradient import direction, norm_of_frame
 from .scores import augmentation, difference, selection
 
@@ -21,15 +21,10 @@ TOTALS = tl.constexpr(2)
 
 
 @triton.jit
-def lost_digits(norm):
-    """Whether a norm is so small that its sum lost digits."""
-    return (norm > 0.0) & (norm < LEAST_NORM)
-
-
-@triton.jit
 def finish_value(
-    sums, totals, factors, sample_weight, weight_stride, samples, segments, coefficient,
-    NAN: tl.constexpr, SUM: tl.constexpr, WEIGHT_SQUARED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
+    sums, totals, norms, level_norms, factors, sample_weight, weight_stride, samples, segments, coefficient,
+    SCOPE: tl.constexpr, NAN: tl.constexpr, SUM: tl.constexpr, WEIGHT_SQUARED: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """(loss, mean|g|) from the moments' sums [B, MOMENTS, segments] and totals [B, TOTALS]; stores factors [B]."""
     s = tl.arange(0, BLOCK_S)[None, :]
@@ -46,7 +41,14 @@ def finish_value(
         row = start + tl.arange(0, BLOCK_B)
         b = row[:, None]
         inside = (b < samples) & (s < segments)
-        wild = tl.sum(tl.load(sums + (b * MOMENTS + 5) * segments + s, mask=inside, other=0.0), 1) > 0.0
+        wild = tl.load(sums + (b * MOMENTS + 5) * segments + s, mask=inside, other=0.0)
+        norm_at = b * segments + s
+        if SCOPE == "batch":
+            norm_at = norm_at * 0
+        for level in tl.static_range(2):
+            norm = tl.load(norms + level * level_norms + norm_at, mask=inside, other=0.0)
+            wild = tl.where(lost_digits(norm), 1.0, wild)
+        wild = tl.max(wild, 1) > 0.0
         square = tl.load(totals + row * TOTALS, mask=row < samples, other=0.0) / SCALE / SCALE
         size = tl.load(totals + row * TOTALS + 1, mask=row < samples, other=0.0) * SCALE
         more = weigh(
@@ -130,10 +132,8 @@ def decoupled_kernel(
     stride = samples.to(tl.int64) * frames * programs
     pieces = workspace + pieces_at
     piece = pieces + b * per_sample + f * programs + pid % programs
-    size_here = tl.sum(tl.sum(magnitude, 1), 0)
-    lost = (lost_digits(norm) | lost_digits(second_norm)) & (size_here > 0.0)
-    tl.store(piece, tl.where(lost, float("nan"), tl.sum(tl.sum(square, 1), 0)))
-    tl.store(piece + stride, size_here)
+    tl.store(piece, tl.sum(tl.sum(square, 1), 0))
+    tl.store(piece + stride, tl.sum(tl.sum(magnitude, 1), 0))
 
     if takes_last(counters + sample, per_sample):
         totals = workspace.to(tl.pointer_type(tl.float64), bitcast=True)
@@ -143,8 +143,8 @@ def decoupled_kernel(
         if takes_last_of_any(counters + samples, samples):
             sums = (moments + sums_at).to(tl.pointer_type(tl.float64), bitcast=True)
             dmd_loss, mean_g = finish_value(
-                sums, totals, factors, sample_weight, weight_b, samples, segments, coefficient,
-                NAN, SUM, WEIGHT_SQUARED, BLOCK_S, BLOCK_B,
+                sums, totals, norms, level_norms, factors, sample_weight, weight_b, samples, segments, coefficient,
+                SCOPE, NAN, SUM, WEIGHT_SQUARED, BLOCK_S, BLOCK_B,
             )  # fmt: skip
             tl.store(terms, dmd_loss + tl.load(terms))
             tl.store(terms + 1, dmd_loss)

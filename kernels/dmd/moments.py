@@ -23,7 +23,7 @@ from ..blocks import (
 )
 from ..pooled.algebra import relation_in_one_block
 from ..pooled.pool import finish_sample, piece_of, store_regions, three_sums, tile_of
-from .algebra import MOMENTS, SCALE, add_segments, finish_loss, pseudo_huber_root, store_norms
+from .algebra import LEAST_SIZE, MOMENTS, SCALE, add_segments, finish_loss, pseudo_huber_root, store_norms
 from .scores import difference, guided_real, load, selection
 
 COUNT_BITS = tl.constexpr(10)
@@ -40,22 +40,29 @@ def flags(x, d, selected):
 
 
 @triton.jit
+def scaled_size(value):
+    """|value|/SCALE; 0 of a zero alone."""
+    size = tl.abs(value)
+    return tl.where(size > 0.0, tl.maximum(size * (1.0 / SCALE), LEAST_SIZE), size)
+
+
+@triton.jit
 def moments(x, r, d, selected, inside, huber_c, HUBER: tl.constexpr):
     """Scaled |x - r| of everything inside; scaled penalty and |d| of the selected numbers; flags."""
-    distance = tl.where(inside, tl.abs(x - r) * (1.0 / SCALE), 0.0)
+    distance = tl.where(inside, scaled_size(x - r), 0.0)
     counted = tl.where(selected & (d == d), d, 0.0)
     scaled = counted * SCALE
     penalty = scaled * scaled
     if HUBER:
         penalty = scaled * (scaled / (pseudo_huber_root(counted, huber_c) + huber_c))
-    return distance, penalty, tl.abs(counted) * (1.0 / SCALE), flags(x, d, selected)
+    return distance, penalty, scaled_size(counted), flags(x, d, selected)
 
 
 @triton.jit
 def distances(x, r, second, selected, inside):
     """In the places of :func:`moments`: scaled |x - r| and |x - second| of everything inside, nothing, flags of x."""
-    first = tl.where(inside, tl.abs(x - r) * (1.0 / SCALE), 0.0)
-    other = tl.where(inside, tl.abs(x - second) * (1.0 / SCALE), 0.0)
+    first = tl.where(inside, scaled_size(x - r), 0.0)
+    other = tl.where(inside, scaled_size(x - second), 0.0)
     return first, other, tl.zeros_like(first), flags(x, x, selected)
 
 
