@@ -42,7 +42,7 @@ struct Norms {
 // The least |f|/|r| at which f = r + d keeps digits, by the way in which d was rounded and f is used.
 constexpr double kLeastFloat = 0x1p-12;    // features of a float32 d
 constexpr double kLeastGram = 0x1p-6;      // Grams of a float32 d, which square the ratio
-constexpr double kLeastDouble = 0x1p-40;   // features of a d in double
+constexpr double kLeastDouble = 0x1p-30;   // features of a d in double, as float32 in and out asks for
 
 // A float32 d that rounding made -r moves by one rounding, where f is not zero: |r + d| tells such an f from a zero.
 CODMD_HD inline float kept_apart(float r, float d, bool zero) {

@@ -171,6 +171,34 @@ def test_a_projection_onto_a_small_residual_is_guarded_as_its_formula_says():
     )
 
 
+@pytest.mark.parametrize("scale", [1e4, 1e7])
+def test_a_projection_does_not_cancel_where_the_critic_is_far_from_the_others(scale):
+    """d and e are then f and -f, but for the part that is left; of the formula in float32 at 1e7 nothing is right."""
+    x, f, c, u = (v.float() for v in predictions())
+    expected = value_and_gradient(lightx2v_pdmd, *(v.double() for v in (x, scale * f, c, u)), 3.5, **WIDE)
+    found = value_and_gradient(
+        reference.dmd_loss, x, real=c, fake=scale * f, real_uncond=u, convention="lightx2v_pdmd", layout="bfchw"
+    )
+    for value, exact in zip(found, expected, strict=True):
+        assert (value.double() - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("policy", ["to_num", "zero", "zero_sample", "keep"])
+@pytest.mark.parametrize("scale", [3e-44, 3e38])
+def test_a_norm_out_of_range_is_not_repaired_step_by_step(scale, policy):
+    """3e-44 is 21 of float32's steps; the mean of distances up to 6e38 has no number there."""
+    rule = replace(conventions.self_forcing, nan=policy, norm_over="selected")
+    assert not rule.fusable
+    student, real = torch.full((2, 1, 2, 2, 2, 2), scale).unbind()
+    real, fake = -real, 0.5 * real
+    for level in ({}, {"augment_real": 0.5 * student, "augment_uncond": student, "guidance": 1.0}):
+        leaf = student.clone().requires_grad_()
+        terms = ops.dmd_loss(leaf, real=real, fake=fake, convention=rule, return_terms=True, **level)
+        terms.loss.backward()
+        assert not terms.loss.isfinite()
+        assert not leaf.grad.isfinite().any()
+
+
 def test_the_cap_of_a_loss_stops_its_gradient():
     tensors = predictions()
     below, gradient = value_and_gradient(loss_of("lightx2v_pdmd", layout="bfchw"), *tensors)

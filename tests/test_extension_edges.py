@@ -106,7 +106,8 @@ def test_either_half_of_a_decoupled_loss_keeps_to_the_nan_policy(run, nan):
 def test_one_level_of_a_decoupled_loss_that_float32_cannot_hold_is_not_a_loss_of_zero(run):
     call = objective_call(self_forcing, related=False, decoupled=True)
     far = torch.full_like(call.student, LARGEST)
-    for change in ({"augment_real": -far, "augment_uncond": far}, {"augment_real": -far, "student": far}):
+    second, first = {"augment_real": -far, "augment_uncond": far}, {"real": -far, "fake": far}
+    for change in (second, first, {"augment_real": -far, "student": far}):
         odd = call._replace(**change)
         found = forward(run, odd)
         assert not found.terms[:2].isfinite().any()

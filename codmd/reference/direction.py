@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from codmd.conventions import Convention
 from codmd.reference.guidance import Prediction, step_dtype
-from codmd.reference.norm import normaliser
+from codmd.reference.norm import normaliser, out_of_range
 from codmd.reference.scale import power_of_two
 
 PROJECTION_EPS = 1e-8
@@ -24,13 +25,25 @@ class Direction(NamedTuple):
     target: Tensor | None
 
 
-def projected(difference: Tensor, residual: Tensor, convention: Convention) -> Tensor:
-    """d - (⟨d, e⟩/(⟨e, e⟩ + 1e-8))·e per sample: the part of d = f - r along e = x - f is taken out (PDMD)."""
+def projected(student: Tensor, fake: Tensor, real: Tensor, convention: Convention) -> Tensor:
+    """d - (⟨d, e⟩/(⟨e, e⟩ + 1e-8))·e per sample: the part of d = f - r along e = x - f is taken out (PDMD).
+
+    As d = w - e with w = x - r, that is w - (⟨w, e⟩ + 1e-8)/(⟨e, e⟩ + 1e-8)·e too: taken where w is shorter than d,
+    which cancels against e where f lies far from x and r.
+    """
+    difference, residual = fake - real, student - fake
     axes = tuple(range(1, difference.ndim))
-    scale = 1.0 if convention.arithmetic == "emulate" else power_of_two(residual, axes)
-    unit = residual / scale
-    along = (difference * unit).sum(axes, keepdim=True)
-    return difference - along / (unit.square().sum(axes, keepdim=True) + PROJECTION_EPS / scale / scale) * unit
+    if convention.arithmetic == "emulate":
+        along = (difference * residual).sum(axes, keepdim=True)
+        return difference - along / (residual.square().sum(axes, keepdim=True) + PROJECTION_EPS) * residual
+    scale = power_of_two(residual, axes)
+    unit, eps = residual / scale, PROJECTION_EPS / scale / scale
+    squares = unit.square().sum(axes, keepdim=True)
+    distance = student - real
+    shorter = distance.abs().amax(axes, keepdim=True) < difference.abs().amax(axes, keepdim=True)
+    kept = torch.where(shorter, distance, difference)
+    along = (kept * unit).sum(axes, keepdim=True) / (squares + eps)
+    return kept - (along + torch.where(shorter, scale / (squares / eps + 1), 0)) * unit
 
 
 def quotient(difference: Tensor, norm: Tensor, convention: Convention, weight: Tensor | None) -> Tensor:
@@ -58,17 +71,21 @@ def direction(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Direction:
-    """g = nan((f - r)/N), or f - r where the norm divides the loss; N = N(x, r), or N(f, r) with ``norm_of="fake"``."""
+    """g = nan((f - r)/N), or f - r where the norm divides the loss; N = N(x, r), or N(f, r) with ``norm_of="fake"``.
+
+    But under emulation, g is not finite where the norm of finite latents is out of range: no policy repairs it.
+    """
     x, r, emulate = student.detach(), real.guided, convention.arithmetic == "emulate"
     norm_dtype, g_dtype = step_dtype(convention, "norm", student), step_dtype(convention, "direction", student)
-    compared = x if convention.norm_of == "student" else fake.guided
-    norm = normaliser(compared.to(norm_dtype), r.to(norm_dtype), convention, layout, mask)
-    difference = fake.guided.to(g_dtype) - r.to(g_dtype)
+    compared = (x if convention.norm_of == "student" else fake.guided).to(norm_dtype), r.to(norm_dtype)
+    norm = normaliser(*compared, convention, layout, mask)
     if convention.projected:
-        difference = projected(difference, x.to(g_dtype) - fake.guided.to(g_dtype), convention)
+        difference = projected(x.to(g_dtype), fake.guided.to(g_dtype), r.to(g_dtype), convention)
+    else:
+        difference = fake.guided.to(g_dtype) - r.to(g_dtype)
     g = quotient(difference, norm, convention, _direction_weight(sample_weight, convention, norm))
     if not emulate:
-        return Direction(g, norm, r, None)
+        return Direction(_shown(out_of_range(norm, *compared, convention), g, convention), norm, r, None)
     target_dtype = step_dtype(convention, "target", student)
     target = x.to(target_dtype) - g.to(target_dtype)
     if convention.rounding.split_target and real.uncond is not None:
@@ -105,7 +122,13 @@ def decoupled_direction(
     norm = normaliser(x, c, convention, layout, mask)
     weight = _direction_weight(sample_weight, convention, norm)
     augmentation = quotient(convention.cond_scale(guidance) * (u - c), norm, convention, weight)
-    return matching._replace(g=matching.g + augmentation)
+    lost = out_of_range(norm, x, c, convention)
+    return matching._replace(g=_shown(lost, matching.g + augmentation, convention))
+
+
+def _shown(lost: Tensor, g: Tensor, convention: Convention) -> Tensor:
+    """g, not finite where it is ``lost``; a sample with a NaN might be dropped."""
+    return torch.where(lost, torch.inf if convention.nan == "zero_sample" else torch.nan, g)
 
 
 def _direction_weight(sample_weight: Tensor | None, convention: Convention, norm: Tensor) -> Tensor | None:

@@ -70,3 +70,10 @@ def normaliser(values: Tensor, real: Tensor, convention: Convention, layout: str
         return norm
     frames = norm.shape[frame_axis]
     return torch.cat([norm.narrow(frame_axis, 0, 1), guarded.narrow(frame_axis, 1, frames - 1)], frame_axis)
+
+
+def out_of_range(norm: Tensor, values: Tensor, real: Tensor, convention: Convention) -> Tensor:
+    """Where finite latents have a norm beyond the largest number, or one below the normal numbers, of few digits."""
+    finite = (values.isfinite() & real.isfinite()).flatten(1).all(1)
+    finite = finite.all() if convention.norm_scope == "batch" else finite.reshape([-1] + [1] * (norm.ndim - 1))
+    return finite & (norm.isinf() | (norm > 0) & (norm < torch.finfo(norm.dtype).tiny))

@@ -46,12 +46,13 @@ void read_planes(const DmdScores& scores, const DmdRule& rule, const Numbers& nu
       });
       if (!features) continue;
       if (std::fabs(means[1] + means[2]) < kLeastFloat * std::fabs(means[1])) {
-        // Of a fake far under real float32's difference keeps few digits.
+        // Of a fake far under real float32's difference keeps few digits, and a sum of differences fewer than one.
         Moments read_before;
         means[0] = means[1] = means[2] = means[3] = 0;
         chunks.each(region, [&](int64_t y, int64_t x, int64_t n) {
           chunks.add_exact(rule, p, y, x, n, read_before, means);
         });
+        means[2] = means[3] - means[1];
         // By more than the average over frames rounds, and less than kLeastDouble.
         if (means[1] + means[2] == 0.0 && means[3] != 0.0) means[2] *= 1.0 - 0x1p-46;
       }

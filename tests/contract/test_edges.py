@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import POOLS, plain_relation
+from cases import POOLS, plain_relation, relative_error
 from dmd_cases import run, same_dtype
 from dmd_formulas import FORMULAS
 from losses import (
@@ -18,6 +18,7 @@ from losses import (
     assert_same,
     distributional,
     evaluate,
+    every_form,
     every_loss,
     every_number,
     related,
@@ -85,13 +86,14 @@ def test_latents_that_are_zero_throughout_have_a_finite_loss(loss, call):
         assert gradient.isfinite().all()
 
 
-@every_loss
-@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1e-14, 1e20, 1e25, 1e37])
+@every_form
+@pytest.mark.parametrize("scale", [3e-44, 1e-36, 1e-30, 1e-23, 1e-14, 1e20, 1e25, 1e37])
 def test_a_value_is_right_or_not_finite_at_the_ends_of_the_range(scale, loss, call):
     least = torch.finfo(torch.float32).tiny
     student, arguments = loss.inputs(SHAPE)
     student, arguments = student * scale, {n: v * scale if isinstance(v, Tensor) else v for n, v in arguments.items()}
-    for options in [{"pool": pool} for pool in ("mean", None)] if loss is RELATION else [{}]:
+    pooled, batch_norm = [{"pool": pool} for pool in ("mean", None)], [{}, {"convention": "fastvideo"}]
+    for options in pooled if loss is RELATION else batch_norm:
         exact = evaluate(loss.reference, student.double(), loss.total, **widened(arguments), **options)
         found = call(loss, student, arguments, loss.total, **options)
         for value, true in zip(found, exact, strict=True):
@@ -126,6 +128,21 @@ def test_scores_far_from_the_others_are_right_or_not_finite(scale, which, loss, 
         terms = call(loss, student, arguments, loss.total, pool=pool).terms[-2:]
         right = (terms - exact).abs() <= 1e-2 * exact + 1e-7
         assert (right | ~terms.isfinite()).all(), (pool, terms, exact)
+
+
+@related
+@pytest.mark.parametrize("scale", [1e7, 1e9, 1e11])
+def test_a_gradient_between_scores_far_apart_is_right_or_not_finite(scale, loss, call):
+    """A fake far under real has few digits in real + (fake - real), even in double."""
+    others = [0.0] * (len(loss.upstream) - 2)
+    for seed in range(3):
+        student, arguments = RELATION.inputs(SHAPE, perturbation=0.3, seed=seed)
+        arguments["real"] *= scale
+        for place, alone in ((-2, (1.0, 0.0)), (-1, (0.0, 1.0))):
+            terms, gradient = plain_relation(student, **arguments, upstream=(0.0, *alone))
+            found = call(loss, student, arguments, (*others, *alone))
+            for value, exact in ((found.terms[place], terms[place]), (found.gradient, gradient)):
+                assert not value.isfinite().all() or relative_error(value, exact) < 1e-5
 
 
 @every_number

@@ -17,7 +17,7 @@ from torch import Tensor
 from codmd import reference
 from codmd.conventions import Convention
 from codmd.ops.contract import Call, Found, Numbers, Objective
-from codmd.reference.dmd import guard
+from codmd.reference.norm import guard, out_of_range
 
 
 class Latents(NamedTuple):
@@ -66,11 +66,7 @@ def loss(latents: Latents, call: Objective) -> tuple[Tensor, Tensor, Tensor, Ten
         per_sample = per_sample * weight
     non_finite = (selected & ~x.isfinite()).flatten(1).any(1)
     for level, prediction in [(norms, r)] if second is None else zip(norms, (r, second), strict=True):
-        # Few digits are left of a norm below the normal numbers, and none of one beyond the largest.
-        norm = _per_frame(level, d, rule)
-        lost = norm.isinf() | (norm > 0) & (norm < torch.finfo(norm.dtype).tiny)
-        finite = (x.isfinite() & prediction.isfinite()).flatten(1).all(1)
-        non_finite |= lost.flatten(1).any(1) & (finite.all() if rule.norm_scope == "batch" else finite)
+        non_finite |= out_of_range(_per_frame(level, d, rule), x, prediction, rule).flatten(1).any(1)
     per_sample, factor = (torch.where(non_finite, torch.nan, v) for v in (per_sample, factor))
     if rule.nan == "zero_sample":
         dropped = per_sample.isnan()
