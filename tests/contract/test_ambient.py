@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,23 +11,33 @@ from ambient import STATES
 from cases import DTYPES
 from fresh import in_fresh_process
 from interpreted import INTERPRETED
-from losses import CODMD, DMD, LOSSES, RELATION, SHAPE, Calls, assert_same, every_loss
+from losses import CODMD, DECOUPLED, DMD, FORMS, RELATION, SHAPE, Calls, assert_same
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from codmd import backends
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter knows nothing of PyTorch's state")
 
 OPTIONS = {
-    "relation_loss": [{}, {"pool": (2, 3)}, {"pool": None}, {"batch_weight": 0.0}, {"temperature": 0.03}],
+    "relation_loss": [
+        {},
+        {"pool": (2, 3)},
+        {"pool": None},
+        {"batch_weight": 0.0},
+        {"temperature": 0.03},
+        {"relation_features": "difference"},
+        {"relation_features": "centred", "pool": None},
+    ],
     "dmd_loss": [{}, {"convention": "longlive"}, {"convention": "fastgen", "layout": "bfchw"}, {"convention": "rcm"}],
     "codmd_loss": [{}, {"pool": (2, 3)}, {"pool": None}, {"convention": "fastvideo"}],
 }
 
 
-def compare(number: int, backend: str, state: str) -> None:
+def compare(form: str, backend: str, state: str) -> None:
     """Every result under ``state`` is that of the plain state, bit for bit; thrice, as memory breaks late."""
     torch.set_num_threads(1)
-    loss = LOSSES[number]
+    loss = FORMS[form]
     for dtype in DTYPES:
         for options in OPTIONS[loss.name]:
             student, arguments = loss.inputs(SHAPE, dtype, layout="bcfhw" if "rcm" in options.values() else "bfchw")
@@ -42,11 +53,11 @@ def compare(number: int, backend: str, state: str) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("state", [name for name in STATES if name != "plain"])
-@every_loss
-def test_an_ambient_state_changes_nothing(loss, state, backend):
+@pytest.mark.parametrize("form", FORMS)
+def test_an_ambient_state_changes_nothing(form, state, backend):
     if backends.load(backend)[0] is None:
         pytest.skip(f"{backend}: {backends.load(backend)[1]}")
-    in_fresh_process(compare, LOSSES.index(loss), backend, state)
+    in_fresh_process(compare, form, backend, state)
 
 
 def crash() -> None:
@@ -85,11 +96,47 @@ def terms(state: str) -> None:
         with STATES[state]():
             found = ops.dmd_loss(student, **options)
         assert all(map(torch.equal, found, expected))
-    codmd = ops.codmd_loss(student, **arguments)
-    with STATES[state]():
-        assert torch.equal(CODMD.alone(student, **arguments)[0], codmd)
+    for inputs in (CODMD.inputs, DECOUPLED.inputs):
+        student, arguments = inputs(SHAPE, torch.bfloat16)
+        codmd = ops.codmd_loss(student, **arguments)
+        with STATES[state]():
+            assert torch.equal(CODMD.alone(student, **arguments)[0], codmd)
 
 
 @pytest.mark.parametrize("state", [name for name in STATES if name != "plain"])
 def test_an_ambient_state_changes_no_reported_term(state):
     in_fresh_process(terms, state)
+
+
+def other_operators(state: str) -> None:
+    from codmd import compat, ops
+
+    def dual(q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        with forward_ad.dual_level(), torch.no_grad():
+            return tuple(forward_ad.unpack_dual(ops.attention(forward_ad.make_dual(q, q_dot), k, v)))
+
+    def motion(*tensors: Tensor) -> tuple[Tensor, ...]:
+        latents = (tensor[..., None] for tensor in tensors[:3])
+        return ops.relation_loss(*latents, relation_features="difference", return_terms=True)
+
+    def published(*tensors: Tensor) -> tuple[Tensor, ...]:
+        total, log = compat.compute_copula_aware_loss(*(tensor[..., None] for tensor in tensors[:3]))
+        return total, *log.values()
+
+    exact = {} if state == "three threads" else {"rtol": 0, "atol": 0}
+    # What autocast does to attention itself is PyTorch's to say: test_attention.py.
+    functions = [ops.attention_jvp, motion, published, *([dual] if state != "autocast" else [])]
+    for dtype in DTYPES:
+        tensors = torch.randn(6, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
+        for function in functions:
+            expected = function(*tensors)
+            for mode in (nullcontext, torch.inference_mode):
+                with STATES[state](), mode():
+                    found = function(*tensors)
+                for value, other in zip(found, expected, strict=True):
+                    torch.testing.assert_close(value, other, **exact)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_an_ambient_state_changes_no_other_operator(state):
+    in_fresh_process(other_operators, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from losses import CODMD, DMD, RELATION, SHAPE, Calls, assert_same, every_loss, pools, related
+from losses import CODMD, DMD, RELATION, SHAPE, Calls, assert_same, every_form, every_loss, pools, related
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -75,7 +75,7 @@ def test_two_graphs_may_be_alive_at_once_and_accumulate(loss, call: Calls):
 
 
 @pytest.mark.operator
-@every_loss
+@every_form
 def test_the_value_needs_no_gradient(loss, call: Calls):
     student, arguments = loss.inputs(SHAPE)
     for options in pools(loss):
@@ -89,7 +89,7 @@ def test_the_value_needs_no_gradient(loss, call: Calls):
 
 
 @pytest.mark.operator
-@every_loss
+@every_form
 def test_latents_made_in_inference_mode_have_the_same_value(loss, call: Calls):
     expected = call(loss, *loss.inputs(SHAPE)).terms
     with torch.inference_mode():
@@ -99,7 +99,7 @@ def test_latents_made_in_inference_mode_have_the_same_value(loss, call: Calls):
 
 
 @pytest.mark.operator
-@every_loss
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_changes_nothing(dtype, loss, call: Calls):
     student, arguments = loss.inputs(SHAPE, dtype)
