@@ -34,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", help="with --pipeline: folder or repository of the base (the teacher's)")
     parser.add_argument(
-        "--measures", type=Path, metavar="RESULTS", help="with --pipeline: codmd inspect's results.json, for the card"
+        "--measures",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="with --pipeline: results.json of codmd inspect, scores of codmd vbench --json, for the card",
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help="then upload OUT to this repository of the Hub")
     parser.add_argument("--ema", action="store_true", help="the running average of the student instead of the student")
@@ -105,7 +109,7 @@ def write_pipeline(args: argparse.Namespace, dtype: torch.dtype | None) -> tuple
     from codmd.models.provenance import read_measures
     from codmd.trained import open_student
 
-    measures = read_measures(args.measures) if args.measures else ()
+    measures = [row for path in args.measures or () for row in read_measures(path)]
     with open_student(args.source, args.ema) as student:
         model = models.unread(student.run.model.name, student.run.model.options)
         base = args.base or student.run.frozen.options.weights

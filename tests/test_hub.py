@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import tiny_wan
@@ -22,6 +23,7 @@ from codmd.distill.update.schedule import sampling_sigmas
 from codmd.models.wan.network import FRAMES_PER_SECOND
 from codmd.sample.samplers import FewStep, noise_of
 from codmd.scheduler import FewStepScheduler, nearest_stock
+from codmd.vbench import DIMENSIONS, score
 from examples.wan_tiny import pipeline as tiny_pipeline
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5)
@@ -226,7 +228,9 @@ def test_the_card_tells_recipe_versions_and_measures(tmp_path, base, capsys, mon
         '{"update": 7, "loss": 0.5, "std_ratio": 1.25}\n{"update": 9, "loss": 3}\n'
     )
     arguments = ["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--pipeline", "--base", str(base)]
-    assert main([*arguments, "--measures", str(tmp_path / "results.json")]) == 0
+    scores = score(dict.fromkeys(DIMENSIONS, 0.5))
+    (tmp_path / "scores.json").write_text(json.dumps({"student": asdict(scores)}))
+    assert main([*arguments, "--measures", str(tmp_path / "results.json"), str(tmp_path / "scores.json")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     for part in (
         "4-step student",
@@ -234,15 +238,17 @@ def test_the_card_tells_recipe_versions_and_measures(tmp_path, base, capsys, mon
         "| sigmas | 1, 0.9, 0.75, 0.5 |",
         "| std_ratio | 1.25 |",
         "| distance to the reference: cosine | 0.0123 ± 0.004 (3 videos) |",
+        f"| VBench, total | {scores.total:.2f} % |",
+        "| VBench, dynamic degree | 50.00 % |",
         "num_frames=9, height=32, width=48",
         "fps=24",
     ):
         assert part in card
-    (tmp_path / "results.json").write_text("[]")
-    assert (
-        main([*arguments[:2], str(tmp_path / "two"), *arguments[3:], "--measures", str(tmp_path / "results.json")]) == 1
-    )
-    assert "not the results.json of codmd inspect" in capsys.readouterr().err
+    for content in ([], {}, {"student": asdict(scores), "dmd": asdict(scores)}):
+        (tmp_path / "scores.json").write_text(json.dumps(content))
+        other = [*arguments[:2], str(tmp_path / "two"), *arguments[3:], "--measures", str(tmp_path / "scores.json")]
+        assert main(other) == 1
+        assert "expected results.json of codmd inspect or codmd vbench --json of one model" in capsys.readouterr().err
     assert not (tmp_path / "two").exists()
 
 

@@ -20,7 +20,7 @@ class Provenance:
         updates: that it made.
         versions: of the packages it was trained with.
         last: the last entry of its run's log; empty where there is none.
-        measures: (measure, value) of `codmd inspect`.
+        measures: (measure, value) of `codmd inspect` and `codmd vbench`, as `read_measures`.
     """
 
     teacher: str
@@ -32,18 +32,33 @@ class Provenance:
 
 
 def read_measures(path: Path) -> list[tuple[str, str]]:
-    """(measure, mean ± deviation) of an inspection's results.json, its distances to the references first.
+    """(measure, value) for a model card: mean ± deviation of an inspection, distances first, or scores of VBench.
+
+    Args:
+        path: `results.json` of `codmd inspect`, or what `codmd vbench --json` wrote of one model.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is no inspection.
+        OSError, ValueError: it cannot be read, is neither of them, or scores several models.
     """
-    content, found = read_json(path), []
+    content = read_json(path)
     try:
-        for group, title in (("distances", "distance to the reference: "), ("measures", "")):
-            for name, value in content[group].items():
-                if value is not None:
-                    spread = "" if value["std"] is None else f" ± {value['std']:.3g}"
-                    found.append((title + name, f"{value['mean']:.4g}{spread} ({value['count']} videos)"))
+        return _inspected(content) if "distances" in content else _scored(content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"--measures: {path}: not the results.json of codmd inspect: {error!r}") from error
+        expected = "results.json of codmd inspect or codmd vbench --json of one model"
+        raise ValueError(f"--measures: {path}: expected {expected}: {error!r}") from error
+
+
+def _inspected(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    for group, title in (("distances", "distance to the reference: "), ("measures", "")):
+        for name, value in content[group].items():
+            if value is not None:
+                spread = "" if value["std"] is None else f" ± {value['std']:.3g}"
+                found.append((title + name, f"{value['mean']:.4g}{spread} ({value['count']} videos)"))
     return found
+
+
+def _scored(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    (scores,) = content.values()
+    names = ("total", "quality", "semantic", "dynamic_degree")
+    return [(f"VBench, {name.replace('_', ' ')}", f"{scores[name]:.2f} %") for name in names]

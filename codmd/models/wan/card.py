@@ -82,7 +82,7 @@ def card(
     if last := [(key, _text(value)) for key, value in provenance.last.items() if not isinstance(value, str)]:
         text += f"\n## Measured in the last logged update\n\n{_table(last)}\n"
     if provenance.measures:
-        text += f"\n## Measured by `codmd inspect`\n\n{_table(provenance.measures)}\n"
+        text += f"\n## Measured by `codmd inspect` and `codmd vbench`\n\n{_table(provenance.measures)}\n"
     return text
 
 
