@@ -34,34 +34,26 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]] = {
 """Title to configuration, changes and numbers of GPUs."""
 TITLE = """# Scaling: memory and communication
 
-How many GPUs a distillation needs, from the packaged configurations. `codmd train --plan CONFIG` prints the table of
-any configuration, with `key=value` changes; this page is the output of
+Memory and communication of a distillation, estimated from the packaged configurations and not measured on a cluster.
+`codmd train --plan CONFIG` prints the table of any configuration, with `key=value` changes. This page is the output of
 `python -m codmd.distill.plan.page docs/scaling.md`.
 
-- **trained**: float32 weights and Adam moments of student and critic, one float32 gradient (they never have one at the
-  same time) and the running average; with LoRA all of these for the two adapters alone. Sharded over the GPUs of one
-  copy.
-- **frozen**: the teacher, or the base that low-rank adapters share, in the dtypes that `teacher_model` stores it in:
-  here bfloat16 for the matrix products, float32 for norms, modulation and the time embedding.
-- **gathered**: weights that FSDP has whole in bfloat16: the block at work and the next one, what stands outside the
-  blocks, and one block's trained gradient before it is reduced in float32. On one GPU: autocast's bfloat16 copies of a
-  network that is trained; a base that is stored in bfloat16 needs none.
-- **activations**: the most that is alive beside weights, for one micro-batch: measured on fake tensors (shapes and
-  lifetimes, no memory) at two depths and extended to all blocks, which are alike. With LoRA it is the frozen base with
-  its adapters that is measured: recomputation keeps the inputs of the blocks either way, and while a block is
-  recomputed the adapters' float32 inputs come on top of the base's.
-- **fits**: the smallest of an H100 (80 GB) and an H200 (141 GB) with 7 % to spare. The CUDA context, NCCL's buffers and
-  fragmentation are in that share and in no column.
-- **context N**: N GPUs share every sample (`parallel.context=N`); a row where that makes a smaller card do. Activations
-  are then one GPU's, and the exchanges around attention are in the last column.
-- **host GB**: pinned memory beside each GPU for an offloaded teacher.
-- **GB moved a cycle**: what one GPU receives in one student update and its critic updates: all-gathers in bfloat16,
-  reductions in float32, tokens in the dtype of the products. Divide by the bandwidth between GPUs for a bound on the
-  time, as far as it does not hide behind the arithmetic.
+| column | GB a GPU |
+|---|---|
+| trained | float32 weights and Adam moments of student and critic, one gradient and the running average, sharded; with LoRA those of the two adapters |
+| frozen | the teacher, or the base that the adapters share, in the dtypes of `teacher_model`: bfloat16 for matrix products, float32 for norms, modulation and time embedding |
+| gathered | weights that FSDP has whole in bfloat16: two blocks and what stands outside the blocks; one block's gradient before its reduction in float32. On one GPU, autocast's bfloat16 copies of a trained network |
+| activations | the most that is alive beside weights, for one micro-batch, measured on fake tensors (shapes and lifetimes) at two depths and extended to all blocks. LoRA: the base with its adapters |
+| fits | the smallest of an H100 (80 GB) and an H200 (141 GB) with 7 % to spare, for the CUDA context, NCCL's buffers and fragmentation |
+| host GB | pinned memory for an offloaded teacher |
+| GB moved a cycle | received by a GPU in one student update and its critic updates: all-gathers in bfloat16, reductions in float32, tokens in the dtype of the products. Over the bandwidth between GPUs it bounds the time that does not hide behind arithmetic |
 
-`full` shards over all GPUs; `hybrid` keeps a copy on every 8 GPUs, so that gathers stay inside a machine and only
-gradients cross. These are estimates from the configuration, not measurements on a cluster.
-"""
+| layout | |
+|---|---|
+| full | shards over all GPUs |
+| hybrid | a copy on every 8 GPUs: gathers stay inside a machine, only gradients cross |
+| context N | N GPUs share every sample (`parallel.context=N`), shown where a smaller card then suffices. Activations are one GPU's; the last column has the exchanges around attention |
+"""  # noqa: E501
 
 
 def describe(config: RunConfig, gpus: Sequence[int] = GPUS) -> str:
