@@ -1,4 +1,4 @@
-"""The relation between samples on arc video: what its gradient does to videos, without a network in between.
+"""The effect of the batch term's gradient on arc videos, without a network in between.
 
     python -m benchmarks.batch_term [--seeds 61 62 63 64] [--updates 200] [--samples 1024] [--draws 32] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""What ``pytest benchmarks`` adds to pytest-benchmark: shapes by name, and speed-ups as a table and a picture."""
+"""Additions to pytest-benchmark: shapes by name, and speed-ups as a table and a picture."""
 
 from __future__ import annotations
 

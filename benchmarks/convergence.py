@@ -1,4 +1,4 @@
-"""Does the relation term help a Wan on real pixels? A teacher, DMD and CoDMD students, and what tells them apart.
+"""The relation term on real pixels: a Wan teacher, its DMD and CoDMD students, and the differences between them.
 
     python -m benchmarks.convergence [--stage teacher|students|measure|all] [--seeds 1 2] [--minutes 9] [KEY=VALUE ...]
                                      [--work DIR] [--out DIR] [--jobs N] [--videos N] [--tiny]

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in one command: ``python -m benchmarks.gpu_suite [--out DIR] [--dry-run]``.
+"""All checks and times that need a GPU: ``python -m benchmarks.gpu_suite [--out DIR] [--dry-run]``.
 
 Kernels against float64 on the device, bit-for-bit repeatability, CUDA-graph capture and replay (also of two graphs at
 once), streams other than the default; times of every operator at every shape (``benchmarks.gpu_timing``) beside eager

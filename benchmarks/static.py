@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, without a GPU: ``python -m benchmarks.static``.
+"""Registers, spills and memory accesses of every compiled kernel, without a GPU: ``python -m benchmarks.static``.
 
 Every configuration that :mod:`benchmarks.static_cases` records is compiled ahead of time for sm_80, sm_90, sm_100 and
 gfx942, by as many processes as there are cores. Registers, spills and shared memory come from the compiled binary

@@ -1,4 +1,4 @@
-"""What every compiled kernel must keep to: registers, no spills, shared memory, barriers, 16-byte accesses."""
+"""Budgets of every compiled kernel: registers, no spills, shared memory, barriers, 16-byte accesses."""
 
 from __future__ import annotations
 

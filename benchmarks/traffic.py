@@ -1,4 +1,4 @@
-"""Bytes: what an operator must move, and what its launches do move, derived from their configuration.
+"""Bytes that an operator must move, and bytes that its launches move, derived from their configuration.
 
 Required: every latent element that enters is read once, every gradient element written once. Moved: the elements
 that each program of the launched grid covers, and every byte of scratch written once and read once. Features,

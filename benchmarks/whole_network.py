@@ -1,4 +1,4 @@
-"""What the measurements of whole networks share: random Wan networks, synchronised times, and what a run writes."""
+"""Common parts of the measurements of whole networks: random Wan networks, synchronised times, the files of a run."""
 
 from __future__ import annotations
 

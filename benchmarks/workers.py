@@ -1,4 +1,4 @@
-"""Child processes that report task by task: what one has done is known whatever becomes of it.
+"""Child processes that report task by task, so that a crash loses one result.
 
 A child says by lines of JSON which task it begins and what it found. It is a process group of its own, killed after
 ``CHILD_S``; before that it stops by itself between two tasks, and another goes on. So a task that hangs, crashes or

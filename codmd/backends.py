@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs, and why.
+"""The choice of the backend that runs an operator, and its reasons.
 
 ``auto`` takes the first backend in the order triton, cuda, cpp, reference that can serve the tensor at hand; before
 them the one that was measured to be the fastest for half-precision latents of that size on that GPU (``fastest.json``).
@@ -168,7 +168,7 @@ def select(requested: str, tensor: torch.Tensor, operator: str = "") -> Backend:
 
 
 def _all_measured(device: str) -> list[tuple[str, str]]:
-    """What ``auto`` follows on the current GPU, in words."""
+    """The measurements that ``auto`` follows on the current GPU, in words."""
     operators = sorted({operator for entries in FASTEST.values() for operator in entries})
     found = ((operator, _measured(operator, torch.device(device))) for operator in operators)
     return [
@@ -188,7 +188,7 @@ def check_name(backend: str) -> None:
 
 
 def describe() -> str:
-    """What ``codmd doctor`` prints: for each device, which backend runs and why the others do not."""
+    """The output of ``codmd doctor``: for each device, the backend that runs and the reasons against the others."""
     requested = os.environ.get("CODMD_BACKEND", "auto") or "auto"
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, CODMD_BACKEND={requested}"]
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Files as the commands meet them: read without surprises, written whole or not at all, and named shortly."""
+"""Files of the commands: JSON of unknown origin, writes that are whole or not at all, short names."""
 
 from __future__ import annotations
 

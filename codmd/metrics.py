@@ -1,4 +1,4 @@
-"""How far generated videos are from real ones: in relations, ranks, motion and spread.
+"""Distances of generated videos from real ones: in relations, ranks, motion and spread.
 
 Every function takes latents [N, F, C, H, W], N samples of each distribution, on any device; the arithmetic is
 float64. Distances between two finite samples of one distribution are not exactly 0: read them beside the distance

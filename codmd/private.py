@@ -1,4 +1,4 @@
-"""Private interfaces of PyTorch and Triton, each with what serves where a release lacks it.
+"""Private interfaces of PyTorch and Triton, each with its fallback where a release lacks it.
 
 They save host time before a kernel, or see what no public function shows. ``tests/test_private.py`` holds each to its
 fallback.

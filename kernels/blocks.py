@@ -1,4 +1,4 @@
-"""What kernels of several folders share: validity, the floor of a norm, fixed-order sums, terms, upstream gradients."""
+"""Device functions of several folders: validity, the floor of a norm, fixed-order sums, terms, upstream gradients."""
 
 from typing import Any
 

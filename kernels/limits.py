@@ -1,4 +1,4 @@
-"""What the kernels do not take: such calls go to the reference, with a logged reason."""
+"""The limits of the kernels: calls beyond them go to the reference, with a logged reason."""
 
 from __future__ import annotations
 

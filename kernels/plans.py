@@ -1,4 +1,4 @@
-"""Plans: what sizes, strides and options decide about a call, worked out once and kept in one bounded cache."""
+"""Plans: all that sizes, strides and options decide about a call, computed once and kept in one bounded cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a latent is cut into programs: vector width, tiles and splits, from sizes and strides alone.
+"""The tiling of a latent over programs: vector width, tiles and splits, from sizes and strides alone.
 
 The tables take the place of autotuning: the choice is the same in every process, costs nothing at the first call,
 and can be compiled ahead of time.

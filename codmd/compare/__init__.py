@@ -5,7 +5,7 @@ QUESTIONS = {
     "motion": "Which video moves more naturally?",
     "prompt": "Which video follows the prompt better?",
 }
-"""What is asked about every pair, by the names used in answers."""
+"""The questions about every pair, by the names used in answers."""
 
 ANSWERS = ("left", "same", "right")
 FORMAT = "codmd-compare-answers"

@@ -1,4 +1,4 @@
-"""Pairs the videos of two folders and decides, by seed, the order of pairs and who stands on which side."""
+"""Pairs of videos from two folders, their order and their sides, decided by a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts exported answers: win rates with 95 % intervals that allow for several votes on one pair."""
+"""The count of exported answers: win rates with 95 % intervals that allow for several votes on one pair."""
 
 from __future__ import annotations
 

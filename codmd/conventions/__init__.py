@@ -1,4 +1,4 @@
-"""Which DMD loss a number belongs to: a frozen :class:`Convention` for every public codebase.
+"""The DMD losses of public codebases, each a frozen :class:`Convention`.
 
 All of them compute g = (fake - real)/norm and a penalty of it; they differ in the guidance formula, the norm, what
 happens to a NaN, the reduction and where they round. ``docs/conventions.md`` is the table of the differences.

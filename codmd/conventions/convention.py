@@ -146,7 +146,7 @@ class Convention:
         object.__setattr__(self, "rule", _rule(self))
 
     def guidance_scale(self, scale: float, form: str = "uncond") -> float:
-        """What ``scale`` of ``form`` is called in this convention: cond-form s is uncond-form s + 1.
+        """``scale`` of ``form`` in this convention's own form: cond-form s is uncond-form s + 1.
 
         Raises:
             ValueError: ``form`` is neither ``"cond"`` nor ``"uncond"``, ``scale`` is not a finite number, or it is one

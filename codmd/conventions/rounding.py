@@ -1,4 +1,4 @@
-"""Where a codebase rounds: what ``arithmetic="emulate"`` follows, and the checks of a convention's fields."""
+"""The roundings of a codebase, which ``arithmetic="emulate"`` repeats, and the checks of a convention's fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GuidanceForm = Literal["cond", "uncond"]
 
 @dataclass(frozen=True)
 class Rounding:
-    """Where a codebase rounds, followed by ``arithmetic="emulate"``; ``"input"`` is the dtype of the latents.
+    """The roundings of a codebase, repeated by ``arithmetic="emulate"``; ``"input"`` is the dtype of the latents.
 
     Attributes:
         guidance_base: the prediction that the guidance difference is added to, in the input dtype.

@@ -1,4 +1,4 @@
-"""One arm of the demo at one seed: distil the teacher (or take it as it is), sample, measure."""
+"""One arm of the demo at one seed: a student (or the teacher itself), its samples and their measures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What every job of one demo shares."""
+    """The settings that every job of one demo shares."""
 
     teacher_path: str
     arc: ArcConfig
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What one job measured; plain lists, so that it crosses a process boundary and JSON.
+    """The measurements of one job; plain lists, so that it crosses a process boundary and JSON.
 
     Attributes:
         metrics: by the names of `MEASURES`.

@@ -1,4 +1,4 @@
-"""Writes the demo's folder: PNGs, results.json and a self-contained report.html."""
+"""The demo's folder: PNGs, results.json and a self-contained report.html."""
 
 from __future__ import annotations
 

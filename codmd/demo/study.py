@@ -29,7 +29,7 @@ from .timing import one_thread, sampling_milliseconds
 
 @dataclass(frozen=True)
 class Options:
-    """What a demo is asked for."""
+    """The options of a demo."""
 
     seeds: Sequence[int]
     updates: int
@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Study:
-    """What a demo found; `settings` records options and versions for the report."""
+    """The results of a demo; `settings` records options and versions for the report."""
 
     outcomes: list[Outcome]
     summary: Summary

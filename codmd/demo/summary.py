@@ -1,4 +1,4 @@
-"""From outcomes to the numbers that are shown: means, spreads, paired differences, and the tables made of them."""
+"""Means, spreads and paired differences of the outcomes, and their tables."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def console_summary(summary: Summary) -> str:
-    """What a terminal shows at the end: the most important columns, and the verdict."""
+    """The summary for a terminal: the most important columns, and the verdict."""
     header, rows = table(summary)
     shown = ("", "relation energy distance", "video energy distance", "std ratio", "network evaluations", "ms / sample")
     columns = [header.index(title) for title in shown]
@@ -170,7 +170,7 @@ def console_summary(summary: Summary) -> str:
 
 
 def verdict(summary: Summary) -> str:
-    """What was measured, in either direction, and the distances that grew on average."""
+    """The outcome in words, in either direction, with the distances that grew on average."""
     change = summary.relative_change("relation_energy")
     wins = summary.differences["relation_energy"]
     ratio = summary.statistics["codmd"]["std_ratio"].mean

@@ -38,7 +38,7 @@ class TeacherConfig:
 
 
 def cache_path(config: TeacherConfig) -> Path:
-    """Where the teacher of that configuration is kept: $XDG_CACHE_HOME/codmd, or ~/.cache/codmd."""
+    """The file of the teacher of that configuration: in $XDG_CACHE_HOME/codmd, or ~/.cache/codmd."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     key = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
     return Path(root) / "codmd" / f"arc-teacher-{key}.safetensors"

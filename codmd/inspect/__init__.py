@@ -1,1 +1,1 @@
-"""What generated videos look like in numbers: relations between frames, motion, flicker and colour."""
+"""Measures of generated videos: relations between frames, motion, flicker and colour."""

@@ -1,4 +1,4 @@
-"""Reads clips: video files, GIFs, folders of frames, and latents in safetensors."""
+"""Clips read from video files, GIFs, folders of frames, and latents in safetensors."""
 
 from __future__ import annotations
 

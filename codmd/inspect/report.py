@@ -1,4 +1,4 @@
-"""Writes an inspection: results.json and a self-contained report.html."""
+"""The report of an inspection: results.json and a self-contained report.html."""
 
 from __future__ import annotations
 

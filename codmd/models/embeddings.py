@@ -1,4 +1,4 @@
-"""Prompt embeddings: what makes them, and the folder that `codmd encode` writes.
+"""Prompt embeddings: the encoder that makes them, and the folder that `codmd encode` writes.
 
 A folder of safetensors shards, each with a tensor "embedding" [N, L, D] and the N "prompts" as JSON in its metadata,
 and the negative prompt's embedding in a folder of its own inside.

@@ -1,4 +1,4 @@
-"""A short name for what tensors hold: equal for equal weights, and cheap however large they are."""
+"""A fingerprint of tensors: equal for equal weights, and cheap however large they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands ask of a model's options, whichever model it is."""
+"""Common checks of a model's options, for every model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of how a student came to be, for its model card."""
+"""The origin of a student, for its model card."""
 
 from __future__ import annotations
 

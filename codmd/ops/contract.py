@@ -1,4 +1,4 @@
-"""The contract between the operators and a backend: what a call holds, what a backend finds, which functions it has.
+"""The contract between the operators and a backend: the call, the results, the functions of a backend.
 
 A call is a NamedTuple of checked arguments. A backend is a module with the functions of :class:`Backend`; it allocates
 what it returns, names dtype and device of every buffer, and neither waits for a device nor looks at a device's values.

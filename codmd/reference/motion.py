@@ -1,4 +1,4 @@
-"""Features of motion for the frame relation: what is left of frame features without what all frames share.
+"""Motion features for the frame relation: frame features without their common part.
 
 Frames of one video are nearly parallel, for most of a feature is what stands still; both transforms take it out. They
 are linear, so that they commute with the mean over pixels and with the difference fake - real.

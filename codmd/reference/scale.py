@@ -1,4 +1,4 @@
-"""A power of two beside the largest magnitude: dividing by it is exact, and squares and sums then stay in range."""
+"""A power of two near the largest magnitude: division by it is exact, and squares and sums then stay in range."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """Where this run writes: `out`, or its folder `teacher`."""
+        """The folder of this run: `out`, or its folder `teacher`."""
         return Path(self.out) / "teacher" if self.mode == "teacher" else Path(self.out)
 
     def as_mapping(self) -> dict[str, Any]:

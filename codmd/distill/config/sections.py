@@ -82,7 +82,7 @@ class TeacherSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the student is conditioned on, and for a teacher what it learns.
+    """Conditions of the student; the videos of a teacher.
 
     Attributes:
         kind: "none" (an unconditional model), "prompts" (a text file, encoded as they come), "embeddings" (the
@@ -112,7 +112,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How networks are spread over the processes that torchrun started.
+    """The layout of networks over the processes that torchrun started.
 
     Attributes:
         shard_size: processes that share one copy of the weights (FSDP2); None for all of them. Fewer than all make
@@ -185,7 +185,7 @@ class WatchSettings:
 
 @dataclass(frozen=True)
 class LogSettings:
-    """What a run writes about itself.
+    """Log, tracker and previews of a run.
 
     Attributes:
         every: updates between lines of the log and points of the tracker.

@@ -1,4 +1,4 @@
-"""Plain mappings into typed dataclasses: every unknown key, wrong type and wrong value is refused by its full name."""
+"""Plain mappings as typed dataclasses: every unknown key, wrong type and wrong value is refused by its full name."""
 
 from __future__ import annotations
 

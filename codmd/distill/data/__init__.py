@@ -1,1 +1,1 @@
-"""What updates are conditioned on, and what a teacher learns from."""
+"""Conditions of the updates, and the videos that a teacher learns from."""

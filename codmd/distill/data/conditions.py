@@ -1,4 +1,4 @@
-"""What updates are conditioned on: prompts or their embeddings, in one global order that every process reads alike."""
+"""Conditions of the updates: prompts or their embeddings, in one global order that every process reads alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Source(Protocol):
 
 
 class Positions:
-    """Which items come next: epochs in orders of their own, dealt out to the processes row by row.
+    """The order of items: a permutation per epoch, dealt out to the processes row by row.
 
     The order depends on the seed alone. A position counts samples of all processes, so a run goes on where it
     stopped on any number of them.

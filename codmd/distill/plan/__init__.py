@@ -1,1 +1,1 @@
-"""What can be known of a run without training."""
+"""Checks and estimates of a run without training."""

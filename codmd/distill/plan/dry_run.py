@@ -1,4 +1,4 @@
-"""All that can be known of a run without training: files, sizes, and one forward pass without numbers."""
+"""The check of a run without training: files, sizes, and one forward pass on shapes alone."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def dry_run(config: RunConfig) -> str:
 
 
 class Problems:
-    """What checks found; none keeps the others from running.
+    """The problems that checks found; none keeps the others from running.
 
     Attributes:
         problems: sentences, each once.
@@ -78,7 +78,7 @@ class Problems:
         self.problems = list(problems)
 
     def of(self, check: Callable[[], Any]) -> Any:
-        """What `check` returns; None when it found a problem, which is noted unless it is that of a missing value."""
+        """The result of `check`; None when it found a problem, which is noted unless it is that of a missing value."""
         try:
             return check()
         except (ValueError, TypeError, RuntimeError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What one network occupies, found out without memory: weights from their shapes, activations from a fake run.
+"""The memory of one network: weights from their shapes, activations from a run on fake tensors.
 
 Peaks of activations are measured on fake tensors (shapes and lifetimes, no numbers) at two depths of the network and
 extended linearly to its own, because every block is alike. Attention is taken to keep queries, keys, values, output
@@ -28,7 +28,7 @@ from codmd.private import fake_tensors, one_of
 
 DEPTHS = (2, 4)
 EXCHANGES = ("_c10d_functional::all_to_all_single", "_c10d_functional::all_gather_into_tensor")
-"""What Ulysses calls: around attention, and at the end."""
+"""The collectives of Ulysses: around attention, and at the end."""
 
 
 @dataclass(frozen=True)

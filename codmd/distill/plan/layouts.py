@@ -50,7 +50,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the networks of a run occupy at one size of micro-batch.
+    """Memory of the networks of a run at one size of micro-batch.
 
     Attributes:
         whole: a network that is trained in full.
@@ -76,7 +76,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one GPU holds and moves under a layout; bytes.
+    """Bytes that one GPU holds and moves under a layout.
 
     Attributes:
         layout: of the run.

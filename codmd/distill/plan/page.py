@@ -1,4 +1,4 @@
-"""Writes docs/scaling.md: `python -m codmd.distill.plan.page docs/scaling.md`."""
+"""docs/scaling.md: `python -m codmd.distill.plan.page docs/scaling.md` writes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there: written aside, summed, renamed; damaged ones are found and skipped.
+"""Checkpoints that are complete or absent: written under a temporary name, with check sums; damaged ones are skipped.
 
 A run's folder `checkpoints` holds `step_00000100` and so on: safetensors, one file a process, and `meta.json`,
 written last, with the size and CRC-32 of each of them and the dtype and whole shape of every tensor. Tensors are named
@@ -104,7 +104,7 @@ class CheckpointStore:
             raise CheckpointError(f"checkpoint {path} cannot be used: {found[0]}")
 
     def _problems(self, path: Path) -> list[str]:
-        """What the processes, each reading its share of the files, find wrong with a checkpoint; alike on all."""
+        """The problems of a checkpoint, alike on all processes, each of which reads its share of the files."""
         share = slice(self.processes.rank, None, self.processes.size)
         return [problem for part in self.processes.gather(problems(path, share)) for problem in part]
 
@@ -164,7 +164,7 @@ def is_sound(path: Path) -> bool:
 
 
 def watched_distance(path: Path) -> float | None:
-    """How far a checkpoint's fixed samples are from the teacher's; None where nobody looked or it cannot be told."""
+    """The distance of a checkpoint's fixed samples from the teacher's; None where not measured or not finite."""
     try:
         return read_meta(path).get("watch", {}).get("distance")
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""What a run trains against, by content: a file that is another one under the same name is noticed."""
+"""Fingerprints of a run's teacher and data, so that a changed file under the same name is noticed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from codmd.models.fingerprint import fingerprint
 from .roles import RANDOM
 
 Identity = dict[str, list[str]]
-"""What is meant to [its path, its fingerprint]."""
+"""Role to [path, fingerprint]."""
 
 TEACHER = "teacher"
 

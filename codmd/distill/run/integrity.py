@@ -1,4 +1,4 @@
-"""What makes a checkpoint complete: its mark `meta.json`, written last, with size and CRC-32 of every other file."""
+"""The completeness of a checkpoint: `meta.json`, written last, with size and CRC-32 of every other file."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _is_dtype(name: Any) -> bool:
 
 
 def problems(path: Path, share: slice = slice(None)) -> list[str]:
-    """What is wrong with a checkpoint, nothing if it is whole.
+    """The problems of a checkpoint; empty if it is complete.
 
     Args:
         share: which of its files to read, by their place in the order of names.

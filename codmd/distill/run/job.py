@@ -1,4 +1,4 @@
-"""What a configuration asks for, assembled: the trainer, its data, and what previews are drawn from."""
+"""The objects of a run, built from its configuration: the trainer, its data, the conditions of previews."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ TEACHER_PREVIEW_STEPS = 50
 
 
 class CycleScalars(Protocol):
-    """What a cycle measured."""
+    """The measurements of a cycle."""
 
     def scalars(self) -> dict[str, Tensor | float]: ...
 
 
 class Trainer(Protocol):
-    """What the run needs of a distillation or of a teacher's training."""
+    """The interface of a distillation or of a teacher's training to the run."""
 
     update: int
     average: WeightAverage | None
@@ -198,7 +198,7 @@ def open_source(config: RunConfig, model: VideoDenoiser) -> Source | None:
 
 
 def preview_numbers(config: RunConfig, source: Source | None) -> list[int]:
-    """Which items of the data previews show.
+    """The items of the data that previews show.
 
     Raises:
         ConfigError: a preview prompt is not among the data's.

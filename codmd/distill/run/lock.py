@@ -1,4 +1,4 @@
-"""What comes to a run from outside: another run in its folder, and SIGTERM."""
+"""The lock of a run's folder against another run."""
 
 from __future__ import annotations
 

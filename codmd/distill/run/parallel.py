@@ -82,7 +82,7 @@ class Processes:
         return box[0]
 
     def agree(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives the first process, on every process.
+        """The result of `make` on the first process, on every process.
 
         Raises:
             ValueError: on every process, when it failed there.
@@ -106,7 +106,7 @@ class Processes:
         return values
 
     def policy(self, settings: ParallelSettings, offload: bool = False) -> ShardPolicy:
-        """How `shard_blocks` lays out a network; gradients are reduced in float32."""
+        """The policy of `shard_blocks`; gradients are reduced in float32."""
         compute = torch.bfloat16 if settings.compute == "bfloat16" else None
         divisor = None if self.context is None else self.data_size
         return ShardPolicy(compute, torch.float32, settings.reshard, offload, divisor)

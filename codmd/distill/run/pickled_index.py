@@ -70,7 +70,7 @@ def _tensor(entry: Any) -> TensorStorageMetadata:
 
 
 def _place(entry: Any) -> filesystem._StorageInfo:
-    """Where a chunk lies, without the decompression that the entry may ask for."""
+    """The place of a chunk, without the decompression that the entry may ask for."""
     if Path(entry.relative_path).name != entry.relative_path:
         raise ValueError(f"it points to {entry.relative_path!r}, outside its folder")
     return filesystem._StorageInfo(entry.relative_path, int(entry.offset), int(entry.length))

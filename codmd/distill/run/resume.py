@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a run beside its weights, and the way back: save, find, resume."""
+"""The state of a run beside its weights in a checkpoint: save, find, resume."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def resume(config: RunConfig, job: Job, store: CheckpointStore, team: Processes,
 
 
 def before_streak(sound: Path) -> str:
-    """How to go on from the last checkpoint before updates were not finite."""
+    """Advice for continuing from the last checkpoint before updates were not finite."""
     return f"{sound} is from before them: resume={sound} out=ANOTHER_FOLDER"
 
 

@@ -26,7 +26,7 @@ SHARDED = next(
     if name in ("save_distributed", "save_sharded")  # of torch 2.13 and of 2.8
 )
 READING = (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, KeyError, AssertionError)
-"""What PyTorch raises, alone or inside a `CheckpointException`, over files that hold not what their index says."""
+"""The errors of PyTorch, alone or inside a `CheckpointException`, for files that do not hold what their index says."""
 
 
 class Stored(NamedTuple):
@@ -73,7 +73,7 @@ def described(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
 
 
 def stored(folder: Path, index: Mapping[str, Any]) -> dict[str, Stored]:
-    """What a checkpoint holds.
+    """The tensors of a checkpoint.
 
     Args:
         index: `tensors` of its `meta.json`; empty for an old checkpoint, whose own index is read.

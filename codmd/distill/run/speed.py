@@ -1,4 +1,4 @@
-"""How fast a run is: samples and network forwards a second, the share of the device's arithmetic, peak memory."""
+"""The speed of a run: samples and network forwards a second, the share of the device's arithmetic, peak memory."""
 
 from __future__ import annotations
 

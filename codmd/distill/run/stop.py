@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """Which signal came first, 0 for none."""
+    """The first signal, 0 for none."""
 
     def __init__(self) -> None:
         self.signal = 0

@@ -1,4 +1,4 @@
-"""Where a run's numbers and previews are watched: TensorBoard, Weights & Biases, MLflow, or nowhere."""
+"""Trackers of a run's numbers and previews: TensorBoard, Weights & Biases, MLflow, or none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GROUPS = {
 
 
 class Tracker(Protocol):
-    """What a run tells a tracker; only the first process has one."""
+    """The interface of a tracker; only the first process has one."""
 
     def scalars(self, values: Mapping[str, float], update: int) -> None:
         """Numbers of one update, named `group/name`."""

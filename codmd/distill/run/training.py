@@ -118,7 +118,7 @@ def _updates(config: RunConfig, job: Job, store: CheckpointStore, team: Processe
 
 
 def watch_of(config: RunConfig, job: Job, store: CheckpointStore, saved: int | None) -> Watch | None:
-    """What watches this run, where its checkpoint left off; None unless asked for."""
+    """The watch of this run, in the state of its checkpoint; None unless asked for."""
     if not config.watch.every or job.draw_teacher is None:
         return None
     watch = Watch(config.watch, lambda: preview_latents(job), job.draw_teacher())
@@ -167,7 +167,7 @@ def speed_of(config: RunConfig, job: Job, team: Processes) -> Speed:
 
 
 def ended(config: RunConfig, job: Job, checkpoint: Path, begun: int, stopped: int) -> str:
-    """What a run made, and what comes next.
+    """The last lines of a run: its results, and the next commands.
 
     Args:
         checkpoint: its newest.

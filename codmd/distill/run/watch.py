@@ -1,4 +1,4 @@
-"""Early warnings: the student's samples of fixed prompts and noise beside the teacher's, and what left its band."""
+"""Early warnings: the student's samples of fixed prompts and noise beside the teacher's; measures that left a band."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one cycle measured: losses, gradient norms, and how far samples collapsed: over-saturation, frozen motion."""
+"""Measurements of one cycle: losses, gradient norms, and signs of collapse (over-saturation, frozen motion)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Critic mixing: after a student update the critic's weights follow the student's a little."""
+"""Critic mixing: after a student update the critic's weights move a small share towards the student's."""
 
 from __future__ import annotations
 

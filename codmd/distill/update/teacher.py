@@ -1,4 +1,4 @@
-"""Training a teacher from scratch: flow matching on videos, with dropped conditions for guidance."""
+"""The training of a teacher from scratch: flow matching on videos, with dropped conditions for guidance."""
 
 from __future__ import annotations
 
