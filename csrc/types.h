@@ -103,10 +103,13 @@ struct Numbers {
   Number<double> temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale;
 };
 
-// What a forward pass finds; null where it is not wanted, and a term without its gradient is 0. terms: [3] = total,
-// batch, frame of a relation, [5] = total, dmd, batch, frame, mean|g| of an objective. norms: [B], [1] or
-// [B, segments], and so a second time for the second level of a decoupled loss; factors [B]: dL/dx = factor G(f - r, norm). frame_grad: [B, F, K] for a grid, [B, F, F] (the matrices
-// M / B) for every pixel; batch_grad: [B, K]. rows [B, 3K + 1]: the stage before a gather.
+// The results of a forward pass. Null: not wanted. A term without its gradient is 0.
+//   terms       [3] of a relation: total, batch, frame; [5] of an objective: total, dmd, batch, frame, mean|g|
+//   norms       [B], [1] or [B, segments], and the same once more for the second level of a decoupled loss
+//   factors     [B], dL/dx = factor G(f - r, norm)
+//   frame_grad  [B, F, K] for a grid; the matrices M / B, [B, F, F], for every pixel
+//   batch_grad  [B, K]
+//   rows        [B, 3K + 1], the stage before a gather
 struct Found {
   float *terms, *norms, *factors, *frame_grad, *batch_grad, *rows;
 };
