@@ -21,13 +21,7 @@ from codmd.models.toy import ToyConfig, ToyDenoiser
 SHAPE = (3, 2, 1, 1)
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """Networks this small are faster on one thread, and on a busy machine much faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class GaussianDenoiser(VideoDenoiser):

@@ -8,13 +8,7 @@ from codmd.distill.plan.footprint import LiveBytes, flash_attention, footprint
 from codmd.models import build
 from codmd.models.lora import LoraOptions, LoraRoles
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("lora", [None, LoraOptions(rank=4)], ids=["whole", "lora"])

@@ -33,13 +33,7 @@ from codmd.distill.update.objective import Scores, distillation_loss
 from codmd.distill.update.trainer import Distiller
 from codmd.metrics import PairedDifference
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def results(folder, name):

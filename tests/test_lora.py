@@ -12,12 +12,7 @@ from codmd.models.lora import LoraOptions, LoraRoles
 OPTIONS = LoraOptions(rank=4, alpha=8)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -33,12 +33,7 @@ SIZE = ["--frames", "9", "--height", "32", "--width", "48"]
 STUDENT = [*SIZE, "--sigmas", "1,0.9,0.757,0.522"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
