@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from inspect import signature
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,21 +23,44 @@ from codmd.sample.video import write_latents
 PACKAGED = {"toy": (), "textures_tiny": (), "wan_1.3b": ("lora.rank=8",)}
 
 
-class Recorder:
-    """A module that notes every call on it, whatever its name."""
+INTERFACES = {
+    "wandb": {
+        "init": "project name dir config id resume",
+        "run.log": "data",
+        "run.define_metric": "name step_metric",
+        "run.finish": "",
+        "Video": "data_or_path caption format",
+        "Image": "data_or_path",
+    },
+    "mlflow": {
+        "start_run": "run_id run_name",
+        "log_params": "params",
+        "log_metrics": "metrics step",
+        "log_artifact": "local_path artifact_path",
+        "log_text": "text artifact_file",
+        "log_image": "image artifact_file",
+        "end_run": "",
+    },
+}
+"""What the stand-ins have: functions and the parameters that they take."""
 
-    def __init__(self, calls, name=""):
-        self._calls, self._name = calls, name
+
+class StandIn:
+    """Notes every call on a library; refuses one that `INTERFACES` has not."""
+
+    def __init__(self, library, calls, place=""):
+        self.interface, self.library, self.calls, self.place = INTERFACES[library], library, calls, place
         self.id, self.info = "r1", SimpleNamespace(run_id="r1")
 
     def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Recorder(self._calls, f"{self._name}.{name}".lstrip("."))
+        return functools.partial(self.call, self.place + name, self.interface[self.place + name].split())
 
-    def __call__(self, *args, **kwargs):
-        self._calls.append((self._name, args, kwargs))
-        return self
+    def call(self, function, parameters, /, *args, **kwargs):
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        assert len(args) <= len(parameters)
+        assert set(given) <= set(parameters)
+        self.calls.append((function, given))
+        return StandIn(self.library, self.calls, "run.")
 
 
 def told(tracker, tmp_path):
@@ -48,32 +73,36 @@ def told(tracker, tmp_path):
     tracker.close()
 
 
-def test_wandb_is_told_everything_and_a_continued_run_is_the_same_one(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setitem(sys.modules, "wandb", Recorder(calls))
+@pytest.fixture
+def calls(request, monkeypatch):
+    monkeypatch.setitem(sys.modules, request.param, StandIn(request.param, calls := []))
+    return calls
+
+
+@pytest.mark.parametrize("calls", ["wandb"], indirect=True)
+def test_wandb_is_told_everything_and_a_continued_run_is_the_same_one(tmp_path, calls):
     for _ in range(2):
         told(open_tracker("wandb", tmp_path, {"seed": 3}, 2), tmp_path)
-    begun = [kwargs for name, _, kwargs in calls if name == "init"]
-    assert [kwargs["id"] for kwargs in begun] == [None, "r1"]
+    begun = [given for name, given in calls if name == "init"]
+    assert [given["id"] for given in begun] == [None, "r1"]
     assert begun[0]["config"] == {"seed": 3}
-    logged = [args[0] for name, args, _ in calls if name == "init.log" or name.endswith("log")]
+    logged = [given["data"] for name, given in calls if name == "run.log"]
     assert {"update": 3, "loss/loss": 0.5} in logged
     assert all(entry["update"] == 3 for entry in logged)
-    (video, *_) = [(args, kwargs) for name, args, kwargs in calls if name == "Video"]
-    assert (video[0][0], video[1]["caption"]) == (str(tmp_path / "step_00000003.mp4"), "1.1 a cat")
+    video = next(given for name, given in calls if name == "Video")
+    assert video == {"data_or_path": str(tmp_path / "step_00000003.mp4"), "caption": "1.1 a cat", "format": "mp4"}
 
 
-def test_mlflow_is_told_everything_and_a_continued_run_is_the_same_one(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setitem(sys.modules, "mlflow", Recorder(calls))
+@pytest.mark.parametrize("calls", ["mlflow"], indirect=True)
+def test_mlflow_is_told_everything_and_a_continued_run_is_the_same_one(tmp_path, calls):
     for _ in range(2):
         told(open_tracker("mlflow", tmp_path, {"distill": {"shift": 3.0}}, 2), tmp_path)
-    names = [name for name, _, _ in calls]
-    assert [kwargs["run_id"] for name, _, kwargs in calls if name == "start_run"] == [None, "r1"]
+    names = [name for name, _ in calls]
+    assert [given["run_id"] for name, given in calls if name == "start_run"] == [None, "r1"]
     assert names.count("log_params") == 1
-    assert ("log_params", ({"distill.shift": "3.0"},), {}) in calls
-    assert ("log_metrics", ({"loss/loss": 0.5},), {"step": 3}) in calls
-    assert ("log_text", ("1.1 a cat", "preview/samples/step_00000003.md"), {}) in calls
+    assert ("log_params", {"params": {"distill.shift": "3.0"}}) in calls
+    assert ("log_metrics", {"metrics": {"loss/loss": 0.5}, "step": 3}) in calls
+    assert ("log_text", {"text": "1.1 a cat", "artifact_file": "preview/samples/step_00000003.md"}) in calls
     assert names.count("end_run") == 2
 
 
@@ -85,7 +114,11 @@ def test_the_real_library_takes_it_offline(tmp_path, monkeypatch, name):
         monkeypatch.setenv(key, value)
     if name == "wandb":
         pytest.importorskip("PIL")
-    told(open_tracker(name, tmp_path, {"seed": 3}, 0), tmp_path)
+    tracker = open_tracker(name, tmp_path, {"seed": 3}, 0)
+    for function, parameters in INTERFACES[name].items():
+        real = tracker.run if function.startswith("run.") else sys.modules[name]
+        assert set(parameters.split()) <= set(signature(getattr(real, function.removeprefix("run."))).parameters)
+    told(tracker, tmp_path)
     made = "wandb/offline-run-*/files/media/videos/preview/*.mp4" if name == "wandb" else "mlruns/*/*/metrics/loss/loss"
     assert list(tmp_path.glob(made))
 
