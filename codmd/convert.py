@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             dtype = None if args.dtype == KEEP else getattr(torch, args.dtype)
             write = write_adapter if args.adapter else write_pipeline if args.pipeline else write_network
             count, loaded_by = write(args, dtype)
-            print(f"{args.out}: {count:,} parameters; load it with {loaded_by}")
+            print(f"{args.out}: {count:,} parameters" + (f"; load it with {loaded_by}" if loaded_by else ""))
             if args.push:
                 print(push(args.out, args.push))
     except (OSError, ValueError) as error:

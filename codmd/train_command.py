@@ -6,9 +6,13 @@ import argparse
 import signal
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from codmd.cli import CommandError
 from codmd.extras import needing
+
+if TYPE_CHECKING:
+    from codmd.distill.config.run_config import RunConfig
 
 HELP = "distil a video model into a few steps, from a configuration file"
 STOPPED = 128 + signal.SIGTERM
@@ -65,10 +69,7 @@ def _run(source: str, overrides: list[str], args: argparse.Namespace) -> int:
 
     try:
         if args.plan:
-            from codmd.distill.plan.page import describe
-
-            print(describe(config))
-            return 0
+            return _plan(config)
         if args.dry_run:
             print(dry_run(config))
             return 0
@@ -76,6 +77,16 @@ def _run(source: str, overrides: list[str], args: argparse.Namespace) -> int:
         return 128 + stopped if stopped else 0
     except (ConfigError, CheckpointError, LeftBand, NonFiniteRun) as error:
         raise CommandError(without_environment(str(error), path, overrides)) from error
+
+
+def _plan(config: RunConfig) -> int:
+    from codmd.distill.plan.page import describe
+
+    try:
+        print(describe(config))
+    except ValueError as error:
+        raise CommandError(f"--plan: {error}") from error
+    return 0
 
 
 def config_first(words: list[str]) -> tuple[str, list[str]]:

@@ -8,6 +8,7 @@ import torch
 from plan_cases import run_config, wan
 from safetensors.torch import save_file
 
+from codmd import cli
 from codmd.distill.config.recipe import DistillConfig
 from codmd.distill.config.run_config import read_config
 from codmd.distill.config.sections import DataSettings, ModelSettings
@@ -21,13 +22,7 @@ from codmd.distill.run.parallel import Processes
 from codmd.models import build, options_class
 from codmd.models.lora import LoraOptions, RoleView
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -209,6 +204,11 @@ def test_a_row_with_shared_samples_stands_where_it_makes_a_smaller_card_do(tmp_p
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     with pytest.raises(ValueError, match="batch_size: 32 does not divide among 3 processes"):
         describe(run_config(wan(tmp_path, 2)), (3,))
+
+
+def test_a_plan_that_cannot_be_made_is_a_message(capsys):
+    assert cli.main(["train", "toy", "--plan", "distill.batch_size=9"]) == 1
+    assert "--plan: " in capsys.readouterr().err
 
 
 def test_the_packaged_configurations_have_the_stated_sizes_in_the_committed_page():

@@ -188,6 +188,10 @@ def test_every_caption_has_an_embedding_of_its_own(textures):
     assert float(distances.min()) > 1
 
 
+def test_textures_have_no_condition_for_an_unconditional_model():
+    assert Textures((6, 12, 8, 8), text_dim=0).condition([0, 1]) is None
+
+
 def test_textures_refuse_other_latents_and_too_much_zoom():
     with pytest.raises(ValueError, match=r"textures have 12 latent channels; the model has 16"):
         Textures((6, 16, 8, 8), 32)

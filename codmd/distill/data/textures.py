@@ -37,7 +37,7 @@ class Textures:
 
     Args:
         latent_shape: (frames, channels, height, width); channels is 3 * DEPTH^2 = 12.
-        text_dim: of the captions' embeddings; 0 for none.
+        text_dim: of the captions' embeddings; 0 for an unconditional model.
         zoom: pixels of a photograph per pixel of a video.
         seed: of the windows' places.
 
@@ -72,9 +72,9 @@ class Textures:
         """The captions, in the order of the items."""
         return self.captions
 
-    def condition(self, numbers: Sequence[int]) -> Tensor:
-        """Embeddings of the captions, one token each, [len(numbers), 1, text_dim]."""
-        return self.embeddings[list(numbers)][:, None]
+    def condition(self, numbers: Sequence[int]) -> Tensor | None:
+        """Embeddings of the captions, one token each, [len(numbers), 1, text_dim]; None for an unconditional model."""
+        return self.embeddings[list(numbers)][:, None] if self.embeddings.shape[1] else None
 
     def videos(self, numbers: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Latents [B, F, C, H, W], normalised: the video of each item at that position of the data."""

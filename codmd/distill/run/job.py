@@ -193,7 +193,8 @@ def open_source(config: RunConfig, model: VideoDenoiser) -> Source | None:
         embeddings = Embeddings(Path(data.embeddings)) if data.embeddings else None
         return Latents(Path(data.path), model.latent_shape, embeddings)
     if data.kind == "textures":
-        return Textures(model.latent_shape, model.null_cond(1).shape[2], data.zoom, config.seed)
+        text_dim = 0 if model.empty_cond(1) is None else model.null_cond(1).shape[2]
+        return Textures(model.latent_shape, text_dim, data.zoom, config.seed)
     return None
 
 
