@@ -39,7 +39,7 @@ bench: $(BIN)/.installed
 	$(BIN)/python -m pytest -q benchmarks $(ARGS)
 
 docs: $(BIN)/.installed
-	test -x $(BIN)/mkdocs || $(BIN)/python -m pip install --quiet --no-compile --editable ".[docs]"
+	$(BIN)/python -c "import mkdocs, latex2mathml" 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(BIN)/.installed: pyproject.toml setup.py constraints.txt $(SOURCES)

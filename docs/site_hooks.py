@@ -1,7 +1,8 @@
-"""Pages of the site that live at the top of the repository, and links that lead out of docs/."""
+"""Hooks of the site: pages from the top of the repository, links that lead out of docs/, formulas as MathML."""
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -39,3 +41,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{picture}[{text}]({'../' * depth}{inside}{anchor})"
 
     return LINK.sub(rewritten, markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers draw without a script."""
+    from latex2mathml.converter import convert
+
+    def drawn(found: re.Match[str]) -> str:
+        return convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
+
+    return FORMULA.sub(drawn, content)

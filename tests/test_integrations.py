@@ -381,4 +381,4 @@ def test_every_codebase_has_a_recipe_whose_arguments_exist():
         text = " ".join(PAGE.read_text().split(f"## {section}\n")[1].split("```")[0].split())
         assert f"Checked against {source.repository}, {source.path}, {source.date}" in text
         assert "Theirs:" in PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
-        assert re.search(rf"^  \| {section}\b[^|]*\|.*\| [^|]*(0\.1)[^|]*\|.*\|.*\|$", PAGE.read_text(), re.MULTILINE)
+        assert re.search(rf"^\| {section}\b[^|]*\|.*\| [^|]*(0\.1)[^|]*\|.*\|.*\|$", PAGE.read_text(), re.MULTILINE)

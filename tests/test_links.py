@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -37,3 +38,18 @@ def test_links_lead_somewhere(page):
 def test_a_broken_link_is_seen():
     assert links("see [a](b.md#c-d), [e](https://f.org) and `[g](h)`") == [("b.md", "c-d")]
     assert anchors("# A `b`: c\n```\n# no heading\n```\n") == {"a-b-c"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_code_and_formulas_in_lists_are_indented_as_the_site_needs(page):
+    assert not re.search(r"^ {1,3}(\||```|\$\$)", page.read_text("utf-8"), re.MULTILINE)
+
+
+def test_formulas_are_drawn_without_a_script():
+    pytest.importorskip("latex2mathml")
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs/site_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    drawn = hooks.on_page_content('<p>a <span class="arithmatex">\\(x_0 &lt; 1\\)</span></p>')
+    assert "<msub><mi>x</mi><mn>0</mn></msub>" in drawn
+    assert "arithmatex" not in drawn
