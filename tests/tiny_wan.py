@@ -65,6 +65,19 @@ def write_ti2v_pipeline(folder: Path) -> Path:
     return folder
 
 
+def write_a14b_pipeline(folder: Path) -> Path:
+    """As Wan2.2-T2V-A14B's: two experts, here of 39 thousand parameters, and their boundary."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    from examples.wan_tiny import transformer
+
+    encoder, tokenizer = text_encoder()
+    experts = {"transformer": transformer(0), "transformer_2": transformer(1)}
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    WanPipeline(tokenizer, encoder, vae(), scheduler, boundary_ratio=0.875, **experts).save_pretrained(folder)
+    return folder
+
+
 def write_pipeline(folder: Path) -> Path:
     """All of them."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from codmd.distill.config.sections import ModelSettings
 from codmd.distill.config.typed import ConfigError, leaves
 from codmd.distill.run.job import check_paths, open_source, preview_numbers
 from codmd.distill.run.parallel import check_processes
+from codmd.distill.run.roles import one_network
 from codmd.models.base import Condition, VideoDenoiser, cat_cond
 from codmd.private import fake_tensors
 
@@ -90,7 +91,7 @@ class Problems:
 def build_meta(settings: ModelSettings) -> VideoDenoiser:
     """The network without memory for its weights; its tables, and so its prompts' embeddings, are on the CPU."""
     with torch.device("meta"):
-        model = models.build(settings.name, **dataclasses.asdict(settings.options))
+        model = one_network(models.build(settings.name, **dataclasses.asdict(settings.options)))
     for module in model.modules():
         for name, table in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty_like(table, device="cpu"))

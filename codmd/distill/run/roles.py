@@ -12,6 +12,7 @@ from codmd import models
 from codmd.distill.config.run_config import RunConfig
 from codmd.distill.config.sections import ModelSettings
 from codmd.models.base import VideoDenoiser
+from codmd.models.experts import ExpertPair
 from codmd.models.lora import LoraRoles
 
 from .parallel import Processes
@@ -67,7 +68,18 @@ def unfilled(settings: ModelSettings, seed: int) -> VideoDenoiser:
     random = settings.options.weights == RANDOM
     with torch.random.fork_rng(devices=[]), nullcontext() if random else torch.device("meta"):
         torch.manual_seed(seed)
-        return models.build(settings.name, **dataclasses.asdict(settings.options))
+        return one_network(models.build(settings.name, **dataclasses.asdict(settings.options)))
+
+
+def one_network(model: VideoDenoiser) -> VideoDenoiser:
+    """The model, unless it is a pair of experts.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(model, ExpertPair):
+        raise ValueError("model.weights: holds two experts; one network for all levels is expected for training")
+    return model
 
 
 def fill(

@@ -15,16 +15,18 @@ import torch
 from codmd import hub
 from codmd.files import read_json
 
-EXPERTS = ("transformer", "transformer_2")
+FOLDERS = {"high": "transformer", "low": "transformer_2"}
+"""Expert to its subfolder of a pipeline that has two, as Wan2.2-A14B's."""
 SHIPPED = ("1.3b", "14b", "ti2v_5b", "tiny")
 """Wan2.1-T2V in its two sizes, Wan2.2-TI2V-5B, and a tiny one for tests and examples."""
 
 
-def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(name: str | os.PathLike[str], expert: str = "") -> dict[str, Any]:
     """Arguments of `WanTransformer3DModel`.
 
     Args:
         name: one of `SHIPPED`, a JSON file, or a diffusers folder or repository (of a transformer or a pipeline).
+        expert: of a pipeline that has two, "high" or "low".
 
     Raises:
         ValueError: an unknown name, or a file that is no configuration of Wan's transformer.
@@ -32,9 +34,9 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     if name in SHIPPED:
         path = Path(str(resources.files(__package__) / "configs" / f"wan_{name}.json"))
     else:
-        path = hub.local(name, "transformer")
+        path = hub.local(name, FOLDERS.get(expert, "transformer"))
         if path.is_dir():
-            path = transformer_folder(path) / "config.json"
+            path = transformer_folder(path, expert) / "config.json"
         if not path.is_file():
             raise ValueError(f"config: {name} is no file; expected one of {', '.join(SHIPPED)}, or a config.json")
     try:
@@ -47,20 +49,48 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def transformer_folder(path: Path) -> Path:
+def transformer_folder(path: Path, expert: str = "") -> Path:
     """The folder with the transformer's config.json: `path` itself, or its `transformer` subfolder.
 
+    Args:
+        expert: "high" or "low" for one of the two of the pipeline `path`.
+
     Raises:
-        ValueError: the pipeline has two of them, each for a part of the noise levels.
+        ValueError: the pipeline has two of them, each for a part of the noise levels, and none is named; or the other
+            way round.
     """
+    if expert:
+        if not (path / FOLDERS[expert] / "config.json").is_file():
+            raise ValueError(f"expert: {path} has no {FOLDERS[expert]}; expected a pipeline of two experts")
+        return path / FOLDERS[expert]
     nested = path / "transformer"
     found = nested if (nested / "config.json").is_file() else path
-    if found.name in EXPERTS and all((found.parent / name).is_dir() for name in EXPERTS):
+    names = tuple(FOLDERS.values())
+    if found.name in names and all((found.parent / name).is_dir() for name in names):
         raise ValueError(
-            f"{found.parent}: holds two experts, {EXPERTS[0]} for high noise and {EXPERTS[1]} for low, as "
-            "Wan2.2-A14B does; one network for all levels is expected, as Wan2.1 or Wan2.2-TI2V-5B has"
+            f"{found.parent}: holds two experts, {names[0]} for high noise and {names[1]} for low, as Wan2.2-A14B "
+            "does; expected the folder of both, or one network for all levels"
         )
     return found
+
+
+def has_experts(source: str | os.PathLike[str]) -> bool:
+    """Whether a folder or repository is a pipeline of two experts."""
+    return set(FOLDERS.values()) <= hub.components(source)
+
+
+def boundary_of(source: str | os.PathLike[str]) -> float:
+    """The lowest noise level of the high-noise expert, in (0, 1), from the pipeline's index.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    path = hub.local(source) / hub.INDEX
+    index = read_json(path) if path.is_file() else None
+    boundary = index.get("boundary_ratio") if isinstance(index, dict) else None
+    if not isinstance(boundary, float) or not 0 < boundary < 1:
+        raise ValueError(f"{path}: boundary_ratio: got {boundary}; expected the level between two experts, in (0, 1)")
+    return boundary
 
 
 def build_transformer(config: dict[str, Any], device: str | None = None) -> Any:

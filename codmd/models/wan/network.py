@@ -28,7 +28,7 @@ from codmd.models.tensor_files import Renamed
 
 from .attention import set_attention, supports_backward
 from .card import card
-from .config import build_transformer
+from .config import build_transformer, has_experts
 from .context import split_tokens, token_splits
 from .export import write_adapter_folder, write_diffusers_folder
 from .options import RANDOM, ZEROS, WanOptions
@@ -82,12 +82,16 @@ class WanDenoiser(VideoDenoiser):
         self._null: Tensor | None = None
 
     @classmethod
-    def from_options(cls, options: WanOptions) -> WanDenoiser:
-        """The registry's constructor; weights stay unread on the meta device.
+    def from_options(cls, options: WanOptions) -> VideoDenoiser:
+        """The registry's constructor, of a `WanExperts` for a pipeline of two; weights stay unread on the meta device.
 
         Raises:
             FileNotFoundError, ValueError: an option, the configuration or the weights cannot be used.
         """
+        if options.weights != RANDOM and not options.expert and has_experts(options.weights):
+            from .experts import WanExperts
+
+            return WanExperts.from_options(options)
         if options.weights == RANDOM or torch.get_default_device().type == "meta":
             return cls(options)
         with torch.device("meta"):
@@ -96,7 +100,7 @@ class WanDenoiser(VideoDenoiser):
         return model
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], **options: Any) -> WanDenoiser:
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> VideoDenoiser:
         """A model from a diffusers folder or a single file, with other options as given."""
         return cls.from_options(WanOptions(weights=str(path), **options))
 
@@ -254,16 +258,27 @@ class WanDenoiser(VideoDenoiser):
         progress: Callable[[int], Any],
     ) -> None:
         """Writes a folder that `WanPipeline.from_pretrained` samples in the student's steps, with its model card."""
+        with creating_folder(path) as folder:
+            self.write_parts(folder, base, provenance, progress)
+            self.save_state(folder / "transformer", state, dtype, progress)
+
+    def write_parts(
+        self, folder: Path, base: str, provenance: Provenance, progress: Callable[[int], Any]
+    ) -> dict[str, Any]:
+        """Writes all of a pipeline but its networks into `folder`, the card among it; returns the index written.
+
+        Raises:
+            FileNotFoundError, ValueError: the base lacks something.
+        """
         opened = open_base(base)
         frames, channels, height, width = self.latent_shape
         time, space = strides(opened[0], channels)
         pixels = (time * (frames - 1) + 1, space * height, space * width)
-        with creating_folder(path) as folder:
-            self.save_state(folder / "transformer", state, dtype, progress)
-            error = write_parts(folder, opened, provenance.recipe["sigmas"], progress)
-            (folder / "README.md").write_text(
-                card(provenance, self.latent_shape, pixels, self.frames_per_second, error), "utf-8"
-            )
+        index, error = write_parts(folder, opened, provenance.recipe["sigmas"], progress)
+        (folder / "README.md").write_text(
+            card(provenance, self.latent_shape, pixels, self.frames_per_second, error), "utf-8"
+        )
+        return index
 
     def save_adapter(
         self, path: str | os.PathLike[str], factors: Mapping[str, Tensor], dtype: torch.dtype | None = None
@@ -274,7 +289,7 @@ class WanDenoiser(VideoDenoiser):
     @contextmanager
     def open_weights(self, path: str | os.PathLike[str]) -> Iterator[Mapping[str, Tensor]]:
         """The transformer's weights from any file that `codmd convert` reads, one tensor at a time."""
-        with open_wan(path, self.network_config, self.options.entry) as tensors:
+        with open_wan(path, self.network_config, self.options.entry, self.options.expert) as tensors:
             yield Renamed(tensors, {f"{PREFIX}{name}": name for name in tensors})
 
     def materialise(self, device: torch.device | str) -> None:

@@ -12,7 +12,7 @@ from codmd.models.fingerprint import fingerprint
 from codmd.models.options import ModelOptions
 from codmd.models.tensor_files import INDEX_SUFFIX, folder_fingerprint
 
-from .config import SHIPPED, read_config
+from .config import SHIPPED, has_experts, read_config
 from .text import NEGATIVE_PROMPT
 from .vae import strides, vae_folder
 from .weights import fitting_config
@@ -29,6 +29,7 @@ class WanOptions(ModelOptions):
         weights: a diffusers folder or repository (owner/name, owner/name@revision), a single file (.safetensors,
             .pt), or "random".
         entry: of a file that holds several networks, the one to read; "" takes the generator.
+        expert: of a pipeline that has two, "high" or "low"; "" takes both. `distill.expert` sets it for training.
         config: "1.3b", "14b", "ti2v_5b", "tiny", or a JSON file; "" takes the diffusers folder's own, or for a single
             file the shipped configuration that it fits.
         frames, height, width: of the latents; 21 x 60 x 104 is 81 frames of 480 x 832.
@@ -48,6 +49,7 @@ class WanOptions(ModelOptions):
 
     weights: str = ""
     entry: str = ""
+    expert: Literal["", "high", "low"] = ""
     config: str = ""
     frames: int = 21
     height: int = 60
@@ -80,6 +82,8 @@ class WanOptions(ModelOptions):
         """Arguments of `WanTransformer3DModel`, from `config` or found out from `weights`."""
         if self.config:
             return read_config(self.config)
+        if expert := self.expert or ("high" if has_experts(self.weights) else ""):
+            return read_config(self.weights, expert)
         path = hub.local(self.weights, "transformer")
         beside = path.parent if path.name.endswith(INDEX_SUFFIX) else path
         if path.is_dir() or (beside / "config.json").is_file():

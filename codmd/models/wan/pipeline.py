@@ -39,7 +39,7 @@ def open_base(base: str) -> tuple[Path, dict[str, Any]]:
 
 def write_parts(
     folder: Path, base: tuple[Path, dict[str, Any]], sigmas: Sequence[float], progress: Callable[[int], Any]
-) -> float:
+) -> tuple[dict[str, Any], float]:
     """Writes all but the transformer into `folder`: the base's parts, both schedulers, the index.
 
     Args:
@@ -48,7 +48,7 @@ def write_parts(
         progress: called with the bytes of every file copied.
 
     Returns:
-        The largest error in sigma of the stock scheduler.
+        The index, and the largest error in sigma of the stock scheduler.
     """
     from codmd.scheduler import FOLDER, FewStepScheduler, nearest_stock
 
@@ -68,4 +68,4 @@ def write_parts(
         "transformer": ["diffusers", "WanTransformer3DModel"],
     }
     (folder / hub.INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    return error
+    return content, error

@@ -14,7 +14,7 @@ from torch import Tensor
 from codmd import hub
 from codmd.models.tensor_files import TensorFile, open_tensors
 
-from .config import SHIPPED, parameter_shapes, read_config, transformer_folder
+from .config import FOLDERS, SHIPPED, parameter_shapes, read_config, transformer_folder
 from .keys import diffusers_names, refuse_parts
 
 SHOWN = 3
@@ -22,7 +22,7 @@ SHOWN = 3
 
 @contextmanager
 def open_wan(
-    path: str | os.PathLike[str], config: Mapping[str, Any] | None = None, network: str = ""
+    path: str | os.PathLike[str], config: Mapping[str, Any] | None = None, network: str = "", expert: str = ""
 ) -> Iterator[TensorFile]:
     """Wan's weights by diffusers' names, read one at a time; names and shapes equal the configuration's.
 
@@ -31,14 +31,15 @@ def open_wan(
             diffusers' or in the original naming, with wrapper prefixes or without.
         config: arguments of `WanTransformer3DModel`; None finds the shipped configuration that fits.
         network: the entry of a checkpoint dictionary; "" takes the generator.
+        expert: of a pipeline that has two, "high" or "low".
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is unsafe, truncated, or does not fit; with the first differences.
     """
-    path = hub.local(path, "transformer")
-    if path.is_dir():
-        path = transformer_folder(path)
+    path = hub.local(path, FOLDERS.get(expert, "transformer"))
+    if expert or path.is_dir():
+        path = transformer_folder(path, expert)
     with open_tensors(path, network) as file:
         names = _names(path, file)
         shapes = {name: file.shapes[found] for name, found in names.items()}
