@@ -17,7 +17,7 @@ from codmd.distill.config.recipe import DistillConfig
 from codmd.distill.update.cycle_log import CycleLog
 from codmd.distill.update.objective import GeneratorLoss, Scores
 from codmd.distill.update.rollout import rollout, trajectory
-from codmd.distill.update.trainer import Batch, Distiller
+from codmd.distill.update.trainer import Batch, Distiller, Drawn
 from codmd.models.base import Condition, VideoDenoiser
 
 
@@ -95,12 +95,13 @@ class MeasuredDistiller(Distiller):
         assert next(self.exits, None) is None, "more exit steps than samples"
         return log
 
-    def draw_sample(self, cond: Condition) -> tuple[Tensor, int]:
+    def draw_sample(self, cond: Condition) -> Drawn:
         self._exit = exit_step = next(self.exits)
-        if not self.schedule.published:
-            return rollout(self.student, self._start(), self.config.sigmas, exit_step, self.noise, cond), exit_step
-        x_t, level = self._states(cond)[exit_step]
-        return self.student.predict_x0(x_t, level, cond), exit_step
+        if self.schedule.published:
+            x0 = self.student.predict_x0(*self._states(cond)[exit_step], cond)
+        else:
+            x0 = rollout(self.student, self._start(), self.config.sigmas, exit_step, self.noise, cond)
+        return Drawn(x0, x0.detach(), exit_step)
 
     def _states(self, cond: Condition) -> list[tuple[Tensor, Tensor]]:
         """The states of one trajectory at all levels."""

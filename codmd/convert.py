@@ -111,7 +111,7 @@ def write_pipeline(args: argparse.Namespace, dtype: torch.dtype | None) -> tuple
 
     measures = [row for path in args.measures or () for row in read_measures(path)]
     with open_student(args.source, args.ema) as student:
-        model = models.unread(student.run.model.name, student.run.model.options)
+        model = models.unread(student.model.name, student.model.options)
         base = args.base or student.run.frozen.options.weights
         with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="writing") as bar:
             model.save_pipeline(args.out, student.weights, base, student.provenance(measures), dtype, bar.update)
@@ -137,7 +137,7 @@ def open_source(args: argparse.Namespace) -> Iterator[tuple[VideoDenoiser, Mappi
 
     if not args.codmd:
         with open_student(args.source, args.ema) as student:
-            yield models.unread(student.run.model.name, student.run.model.options), student.weights
+            yield models.unread(student.model.name, student.model.options), student.weights
         return
     given = {"config": args.config, "entry": args.network}
     name = args.model or models.DEFAULT

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from codmd.distill.update.noise import NoiseStream
+from codmd.distill.update.rollout import Transition
 from codmd.distill.update.schedule import check_step_list
 
 FOLDER = "few_step_scheduler"
@@ -35,6 +36,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         sigmas: the step list, noise levels from 1 downwards.
         num_train_timesteps: the timestep of sigma = 1.
         seed: of the noise where `begin` is not called.
+        transition: from x0 to the next level: "renoise", or "euler", an Euler step, which draws no noise.
     """
 
     config_name = "scheduler_config.json"
@@ -42,12 +44,17 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, sigmas: Sequence[float] = (1.0, 0.9, 0.75, 0.5), num_train_timesteps: int = 1000, seed: int = 0
+        self,
+        sigmas: Sequence[float] = (1.0, 0.9, 0.75, 0.5),
+        num_train_timesteps: int = 1000,
+        seed: int = 0,
+        transition: Transition = "renoise",
     ) -> None:
         levels = check_step_list(sigmas)
         self.sigmas = torch.tensor([*levels, 0.0])
         self.timesteps = self.sigmas[:-1] * num_train_timesteps
         self.noise: NoiseStream | torch.Generator = torch.Generator().manual_seed(seed)
+        self._euler = transition == "euler"
         self._step = 0
 
     def begin(self, prompt: str, seed: int, shape: Sequence[int]) -> Tensor:
@@ -86,7 +93,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """x0 = x_t - sigma v, renoised to the next level; x0 itself at the last one.
+        """x0 = x_t - sigma v, renoised to the next level (or an Euler step to it); x0 itself at the last one.
 
         Args:
             model_output: the velocity v [B, C, F, H, W].
@@ -100,7 +107,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         sigma, following = self.sigmas[self._step], self.sigmas[self._step + 1]
         x0 = sample.float() - sigma * model_output.float()
         self._step += 1
-        if self._step < len(self.timesteps):
+        if self._step < len(self.timesteps) and self._euler:
+            x0 = sample.float() + (following - sigma) * model_output.float()
+        elif self._step < len(self.timesteps):
             noise = self._draw(tuple(x0.shape), generator).to(x0.device)
             x0 = (1 - following) * x0 + following * noise
         if not return_dict:
@@ -121,17 +130,19 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         return int(self.config["num_train_timesteps"])
 
 
-def nearest_stock(sigmas: Sequence[float]) -> tuple[Any, float]:
+def nearest_stock(sigmas: Sequence[float], transition: Transition = "renoise") -> tuple[Any, float]:
     """The scheduler of diffusers that comes nearest to a step list, and its largest error in sigma.
 
-    A stochastic `FlowMatchEulerDiscreteScheduler` takes the student's steps; its levels are a shifted line stretched
-    to the last level of the list, with the shift that fits best.
+    A `FlowMatchEulerDiscreteScheduler`, stochastic unless the steps are Euler's, takes the student's steps; its levels
+    are a shifted line stretched to the last level of the list, with the shift that fits best.
     """
     levels = torch.tensor(check_step_list(sigmas))
 
     def stock(shift: float) -> tuple[Any, float]:
         terminal = float(levels[-1]) if len(levels) > 1 else None
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal, stochastic_sampling=True)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(
+            shift=shift, shift_terminal=terminal, stochastic_sampling=transition == "renoise"
+        )
         scheduler.set_timesteps(len(levels))
         return scheduler, float((scheduler.sigmas[:-1] - levels).abs().max())
 
@@ -151,3 +162,9 @@ def read_sigmas(folder: str | os.PathLike[str]) -> tuple[float, ...]:
         return ()
     config = FewStepScheduler.load_config(folder, subfolder=FOLDER)
     return check_step_list(config["sigmas"])
+
+
+def read_transition(folder: str | os.PathLike[str]) -> Transition:
+    """How the student of a pipeline that has a step list goes from one level to the next."""
+    found: Transition = FewStepScheduler.load_config(folder, subfolder=FOLDER).get("transition", "renoise")
+    return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from codmd import models
 from codmd.distill.config.run_config import RunConfig
+from codmd.distill.config.sections import ModelSettings
 from codmd.distill.config.typed import ConfigError, structured
 from codmd.distill.run.checkpoint import read_student, resolve
 from codmd.distill.run.identity import TEACHER
@@ -24,6 +25,7 @@ from codmd.distill.run.roles import RANDOM
 from codmd.models.fingerprint import fingerprint
 from codmd.models.lora import LoraOptions
 from codmd.models.provenance import Provenance
+from codmd.models.tensor_files import Joined, Renamed
 
 ADAPTER_PREFIX = "adapter."
 """Of the names in the `state_dict` of a role over a shared base."""
@@ -35,12 +37,14 @@ class TrainedStudent:
 
     Attributes:
         run: the configuration of its training.
-        weights: every weight, by the names of the adapter's `state_dict`.
+        model: the model that the weights are of: that of the run, or of an expert's run the model of both.
+        weights: every weight, by the names of the model's `state_dict`.
         checkpoint: its folder.
         meta: of the checkpoint, as `read_meta`.
     """
 
     run: RunConfig
+    model: ModelSettings
     weights: Mapping[str, Tensor]
     checkpoint: Path
     meta: Mapping[str, Any]
@@ -65,6 +69,8 @@ class TrainedStudent:
 def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[TrainedStudent]:
     """The student of a run's newest complete checkpoint, or of a given one; an adapter is merged into its base.
 
+    The student of a run of one expert is the pipeline that it was trained from, with that expert in its place.
+
     Args:
         ema: its running average instead.
 
@@ -73,15 +79,41 @@ def open_student(path: str | os.PathLike[str], ema: bool = False) -> Iterator[Tr
         ValueError: it holds no complete checkpoint, or is damaged, or the base of its adapters cannot be read.
     """
     path, meta, run, weights = _read(Path(path), ema)
+    with _merged(path, meta, run, weights) as whole:
+        if run.distill.expert is None:
+            yield TrainedStudent(run, run.model, whole, path, meta)
+            return
+        both = run.model.changed({"expert": ""}, "model")
+        source = _on_files(both, path, "its expert stands beside")
+        with models.unread(both.name, both.options).open_weights(source) as tensors:
+            expert = {f"{run.distill.expert}.{name}": name for name in whole}
+            yield TrainedStudent(run, both, Joined(Renamed(whole, expert), tensors), path, meta)
+
+
+@contextmanager
+def _merged(
+    path: Path, meta: Mapping[str, Any], run: RunConfig, weights: Mapping[str, Tensor]
+) -> Iterator[Mapping[str, Tensor]]:
+    """The trained network's weights, an adapter merged into its base."""
     if run.lora is None:
-        yield TrainedStudent(run, weights, path, meta)
+        yield weights
         return
     base = run.frozen
-    if base.options.weights == RANDOM:
-        raise ValueError(f"{path}: its adapters stand on random {base.name} weights, which no file has")
-    with models.unread(base.name, base.options).open_weights(base.options.weights) as tensors:
-        _check_base(base.options.weights, fingerprint(tensors), path, meta.get("identity", {}))
-        yield TrainedStudent(run, MergedWeights(tensors, weights, run.lora), path, meta)
+    source = _on_files(base, path, "its adapters stand on")
+    with models.unread(base.name, base.options).open_weights(source) as tensors:
+        _check_base(source, fingerprint(tensors), path, meta.get("identity", {}))
+        yield MergedWeights(tensors, weights, run.lora)
+
+
+def _on_files(settings: ModelSettings, path: Path, standing: str) -> str:
+    """Where the weights of a model are.
+
+    Raises:
+        ValueError: they are random.
+    """
+    if settings.options.weights == RANDOM:
+        raise ValueError(f"{path}: {standing} random {settings.name} weights, which no file has")
+    return settings.options.weights
 
 
 def read_adapter(path: str | os.PathLike[str], ema: bool = False) -> TrainedStudent:
@@ -97,6 +129,7 @@ def read_adapter(path: str | os.PathLike[str], ema: bool = False) -> TrainedStud
     factors = {name.removeprefix(ADAPTER_PREFIX): value for name, value in weights.items()}
     return TrainedStudent(
         run,
+        run.model,
         {name: scale * value if ".lora_B." in name else value for name, value in factors.items()},
         path,
         meta,

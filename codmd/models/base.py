@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,9 @@ class VideoDenoiser(nn.Module, ABC):
     frames_per_second = 16
     """Of the videos that it was trained on."""
 
+    boundary: float | None = None
+    """The lowest noise level of the high-noise expert, in a model of two and in one of them; None elsewhere."""
+
     checkpointing = False
     """Whether blocks are recomputed in the backward pass."""
 
@@ -119,6 +122,11 @@ class VideoDenoiser(nn.Module, ABC):
     def student_sigmas(cls, source: Path) -> tuple[float, ...]:
         """The step list that a folder of a student's weights has beside them; empty where it has none."""
         return ()
+
+    @classmethod
+    def student_transition(cls, source: Path) -> Literal["renoise", "euler"]:
+        """How a student whose step list is `student_sigmas` goes from one level to the next."""
+        return "renoise"
 
     @classmethod
     def prompt_encoder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> PromptEncoder:

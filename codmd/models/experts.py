@@ -26,7 +26,8 @@ class ExpertPair(VideoDenoiser):
 
     def __init__(self, high: VideoDenoiser, low: VideoDenoiser, boundary: float) -> None:
         super().__init__()
-        self.high, self.low, self.boundary = high, low, boundary
+        self.high, self.low = high, low
+        self.boundary: float = boundary
         self.latent_shape, self.frames_per_second = high.latent_shape, high.frames_per_second
 
     @property

@@ -68,6 +68,22 @@ class Renamed(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class Joined(Mapping[str, Tensor]):
+    """Several mappings of tensors, still read one at a time; of a name that two have, the first counts."""
+
+    def __init__(self, *parts: Mapping[str, Tensor]) -> None:
+        self._parts = {name: part for part in reversed(parts) for name in part}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parts[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
 @contextmanager
 def open_tensors(path: str | os.PathLike[str], network: str = "") -> Iterator[TensorFile]:
     """Opens a .safetensors file, an index of several, a PyTorch file, or a diffusers folder.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from codmd.distill.data.prompts import Embeddings
     from codmd.distill.data.textures import Textures
     from codmd.distill.run.parallel import Processes
+    from codmd.distill.update.rollout import Transition
     from codmd.models.base import Condition
 
     from .folder import SampleFolder, Share
@@ -56,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     student = parser.add_argument_group("student")
     student.add_argument("--sigmas", type=_levels, help="noise levels from 1 downwards (those of its training)")
+
+    student.add_argument(
+        "--transition",
+        choices=("renoise", "euler"),
+        help="to the next level: new noise, or an Euler step (that of its training, or renoise)",
+    )
 
     teacher = parser.add_argument_group("teacher")
     teacher.add_argument("--teacher", action="store_true", help="many steps with guidance instead of the few")
@@ -128,8 +135,9 @@ def _check_options(args: argparse.Namespace) -> None:
     for name in TEACHER_ONLY:
         if getattr(args, name) is not None and not args.teacher:
             raise ValueError(f"--{name.replace('_', '-')}: only with --teacher; the student takes no guidance")
-    if args.sigmas and args.teacher:
-        raise ValueError("--sigmas: of the student; the teacher takes --steps and --shift")
+    for name in ("sigmas", "transition"):
+        if getattr(args, name) and args.teacher:
+            raise ValueError(f"--{name}: of the student; the teacher takes --steps and --shift")
     if args.vbench and (args.seeds is not None or args.seed is not None):
         raise ValueError("--seeds, --seed: VBench fixes them; leave them out with --vbench")
 
@@ -145,7 +153,8 @@ def _run(args: argparse.Namespace, team: Processes | None) -> int:
     embeddings = Embeddings(args.prompts) if args.prompts and args.prompts.is_dir() else None
     share, name = Share.from_environment(args.context), args.model or models.DEFAULT
     trained = is_training(args.source)
-    known = () if args.teacher or args.sigmas or trained else models.adapter(name).student_sigmas(args.source)
+    plain = not (args.teacher or trained)
+    known = models.adapter(name).student_sigmas(args.source) if plain and not args.sigmas else ()
     if not (args.teacher or args.sigmas or trained or known):
         raise ValueError(
             f"--sigmas: not given, and plain weights do not tell them; {models.adapter(name).student_steps} "
@@ -159,7 +168,8 @@ def _run(args: argparse.Namespace, team: Processes | None) -> int:
         source.model.split_tokens(team.context)
     encoded = embeddings or source.data
     jobs = _jobs(args, prompts, source.data)
-    sampler = _sampler(args, args.sigmas or source.sigmas or known)
+    transition = models.adapter(name).student_transition(args.source) if known else source.transition
+    sampler = _sampler(args, args.sigmas or source.sigmas or known, args.transition or transition)
     folder = SampleFolder(args.out, args.latents)
     size = dict(zip(("frames", "channels", "height", "width"), source.model.latent_shape, strict=True))
     content = source.options.content(prompts=encoded is None, guided=args.teacher, pixels=not args.latents)
@@ -244,13 +254,13 @@ def _device(name: str | None, share: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def _sampler(args: argparse.Namespace, sigmas: tuple[float, ...]) -> FewStep | Guided:
+def _sampler(args: argparse.Namespace, sigmas: tuple[float, ...], transition: Transition) -> FewStep | Guided:
     from .samplers import FewStep, Guided
 
     if args.teacher:
         given = {"form" if name == "guidance_form" else name: getattr(args, name) for name in TEACHER_ONLY}
         return Guided(**{name: value for name, value in given.items() if value is not None})
-    return FewStep(sigmas)
+    return FewStep(sigmas, transition)
 
 
 def _fill(

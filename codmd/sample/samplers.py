@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from codmd.distill.update.noise import NoiseStream
-from codmd.distill.update.rollout import sample_few_step
+from codmd.distill.update.rollout import Transition, sample_few_step
 from codmd.models.base import Condition, VideoDenoiser
 
 Solver = Literal["unipc", "euler"]
@@ -36,13 +36,15 @@ def noise_of(prompt: str, seed: int) -> HostNoise:
 
 @dataclass(frozen=True)
 class FewStep:
-    """The student: predict x0, renoise to the next level, without guidance.
+    """The student: predict x0, on to the next level, without guidance.
 
     Attributes:
         sigmas: the step list it was trained with.
+        transition: from a prediction to the next level: noised anew, or an Euler step.
     """
 
     sigmas: tuple[float, ...]
+    transition: Transition = "renoise"
 
     @property
     def evaluations(self) -> int:
@@ -54,7 +56,7 @@ class FewStep:
     ) -> Tensor:
         """Latents [1, F, C, H, W], float32."""
         start = noise.rows(torch.randn, (1, *model.latent_shape), device=model.device)
-        latents = sample_few_step(model, start, self.sigmas, noise, cond)
+        latents = sample_few_step(model, start, self.sigmas, noise, cond, self.transition)
         progress(self.evaluations)
         return latents
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from codmd import models
 from codmd.distill.data.textures import Textures
 from codmd.distill.run.job import open_source as open_data
+from codmd.distill.update.rollout import Transition
 from codmd.files import is_training
 from codmd.models import VideoDenoiser
 from codmd.trained import open_student
@@ -28,7 +29,7 @@ class Source:
 
     Attributes:
         model, options: the model and its options.
-        sigmas: the steps it was trained with; none for plain weights.
+        sigmas, transition: the steps it was trained with; none for plain weights.
         data: of its training, where that has captions and pixels of its own; no text encoder and no VAE then.
         preview_fps: of the videos of its training's previews, which those of such data have too.
     """
@@ -36,6 +37,7 @@ class Source:
     model: VideoDenoiser
     options: Any
     sigmas: tuple[float, ...] = ()
+    transition: Transition = "renoise"
     data: Textures | None = None
     preview_fps: int = 8
 
@@ -91,7 +93,7 @@ def open_source(
     given = {"frames": None, "height": None, "width": None, **(video or {})}
     if is_training(path):
         with open_student(path, ema) as student:
-            settings = student.run.model
+            settings = student.model
             changes = {key: value for key, value in options.items() if key != "config"}
             options_now = models.read_options(settings.name, **{**vars(settings.options), **changes})
             chosen = options_now.for_inference().for_video(**given)
@@ -100,7 +102,7 @@ def open_source(
             data = open_data(student.run, model) if student.run.data.kind == "textures" else None
             assert data is None or isinstance(data, Textures)
             frozen, run = model.eval().requires_grad_(False), student.run
-            return Source(frozen, chosen, run.distill.sigmas, data, run.log.fps)
+            return Source(frozen, chosen, run.distill.sigmas, run.distill.transition, data, run.log.fps)
     if ema:
         raise ValueError("--ema: only for a run or a checkpoint of codmd train")
     plain = models.read_options(name, weights=str(path), **options).for_inference()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import numpy as np
 
 from codmd import reference
 from codmd.conventions import resolve
 from codmd.distill.config.consistency import ConsistencyConfig
-from codmd.distill.update.schedule import check_sigma_range, check_step_list
+from codmd.distill.config.phase import Phase
+from codmd.distill.update.rollout import Transition
+from codmd.distill.update.schedule import check_sigma_range, check_step_list, sampling_sigmas
+from codmd.models.experts import EXPERTS, Expert
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class DistillConfig:
             samples: `data.kind` latents or textures.
         consistency: numbers of the consistency term.
         sigmas: the student's step list, noise levels from 1, or just below, downwards.
+        transition: from a step's prediction to the next level: noised anew, "renoise", or an Euler step, "euler".
+        expert: of a model of two, the one that is trained, on its own steps and levels: "high" or "low".
+        boundary: lowest level of the high-noise expert.
         shift: flow-matching shift of the training levels.
         sigma_range: lowest and highest training level.
         batch_size: samples per update, over all processes.
@@ -60,6 +66,9 @@ class DistillConfig:
     sigmas: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5)
     method: Literal["dmd", "rcm", "scm"] = "dmd"
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    transition: Transition = "renoise"
+    expert: Expert | None = None
+    boundary: float = 0.875
     shift: float = 3.0
     sigma_range: tuple[float, float] = (0.02, 0.98)
     batch_size: int = 64
@@ -98,6 +107,8 @@ class DistillConfig:
         for name in ("diversity_weight", "critic_mixing", "decoupled"):
             if self.method != "dmd" and getattr(self, name):
                 raise ValueError(f"{name}: an option of method dmd; method {self.method} does not have it")
+        check_one_of("transition", self.transition, get_args(Transition))
+        self._check_expert()
         for name in ("batch_size", "micro_batch", "critic_updates", "max_nonfinite"):
             check_count(name, getattr(self, name), 1)
         check_count("relation_warmup", self.relation_warmup, 0)
@@ -126,6 +137,33 @@ class DistillConfig:
         if self.decoupled and (reason := resolve(self.convention).undecouplable):
             raise ValueError(f"decoupled: not with convention {self.convention}: {reason}")
 
+    def _check_expert(self) -> None:
+        """Refuses what is not for two experts."""
+        if self.method != "dmd" and (self.expert or self.transition != "renoise"):
+            raise ValueError(f"expert, transition: options of method dmd; method {self.method} does not have them")
+        if self.expert is None:
+            return
+        check_one_of("expert", self.expert, EXPERTS)
+        check_number("shift", self.shift, positive=True)
+        _ = self.phase
+        if self.decoupled:
+            raise ValueError(
+                "decoupled: the levels of guidance are below the student's, where the teacher's expert ends"
+            )
+        if self.diversity_weight > 0:
+            taken, of = self.diversity_steps
+            if self.expert == "low" or sampling_sigmas(of, self.shift)[taken - 1] < self.boundary:
+                raise ValueError("diversity_weight: the first step's path is the high-noise expert's alone")
+
+    @property
+    def phase(self) -> Phase:
+        """The steps that are trained, and the levels at which their samples are compared."""
+        if self.expert is None:
+            return Phase(0, len(self.sigmas), 0.0, self.sigma_range)
+        phase = Phase.of_expert(self.expert, self.sigmas, self.boundary, self.sigma_range, self.shift)
+        # Noised anew, x_s has the noise of any other: its x0 gives the same x_t, with less variance.
+        return replace(phase, end=0.0) if self.transition == "renoise" else phase
+
     @property
     def uses_relation(self) -> bool:
         """Whether the relation term is part of the objective."""
@@ -139,6 +177,11 @@ class DistillConfig:
         if self.uses_relation:
             terms = f"{self.batch_weight:g} batch + {self.frame_weight:g} frame"
             parts.append(f"relation {self.relation_weight:g} x ({terms}, {self.relation_features} features)")
+        if self.expert:
+            phase = self.phase
+            ends = f", matched at level {phase.end:g}" if phase.end else ""
+            parts.append(f"{self.expert}-noise expert, steps {phase.first + 1} to {phase.stop}{ends}")
+        parts += ["Euler steps"] if self.transition == "euler" else []
         parts += ["decoupled guidance"] if self.decoupled else []
         parts += [f"critic mixing {self.critic_mixing:g}"] if self.critic_mixing else []
         if self.diversity_weight:

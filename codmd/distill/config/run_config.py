@@ -67,6 +67,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_count("updates", self.updates, 1)
         check_count("seed", self.seed, 0)
+        self._agree_on_expert()
         if not self.out:
             raise ValueError("out: got ''; expected the run's folder")
         if self.mode == "teacher" and self.data.kind != "textures":
@@ -92,6 +93,20 @@ class RunConfig:
                 "distill.critic_mixing: the average of two adapters' factors is not that of their products"
             )
         self.model.changed(self.teacher_model, "teacher_model")
+
+    def _agree_on_expert(self) -> None:
+        """Makes `model` the expert that the recipe names."""
+        expert, named = self.distill.expert or "", getattr(self.model.options, "expert", "")
+        if expert and not hasattr(self.model.options, "expert"):
+            raise ValueError(f"distill.expert: model {self.model.name} has no experts; expected null")
+        if named not in ("", expert) or "expert" in self.teacher_model:
+            raise ValueError("model.expert: distill.expert names it, for all networks of a run")
+        if expert and self.mode == "teacher":
+            raise ValueError("distill.expert: mode teacher trains one network for all levels; expected null")
+        if expert and self.watch.every:
+            raise ValueError("watch.every: watches whole students beside their teacher; expected 0 with distill.expert")
+        if expert:
+            object.__setattr__(self, "model", self.model.changed({"expert": expert}, "model"))
 
     @property
     def frozen(self) -> ModelSettings:

@@ -20,7 +20,7 @@ from codmd.distill.config.sections import ModelSettings
 from codmd.distill.config.typed import ConfigError, leaves
 from codmd.distill.run.job import check_paths, open_source, preview_numbers
 from codmd.distill.run.parallel import check_processes
-from codmd.distill.run.roles import one_network
+from codmd.distill.run.roles import of_recipe
 from codmd.models.base import Condition, VideoDenoiser, cat_cond
 from codmd.private import fake_tensors
 
@@ -45,7 +45,7 @@ def dry_run(config: RunConfig) -> str:
     split = found.of(lambda: split_batch(batch.batch_size, batch.micro_batch, size // config.parallel.context))
     found.of(lambda: check_paths(settings))
     found.of(lambda: _check_writable(config.folder))
-    model = found.of(lambda: build_meta(settings))
+    model = found.of(lambda: build_meta(settings, config))
     items, trained = 0, 0
     if model is not None:
         trained = found.of(lambda: sum(weight.numel() for weight in model.trainable_parameters()))
@@ -88,10 +88,10 @@ class Problems:
             return None
 
 
-def build_meta(settings: ModelSettings) -> VideoDenoiser:
+def build_meta(settings: ModelSettings, config: RunConfig) -> VideoDenoiser:
     """The network without memory for its weights; its tables, and so its prompts' embeddings, are on the CPU."""
     with torch.device("meta"):
-        model = one_network(models.build(settings.name, **dataclasses.asdict(settings.options)))
+        model = of_recipe(models.build(settings.name, **dataclasses.asdict(settings.options)), config)
     for module in model.modules():
         for name, table in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty_like(table, device="cpu"))

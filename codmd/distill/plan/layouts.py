@@ -56,11 +56,13 @@ class Sizes:
         whole: a network that is trained in full.
         adapted: the frozen network with adapters for student and critic.
         frozen: bytes of the frozen network's weights: the teacher, or the base that adapters share.
+        resting: frozen networks beside it: the high-noise expert of a low-noise student, as large.
     """
 
     whole: Footprint
     adapted: Footprint
     frozen: int
+    resting: int = 0
 
     @classmethod
     def of(cls, config: RunConfig, micro_batch: int, context: int = 1) -> Sizes:
@@ -71,6 +73,7 @@ class Sizes:
             footprint(config.model, micro_batch, teacher_batch, context=context),
             footprint(frozen, micro_batch, teacher_batch, _adapters(config), context),
             stored_bytes(frozen),
+            int(config.distill.expert == "low"),
         )
 
 
@@ -82,7 +85,7 @@ class Plan:
         layout: of the run.
         micro_batches: accumulated per update.
         trained: student, critic, their gradient, moments and the running average.
-        frozen: the teacher, or the base that adapters share.
+        frozen: the teacher, or the base that adapters share; the high-noise expert of a low-noise student.
         gathered: whole weights and gradients of the blocks at work.
         activations: the worst moment of an update.
         host: of pinned memory beside each GPU.
@@ -127,7 +130,8 @@ class Forwards:
     @classmethod
     def of(cls, config: DistillConfig, accumulate: int = 1) -> Forwards:
         """Counts from the recipe; the exit step is uniform, so a rollout to it has (n - 1) / 2 earlier steps."""
-        rollout = (len(config.sigmas) - 1) / 2
+        phase = config.phase
+        rollout = phase.first + (phase.stop - phase.first - 1) / 2
         fresh = config.critic_updates - config.share_rollout
         window = config.relation_accumulate and accumulate > 1 and config.uses_relation and config.batch_weight > 0
         guided = config.guidance is not None and not config.batch_guidance
@@ -167,25 +171,25 @@ def plan(config: RunConfig, layout: Layout, sizes: Sizes) -> Plan:
     _, accumulate = micro_batches(recipe, layout.gpus // layout.context)
     # Gradients of student and critic never exist at the same time.
     kept = 2 * (MASTER + MOMENTS) + GRADIENT + (AVERAGE if recipe.averages else 0)
-    frozen = sizes.frozen / layout.shards
+    frozen = sizes.frozen * (1 + sizes.resting) / layout.shards
     return Plan(
         layout,
         accumulate,
         size.trained * kept / layout.shards,
         0.0 if layout.offload_teacher else frozen,
-        _gathered(config, layout, size),
+        _gathered(config, layout, size, sizes.resting),
         max(size.training, size.kept + size.inference),
         frozen if layout.offload_teacher else 0.0,
         _received(config, layout, size, accumulate),
     )
 
 
-def _gathered(config: RunConfig, layout: Layout, size: Footprint) -> float:
+def _gathered(config: RunConfig, layout: Layout, size: Footprint, resting: int) -> float:
     """Bytes of whole weights, and of a block's gradient before it is reduced."""
     width = _width(config)
     if layout.shards == 1:
         return float(width * _cast(config, layout, size)) if width < MASTER else 0.0
-    networks = 1 if layout.lora else 3
+    networks = (1 if layout.lora else 3) + resting
     # The block at work and the next; what stands outside the blocks stays gathered in every network.
     weights = 2 * size.largest_block + networks * size.outside_blocks
     if not config.parallel.reshard:

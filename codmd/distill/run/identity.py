@@ -30,6 +30,9 @@ def identity_of(config: RunConfig, source: Source | None) -> Identity:
     found = {name: [path, digest] for name, (path, digest) in content.items()}
     if config.mode == "distill" and frozen.options.weights != RANDOM:
         found[TEACHER] = [frozen.options.weights, weights_fingerprint(frozen)]
+    if config.distill.expert == "low" and frozen.options.weights != RANDOM:
+        high = frozen.changed({"expert": "high"}, "model")
+        found["high-noise expert"] = [frozen.options.weights, weights_fingerprint(high)]
     if isinstance(source, (Prompts, Embeddings, Latents)):
         found["data"] = [config.data.path, source.fingerprint()]
     return {

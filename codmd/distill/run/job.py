@@ -129,7 +129,9 @@ def _distill_job(config: RunConfig, processes: Processes) -> Job:
     group = processes.data_group
     trainer: Trainer
     if recipe.method == "dmd":
-        trainer = Distiller(roles.teacher, roles.student, roles.critic, recipe, config.seed, group, conditions)
+        trainer = Distiller(
+            roles.teacher, roles.student, roles.critic, recipe, config.seed, group, conditions, roles.resting
+        )
     else:
         assert isinstance(source, (Latents, Textures)), "RunConfig admits no other data"
         assert positions is not None
@@ -139,7 +141,9 @@ def _distill_job(config: RunConfig, processes: Processes) -> Job:
         )
 
     def sample(noise: Tensor, generator: torch.Generator, cond: Condition) -> Tensor:
-        return sample_few_step(roles.student, noise, recipe.sigmas, generator, cond)
+        path = getattr(trainer, "path", roles.student)
+        levels = recipe.sigmas[: recipe.phase.stop]  # of the high-noise expert's prediction at its last step
+        return sample_few_step(path, noise, levels, generator, cond, recipe.transition)
 
     preview = _preview(config, roles.student, source, processes, sample)
     decode = _decoder(source, roles.student)

@@ -24,12 +24,14 @@ RANDOM = "random"
 class Roles:
     """The three networks of distillation; student and critic start as the teacher.
 
-    The method scm has no critic, and the student stands in its place.
+    The method scm has no critic, and the student stands in its place. A low-noise expert has a fourth, frozen: the
+    high-noise one, for its first steps.
     """
 
     teacher: VideoDenoiser
     student: VideoDenoiser
     critic: VideoDenoiser
+    resting: VideoDenoiser | None = None
 
 
 def build_roles(config: RunConfig, processes: Processes) -> Roles:
@@ -39,46 +41,53 @@ def build_roles(config: RunConfig, processes: Processes) -> Roles:
         FileNotFoundError, ValueError: the weights or an option cannot be used.
     """
     frozen = config.frozen
+    resting = None
+    if config.distill.expert == "low":
+        offload = config.parallel.offload_teacher
+        resting = build_network(frozen.changed({"expert": "high"}, "model"), config, processes, offload)
+        resting.requires_grad_(False)
     if config.lora is not None:
-        base = unfilled(frozen, config.seed)
+        base = unfilled(frozen, config)
         roles = LoraRoles(base, config.lora, config.seed)
         fill(base, frozen, config, processes)
         roles.initialise()
-        return Roles(roles.teacher, roles.student, roles.critic)
+        return Roles(roles.teacher, roles.student, roles.critic, resting)
     teacher = build_network(frozen, config, processes, offload=config.parallel.offload_teacher)
     student = build_network(config.model, config, processes)
     critic = student if config.distill.method == "scm" else build_network(config.model, config, processes)
-    return Roles(teacher.requires_grad_(False), student, critic)
+    return Roles(teacher.requires_grad_(False), student, critic, resting)
 
 
 def build_network(
     settings: ModelSettings, config: RunConfig, processes: Processes, offload: bool = False
 ) -> VideoDenoiser:
     """One network with the weights of its options, in its place on this process."""
-    model = unfilled(settings, config.seed)
+    model = unfilled(settings, config)
     fill(model, settings, config, processes, offload)
     return model
 
 
-def unfilled(settings: ModelSettings, seed: int) -> VideoDenoiser:
+def unfilled(settings: ModelSettings, config: RunConfig) -> VideoDenoiser:
     """A network whose weights are to be read, on the meta device; random weights are there at once.
 
     Random weights are alike for every network and process of one seed.
     """
     random = settings.options.weights == RANDOM
     with torch.random.fork_rng(devices=[]), nullcontext() if random else torch.device("meta"):
-        torch.manual_seed(seed)
-        return one_network(models.build(settings.name, **dataclasses.asdict(settings.options)))
+        torch.manual_seed(config.seed)
+        return of_recipe(models.build(settings.name, **dataclasses.asdict(settings.options)), config)
 
 
-def one_network(model: VideoDenoiser) -> VideoDenoiser:
-    """The model, unless it is a pair of experts.
+def of_recipe(model: VideoDenoiser, config: RunConfig) -> VideoDenoiser:
+    """The model, if it is what the recipe trains.
 
     Raises:
-        ValueError: it is.
+        ValueError: it has two experts and the recipe names none, or divides the levels elsewhere.
     """
     if isinstance(model, ExpertPair):
-        raise ValueError("model.weights: holds two experts; one network for all levels is expected for training")
+        raise ValueError("distill.expert: not given; model.weights holds two experts, expected high or low")
+    if model.boundary not in (None, config.distill.boundary):
+        raise ValueError(f"distill.boundary: got {config.distill.boundary}; model.weights says {model.boundary}")
     return model
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from codmd import hub, models
 from codmd.atomic import replacing
 from codmd.distill.config.describe import describe
 from codmd.distill.config.run_config import RunConfig
@@ -63,6 +64,7 @@ def _train(config: RunConfig, team: Processes) -> int:
         saved = resume(config, job, store, team, notes)
         if untaught(config):
             notes.append(f"{RANDOM_WEIGHTS}: the numbers test the loop and say nothing of a method")
+        notes += undistilled(config)
         for note in notes:
             say(note, team)
         begun = job.trainer.update
@@ -157,7 +159,7 @@ def ended_by_watch(config: RunConfig, store: CheckpointStore, leaving: str) -> s
 
 def speed_of(config: RunConfig, job: Job, team: Processes) -> Speed:
     """Counts what the networks of a run do; FLOPs where the device's rate is known."""
-    roles = (getattr(job.trainer, name, None) for name in ("teacher", "student", "critic", "model"))
+    roles = (getattr(job.trainer, name, None) for name in ("teacher", "student", "critic", "model", "resting"))
     samples = (config.teacher if config.mode == "teacher" else config.distill).batch_size
     peak = config.log.peak_tflops or peak_tflops(team.device)
     # Processes that share a sample share its arithmetic.
@@ -190,6 +192,18 @@ def ended(config: RunConfig, job: Job, checkpoint: Path, begun: int, stopped: in
 def untaught(config: RunConfig) -> bool:
     """Whether a distillation has a teacher of random weights: it tests the loop alone."""
     return config.mode == "distill" and config.frozen.options.weights == RANDOM
+
+
+def undistilled(config: RunConfig) -> list[str]:
+    """What is to be said of the high-noise expert that makes the first steps of a low-noise student, from a folder."""
+    weights = config.frozen.options.weights
+    if config.distill.expert != "low" or weights == RANDOM or hub.is_repository(weights):
+        return []
+    known = models.adapter(config.model.name).student_sigmas(Path(weights))
+    if known == config.distill.sigmas:
+        return []
+    kind = f"a student's of other steps, {known}" if known else "no student's"
+    return [f"the high-noise expert of {weights} is {kind}: distil it first, then give its pipeline as model.weights"]
 
 
 @contextmanager

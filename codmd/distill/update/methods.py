@@ -21,7 +21,7 @@ from .objective import GeneratorLoss, distillation_loss, predict_scores
 from .optimizer import GuardedAdamW, Step, trainable_weights
 from .rollout import rollout
 from .schedule import shift_sigma
-from .trainer import Distiller
+from .trainer import Distiller, Drawn
 
 Videos = Iterator[tuple[Tensor, Condition]]
 """Latents [B, F, C, H, W] of this process's next micro-batch, with their condition, without end."""
@@ -184,13 +184,14 @@ class RegularisedDistiller(Distiller):
             critic, critic_step = self.critic_update([self._fresh() for _ in range(self.accumulate)])
         return ConsistencyLog(terms, warmth, step, score, critic, critic_step, self._steps())
 
-    def draw_sample(self, cond: Condition) -> tuple[Tensor, int]:
-        """A micro-batch of the student's predictions after this update's number of steps, and the last of them."""
+    def draw_sample(self, cond: Condition) -> Drawn:
+        """A micro-batch of the student's predictions after this update's number of steps."""
         levels = [1.0]
         while len(levels) < self._steps():
             drawn = float(shift_sigma(uniform(1, self.exit_generator, torch.device("cpu")), self.config.shift))
             levels.append(min(levels[-1], drawn))
-        return rollout(self.student, self._start(), levels, len(levels) - 1, self.noise, cond), len(levels) - 1
+        x0 = rollout(self.student, self._start(), levels, len(levels) - 1, self.noise, cond)
+        return Drawn(x0, x0.detach(), len(levels) - 1)
 
     def _steps(self) -> int:
         return (self.update - 1) % len(self.config.sigmas) + 1
@@ -198,7 +199,7 @@ class RegularisedDistiller(Distiller):
     def _score_gradients(self, conditions: list[Condition]) -> GeneratorLoss:
         losses = []
         for cond in conditions:
-            sample, _ = self.draw_sample(cond)
+            sample = self.draw_sample(cond).x0
             scores = predict_scores(sample, self.teacher, self.critic, self.config, self.noise, cond)
             # lambda is relative to half a mean, whatever the convention's DMD is.
             rule = conventions.resolve(self.config.convention)

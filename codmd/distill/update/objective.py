@@ -12,9 +12,10 @@ from torch import Tensor
 
 from codmd import conventions, ops, reference
 from codmd.distill.config.recipe import DistillConfig
-from codmd.models.base import Condition, VideoDenoiser, cat_cond, per_sample
+from codmd.models.base import Condition, VideoDenoiser, cat_cond
 
 from .noise import Randomness, noise_like
+from .phased import noised, velocity_error
 from .rollout import euler_step
 from .schedule import sample_sigma
 
@@ -85,13 +86,15 @@ def predict_scores(
 ) -> Scores:
     """Both scores at the same noised sample, one noise level per sample.
 
+    `sample` is at the level that the recipe's phase ends at, 0 unless an expert ends above it.
+
     With guidance the teacher's two predictions come from one forward of twice the batch (`batch_guidance`). Decoupled
     (`config.decoupled`), they come from a noising of their own, at levels below `student_level`, that of the student's
     input: what lies above is settled there (arXiv 2511.22677, whose time runs from noise to data: tau > t).
     """
-    x0 = sample.detach()
-    sigma = sample_sigma(len(x0), config.shift, config.sigma_range, randomness, x0.device)
-    x_t = critic.add_noise(x0, noise_like(x0, randomness), sigma)
+    x0, phase = sample.detach(), config.phase
+    sigma = sample_sigma(len(x0), config.shift, phase.sigma_range, randomness, x0.device, drawn=phase.drawn)
+    x_t = noised(critic, x0, noise_like(x0, randomness), sigma, phase.end)
     fake = critic.predict_x0(x_t, sigma, cond)
     if config.guidance is None:
         return Scores(fake, teacher.predict_x0(x_t, sigma, cond))
@@ -182,9 +185,11 @@ def critic_loss(
 ) -> Tensor:
     """Flow-matching loss of the critic on detached samples: mean squared error of the velocity.
 
-    In x0 terms the error of the velocity is (x0 prediction - x0) / sigma, which every parameterisation offers.
+    In x0 terms the error of the velocity is (x0 prediction - x0) / sigma, which every parameterisation offers. Samples
+    of a phase that ends above level 0 have another target: `phased`.
     """
-    sigma = sample_sigma(len(sample), config.shift, config.sigma_range, randomness, sample.device)
-    x_t = critic.add_noise(sample, noise_like(sample, randomness), sigma)
-    error = (critic.predict_x0(x_t, sigma, cond) - sample) / per_sample(sigma, sample)
-    return error.square().mean()
+    phase = config.phase
+    sigma = sample_sigma(len(sample), config.shift, phase.sigma_range, randomness, sample.device, drawn=phase.drawn)
+    noise = noise_like(sample, randomness)
+    x0 = critic.predict_x0(noised(critic, sample, noise, sigma, phase.end), sigma, cond)
+    return velocity_error(x0, sample, noise, sigma, phase.end).square().mean()

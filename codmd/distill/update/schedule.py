@@ -66,6 +66,9 @@ def sample_sigma(
     randomness: Randomness,
     device: torch.device,
     highest: float = 1.0,
+    drawn: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Training levels [batch], float32: uniform on [0, 1], shifted, scaled to `highest`, clamped to `sigma_range`."""
-    return (highest * shift_sigma(uniform(batch, randomness, device), shift)).clamp(*sigma_range)
+    """Training levels [batch], float32: uniform in `drawn`, shifted, scaled to `highest`, clamped to `sigma_range`."""
+    low, high = drawn
+    level = low + (high - low) * uniform(batch, randomness, device)
+    return (highest * shift_sigma(level, shift)).clamp(*sigma_range)

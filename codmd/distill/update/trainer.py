@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codmd.distill.config.recipe import DistillConfig
 from codmd.models.base import Condition, VideoDenoiser
+from codmd.models.experts import ExpertPair
 
 from .cycle_log import CollapseRatios, CycleLog, collapse_ratios
 from .diversity import first_step_loss
@@ -20,10 +21,24 @@ from .mixing import mix_critic
 from .noise import NoiseStream, normal
 from .objective import GeneratorLoss, Scores, critic_loss, distillation_loss, predict_scores
 from .optimizer import GuardedAdamW, Step, trainable_weights
-from .rollout import draw_exit_step, rollout, trajectory
+from .rollout import draw_exit_step, euler_step, trajectory
 
 Batch = tuple[Tensor, Condition]
 """Detached samples of the student, and the condition they were drawn for."""
+
+
+class Drawn(NamedTuple):
+    """A micro-batch of the student.
+
+    Attributes:
+        x0: its prediction at the exit step.
+        handed_on: what the critic learns, detached: `x0`, or the state at the level where an expert's phase ends.
+        exit_step: index into the step list.
+    """
+
+    x0: Tensor
+    handed_on: Tensor
+    exit_step: int
 
 
 class _StudentPass(NamedTuple):
@@ -49,6 +64,7 @@ class Distiller:
         seed: of both generators.
         group: the data-parallel processes; None for this one alone.
         conditions: one condition per micro-batch of this process; None for unconditional models.
+        resting: the high-noise expert, frozen, which makes the first steps of a student that is the low-noise one.
 
     Attributes:
         update: student updates made (a skipped one counts).
@@ -64,8 +80,11 @@ class Distiller:
         seed: int = 0,
         group: dist.ProcessGroup | None = None,
         conditions: Iterator[Condition] | None = None,
+        resting: VideoDenoiser | None = None,
     ) -> None:
         self.teacher, self.student, self.critic, self.config, self.group = teacher, student, critic, config, group
+        self.resting = resting
+        self.path = student if resting is None else ExpertPair(resting, student, config.boundary)
         self.device = next(iter(student.parameters())).device
         rank, processes = (group.rank(), group.size()) if group is not None else (0, 1)
         self.micro_batch, self.accumulate = config.micro_batches(processes)
@@ -111,10 +130,12 @@ class Distiller:
             made.loss, critic, made.exit_step, student_step, critic_step, made.ratio, made.collapse, diversity
         )
 
-    def draw_sample(self, cond: Condition) -> tuple[Tensor, int]:
-        """A micro-batch of the student's predictions at a random exit step, and that step."""
+    def draw_sample(self, cond: Condition) -> Drawn:
+        """A micro-batch of the student's predictions at a random exit step."""
         exit_step = self._exit_step()
-        return rollout(self.student, self._start(), self.config.sigmas, exit_step, self.noise, cond), exit_step
+        x_t, level = self._trajectory(exit_step, cond)
+        x0 = self.student.predict_x0(x_t, level, cond)
+        return Drawn(x0, self._handed_on(x_t, x0, exit_step), exit_step)
 
     def critic_update(self, batches: Sequence[Batch]) -> tuple[Tensor, Step]:
         """One flow-matching update of the critic on detached samples; returns its detached loss and the step."""
@@ -134,14 +155,14 @@ class Distiller:
         losses, batches = [], []
         for number in range(self.accumulate):
             cond = next(self.conditions)
-            sample, exit_step = self.draw_sample(cond)
-            scores = self._scores(sample, exit_step, cond)
+            sample, handed_on, exit_step = self.draw_sample(cond)
+            scores = self._scores(handed_on, exit_step, cond)
             loss = self._loss(sample, scores)
             if number == self.accumulate - 1:
                 ratio, collapse = self._measure(loss, sample, scores) if measure else (None, None)
             (loss.total / self.accumulate).backward()
             losses.append(loss)
-            batches.append((sample.detach(), cond))
+            batches.append((handed_on, cond))
         return _StudentPass(GeneratorLoss.mean(losses), batches, exit_step, ratio, collapse)
 
     def _window_gradients(self, measure: bool) -> _StudentPass:
@@ -151,17 +172,19 @@ class Distiller:
         gradient, the loss gives the gradient of every sample, and each micro-batch is evaluated once more, from
         the state at its exit step, to take that gradient through the network.
         """
-        states, batches, scores = [], [], []
+        states, predictions, batches, scores = [], [], [], []
         for _ in range(self.accumulate):
             cond = next(self.conditions)
             exit_step = self._exit_step()
-            state = trajectory(self.student, self._start(), self.config.sigmas, exit_step, self.noise, cond)
+            state = self._trajectory(exit_step, cond)
             with torch.no_grad():
                 sample = self.student.predict_x0(*state, cond)
+            handed_on = self._handed_on(state[0], sample, exit_step)
             states.append(state)
-            batches.append((sample, cond))
-            scores.append(self._scores(sample, exit_step, cond))
-        samples, joint = torch.cat([sample for sample, _ in batches]).requires_grad_(), Scores.cat(scores)
+            predictions.append(sample)
+            batches.append((handed_on, cond))
+            scores.append(self._scores(handed_on, exit_step, cond))
+        samples, joint = torch.cat(predictions).requires_grad_(), Scores.cat(scores)
         loss = self._loss(samples, joint)
         ratio, collapse = self._measure(loss, samples, joint) if measure else (None, None)
         (gradient,) = torch.autograd.grad(loss.total, samples)
@@ -174,8 +197,18 @@ class Distiller:
 
     def _exit_step(self) -> int:
         """A random step of those that distribution matching trains."""
-        first = int(self.config.diversity_weight > 0)
-        return first + draw_exit_step(len(self.config.sigmas) - first, self.exit_generator)
+        phase = self.config.phase
+        first = phase.first + int(self.config.diversity_weight > 0)
+        return first + draw_exit_step(phase.stop - first, self.exit_generator)
+
+    def _trajectory(self, exit_step: int, cond: Condition) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return trajectory(self.path, self._start(), config.sigmas, exit_step, self.noise, cond, config.transition)
+
+    def _handed_on(self, x_t: Tensor, x0: Tensor, exit_step: int) -> Tensor:
+        """x0 itself, or an Euler step from the exit step to where the phase ends."""
+        end = self.config.phase.end
+        return euler_step(x_t, x0.detach(), self.config.sigmas[exit_step], end) if end > 0 else x0.detach()
 
     def _first_step_gradients(self) -> Tensor:
         """Accumulates the gradient of the weighted first-step loss; returns the loss."""
@@ -186,9 +219,9 @@ class Distiller:
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
-    def _scores(self, sample: Tensor, exit_step: int, cond: Condition) -> Scores:
+    def _scores(self, handed_on: Tensor, exit_step: int, cond: Condition) -> Scores:
         level = self.config.sigmas[exit_step]
-        return predict_scores(sample, self.teacher, self.critic, self.config, self.noise, cond, level)
+        return predict_scores(handed_on, self.teacher, self.critic, self.config, self.noise, cond, level)
 
     def _loss(self, sample: Tensor, scores: Scores) -> GeneratorLoss:
         weight = self.config.relation_weight_at(self.update)
@@ -201,7 +234,7 @@ class Distiller:
     def _fresh(self) -> Batch:
         cond = next(self.conditions)
         with torch.no_grad():
-            return self.draw_sample(cond)[0], cond
+            return self.draw_sample(cond).handed_on, cond
 
     def tensors(self) -> dict[str, Tensor]:
         """Name to tensor of all that training changes, in place: what is loaded into them takes effect."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from codmd import hub
 from codmd.atomic import creating_folder
 from codmd.models.experts import EXPERTS, ExpertPair
 from codmd.models.provenance import Provenance
-from codmd.models.tensor_files import Renamed
+from codmd.models.tensor_files import Joined, Renamed
 
 from .config import FOLDERS, boundary_of
 from .network import WanDenoiser
@@ -56,10 +55,10 @@ class WanExperts(ExpertPair):
     def open_weights(self, path: str | os.PathLike[str]) -> Iterator[Mapping[str, Tensor]]:
         """The weights of both, one tensor at a time."""
         with ExitStack() as stack:
-            parts: list[Any] = [
+            parts = [
                 prefixed(expert, stack.enter_context(getattr(self, expert).open_weights(path))) for expert in EXPERTS
             ]
-            yield ChainMap(*parts)
+            yield Joined(*parts)
 
     def save_state(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from codmd.models.tensor_files import Renamed
 
 from .attention import set_attention, supports_backward
 from .card import card
-from .config import build_transformer, has_experts
+from .config import boundary_of, build_transformer, has_experts
 from .context import split_tokens, token_splits
 from .export import write_adapter_folder, write_diffusers_folder
 from .options import RANDOM, ZEROS, WanOptions
@@ -76,6 +76,10 @@ class WanDenoiser(VideoDenoiser):
             self.enable_gradient_checkpointing()
         if options.compile:
             self.transformer.compile_repeated_blocks(fullgraph=True)
+        if options.expert and options.weights != RANDOM:
+            self.boundary = boundary_of(options.weights)
+        if options.expert == "low":
+            self.adapter_loaded_by = f"{self.adapter_loaded_by} (load_into_transformer_2=True)"
         self._offloaded = False
         self._prompt_encoder: WanPromptEncoder | None = None
         self._decoder: WanVideoDecoder | None = None
@@ -115,6 +119,13 @@ class WanDenoiser(VideoDenoiser):
         from codmd.scheduler import FOLDER, read_sigmas
 
         return read_sigmas(hub.local(source, FOLDER))
+
+    @classmethod
+    def student_transition(cls, source: Path) -> Literal["renoise", "euler"]:
+        """Of the same pipeline."""
+        from codmd.scheduler import FOLDER, read_transition
+
+        return read_transition(hub.local(source, FOLDER))
 
     @classmethod
     def prompt_encoder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> WanPromptEncoder:
@@ -274,7 +285,9 @@ class WanDenoiser(VideoDenoiser):
         frames, channels, height, width = self.latent_shape
         time, space = strides(opened[0], channels)
         pixels = (time * (frames - 1) + 1, space * height, space * width)
-        index, error = write_parts(folder, opened, provenance.recipe["sigmas"], progress)
+        index, error = write_parts(
+            folder, opened, provenance.recipe["sigmas"], provenance.recipe.get("transition", "renoise"), progress
+        )
         (folder / "README.md").write_text(
             card(provenance, self.latent_shape, pixels, self.frames_per_second, error), "utf-8"
         )

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from codmd import hub
 from codmd.files import read_json
@@ -38,13 +38,17 @@ def open_base(base: str) -> tuple[Path, dict[str, Any]]:
 
 
 def write_parts(
-    folder: Path, base: tuple[Path, dict[str, Any]], sigmas: Sequence[float], progress: Callable[[int], Any]
+    folder: Path,
+    base: tuple[Path, dict[str, Any]],
+    sigmas: Sequence[float],
+    transition: Literal["renoise", "euler"],
+    progress: Callable[[int], Any],
 ) -> tuple[dict[str, Any], float]:
     """Writes all but the transformer into `folder`: the base's parts, both schedulers, the index.
 
     Args:
         base: of `open_base`.
-        sigmas: the student's step list.
+        sigmas, transition: the student's step list, and how it goes from one level to the next.
         progress: called with the bytes of every file copied.
 
     Returns:
@@ -59,9 +63,9 @@ def write_parts(
             if path.suffix in SAFE:
                 shutil.copyfile(path, folder / name / path.name)
                 progress(path.stat().st_size)
-    stock, error = nearest_stock(sigmas)
+    stock, error = nearest_stock(sigmas, transition)
     stock.save_pretrained(folder / "scheduler")
-    FewStepScheduler(tuple(sigmas)).save_pretrained(folder / FOLDER)
+    FewStepScheduler(tuple(sigmas), transition=transition).save_pretrained(folder / FOLDER)
     content = {
         **index,
         "scheduler": ["diffusers", type(stock).__name__],
