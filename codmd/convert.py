@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--network", default="", help="with --codmd: the entry of the file to read (generator)")
     parser.add_argument(
-        "--config", default="", help="with --codmd: 1.3b, 14b, ti2v_5b, tiny or a config.json (found from the weights)"
+        "--config", default="", help="with --codmd: 1.3b, 14b, i2v_14b, ... or a config.json (found from the weights)"
     )
     parser.add_argument("--model", help="with --codmd: the model that the weights are of (wan)")
     parser.add_argument("--dtype", choices=DTYPES, default=KEEP, help="of the weights written (keep)")

@@ -9,7 +9,7 @@ from fresh import Command
 from plan_cases import wan
 from process_runs import assert_same_curve, assert_same_student, curve, torchrun, write_embeddings
 from safetensors.torch import load_file
-from tiny_wan import PROMPTS, write_pipeline
+from tiny_wan import PROMPTS, write_i2v_config, write_pipeline, write_ti2v_config
 from torch.distributed.device_mesh import init_device_mesh
 from train_cases import train
 from workers import run_processes
@@ -83,6 +83,31 @@ def splits(rank, world, settings, predicted):
     odd = models.build("wan", weights="random", config="tiny", frames=3, height=2, width=2)
     with pytest.raises(ValueError, match=r"2 processes do not divide both .* expected one of 1$"):
         odd.split_tokens(mesh)
+
+
+def splits_from_an_image(rank, world, configs):
+    """Output and summed gradients of networks that are given a first frame, beside and in place."""
+    mesh = init_device_mesh("cpu", (1, 1, world), mesh_dim_names=("data", "ring", "ulysses"))
+    size = {"frames": 3, "height": 4, "width": 4, "compute": "float32", "from_image": True}
+    for config in configs:
+        torch.manual_seed(0)
+        whole, split = (models.build("wan", weights="random", config=config, **size) for _ in range(2))
+        split.load_state_dict(whole.state_dict())
+        split.split_tokens(mesh)
+        cond = {name: torch.randn(value.shape) for name, value in whole.empty_cond(2).items()}
+        inputs = torch.randn(2, *whole.latent_shape), torch.rand(2), cond
+        actual, expected = split.predict_x0(*inputs), whole.predict_x0(*inputs)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        for output in (actual, expected):
+            output.square().sum().backward()
+        for (name, part), reference in zip(split.named_parameters(), whole.parameters(), strict=True):
+            gradient = torch.zeros_like(part) if part.grad is None else part.grad
+            dist.all_reduce(gradient)
+            torch.testing.assert_close(gradient, reference.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_split_network_takes_a_first_frame(tmp_path):
+    run_processes(splits_from_an_image, 2, [write_i2v_config(tmp_path, clip=True), write_ti2v_config(tmp_path)])
 
 
 def test_a_split_network_has_the_output_and_the_gradients_of_the_whole_one_and_the_planned_memory(tmp_path):

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from .embeddings import PromptEncoder
+from .images import ImageEncoder
 from .provenance import Provenance
 from .sharding import ShardPolicy, copy_weights
 
@@ -86,6 +87,12 @@ class VideoDenoiser(nn.Module, ABC):
     latent_shape: tuple[int, int, int, int]
     """(F, C, H, W) of one sample."""
 
+    from_image = False
+    """Whether every sample starts from an image, which its condition holds."""
+
+    known_frames = 0
+    """Frames at the start of every sample that its condition gives: no loss looks at them."""
+
     lora_targets: tuple[str, ...] = ()
     """Name endings of the linear layers that low-rank adapters go to."""
 
@@ -144,32 +151,52 @@ class VideoDenoiser(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_t: Tensor, sigma: Tensor, cond: Condition = None) -> Tensor:
-        """Velocity at x_t [B, F, C, H, W] and noise level sigma [B], in float32 or wider."""
+        """Velocity at x_t [B, F, C, H, W] and noise level sigma [B], in float32 or wider.
+
+        That of known frames has no meaning.
+        """
 
     def predict_x0(self, x_t: Tensor, sigma: Tensor, cond: Condition = None) -> Tensor:
         """Clean latents x0 = x_t - sigma v, [B, F, C, H, W], in float32 or wider."""
         velocity = self(x_t, sigma, cond)
-        return x_t - per_sample(sigma, x_t) * velocity
+        return self.with_known_frames(x_t - per_sample(sigma, x_t) * velocity, cond)
+
+    def with_known_frames(self, latents: Tensor, cond: Condition) -> Tensor:
+        """Clean latents [B, F, C, H, W] with the frames that the condition gives in their place."""
+        return latents
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """x_t = (1 - sigma) x0 + sigma noise, with sigma [B]."""
         level = per_sample(sigma, x0)
         return (1 - level) * x0 + level * noise
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """The condition of a batch of prompts."""
+    @classmethod
+    def image_encoder(cls, options: Any, device: torch.device | str) -> ImageEncoder:
+        """What encodes first frames for the network of these options.
+
+        Raises:
+            FileNotFoundError, ValueError: it cannot be read, or the network starts no video from an image.
+        """
+        raise ValueError(f"{cls.__name__} starts no video from an image")
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Condition:
+        """The condition of a batch of prompts and, where the model is given first frames, their image files."""
         raise ValueError(f"{type(self).__name__} is unconditional: it encodes no prompts; pass cond=None")
 
     def null_cond(self, batch: int) -> Condition:
         """The condition of the unconditional branch of guidance, for a batch of that size."""
         raise ValueError(f"{type(self).__name__} is unconditional: it has no null condition; use guidance=None")
 
+    def without_prompt(self, cond: Condition, batch: int) -> Condition:
+        """The unconditional branch beside `cond`: what it holds but the prompt, such as a first frame, stays."""
+        return self.null_cond(batch)
+
     def empty_cond(self, batch: int) -> Condition:
         """A condition of the largest size, its numbers undefined; None for an unconditional model."""
         return None
 
-    def free_text_encoder(self) -> None:
-        """Gives back the memory of what `encode` uses; the next call loads it again."""
+    def free_encoders(self) -> None:
+        """Gives back the memory of what `encode` alone uses; the next call loads it again."""
 
     @property
     def video_frames(self) -> int:

@@ -1,7 +1,8 @@
 """Prompt embeddings: the encoder that makes them, and the folder that `codmd encode` writes.
 
 A folder of safetensors shards, each with a tensor "embedding" [N, L, D] and the N "prompts" as JSON in its metadata,
-and the negative prompt's embedding in a folder of its own inside.
+and the negative prompt's embedding in a folder of its own inside. With first frames their tensors [N, ...] are beside,
+and the paths of the N "images" with their checksums.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 EMBEDDING = "embedding"
-PROMPTS = "prompts"
+PROMPTS, IMAGES, CHECKSUMS = "prompts", "images", "checksums"
 NEGATIVE_FILE = Path("negative") / "embedding.safetensors"
 
 

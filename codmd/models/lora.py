@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ class RoleView(VideoDenoiser):
         super().__init__()
         self.role = role
         self._roles = (roles,)  # in a tuple, so that the base is no submodule of its views
-        self.latent_shape = roles.base.latent_shape
+        self.latent_shape, self.known_frames = roles.base.latent_shape, roles.base.known_frames
         self.adapter = roles.adapter_modules(role)
 
     @property
@@ -190,14 +191,20 @@ class RoleView(VideoDenoiser):
         with self.roles.activate(self.role):
             return self.roles.base.predict_x0(x_t, sigma, cond)
 
+    def with_known_frames(self, latents: Tensor, cond: Condition) -> Tensor:
+        return self.roles.base.with_known_frames(latents, cond)
+
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return self.roles.base.add_noise(x0, noise, sigma)
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        return self.roles.base.encode(prompts)
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Condition:
+        return self.roles.base.encode(prompts, images)
 
     def null_cond(self, batch: int) -> Condition:
         return self.roles.base.null_cond(batch)
+
+    def without_prompt(self, cond: Condition, batch: int) -> Condition:
+        return self.roles.base.without_prompt(cond, batch)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.roles.base.decode(latents)

@@ -7,6 +7,7 @@ they are, partial ones are made again.
 from __future__ import annotations
 
 import argparse
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from codmd.files import is_training
 if TYPE_CHECKING:
     import torch
 
-    from codmd.distill.data.conditions import Source as Encoded
     from codmd.distill.data.prompts import Embeddings
     from codmd.distill.data.textures import Textures
     from codmd.distill.run.parallel import Processes
@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         type=Path,
-        help="a text file with one prompt a line, or a folder that codmd encode wrote (the captions of the run's data, "
-        "if they are its own)",
+        help="a text file with one prompt a line, a table of prompts and images, or a folder that codmd encode wrote "
+        "(the captions of the run's data, if they are its own)",
     )
+    parser.add_argument("--image", type=Path, help="that every video starts from")
     parser.add_argument("--vbench", type=Path, metavar="FULL_INFO", help="VBench's prompts, file names and numbers")
     parser.add_argument("--seeds", type=integer_in(1, 10_000), help="videos of every prompt (1)")
     parser.add_argument("--seed", type=integer_in(0, 2**31), help="seed of the first of them (0)")
@@ -74,11 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="that the weights are of, unless codmd train wrote them (wan)")
-    model.add_argument("--config", help="of a weight file: 1.3b, 14b, ti2v_5b, tiny or a config.json (found out)")
+    model.add_argument("--config", help="of a weight file: 1.3b, 14b, i2v_14b, ... or a config.json (found out)")
     model.add_argument(
         "--text-encoder", help="folder or repository of text_encoder and tokenizer (SOURCE, if it has them)"
     )
     model.add_argument("--vae", help="folder or repository of the VAE, or of a pipeline (SOURCE, if it has one)")
+    model.add_argument(
+        "--image-encoder", help="folder or repository of image_encoder and image_processor (SOURCE, if it has them)"
+    )
     model.add_argument("--negative-prompt", help="of the teacher's guidance (Wan's own)")
     model.add_argument("--frames", type=integer_in(1, 10_000), help="of a video (81, or as trained)")
     model.add_argument("--height", type=integer_in(16, 10_000), help="in pixels (480, or as trained)")
@@ -138,6 +142,10 @@ def _check_options(args: argparse.Namespace) -> None:
     for name in ("sigmas", "transition"):
         if getattr(args, name) and args.teacher:
             raise ValueError(f"--{name}: of the student; the teacher takes --steps and --shift")
+    if args.image and (args.vbench or (args.prompts and args.prompts.is_dir())):
+        raise ValueError("--image: for prompts as text; encode prompts with their images instead (codmd encode)")
+    if args.image and not args.image.is_file():
+        raise ValueError(f"--image: {args.image}: no such file")
     if args.vbench and (args.seeds is not None or args.seed is not None):
         raise ValueError("--seeds, --seed: VBench fixes them; leave them out with --vbench")
 
@@ -161,13 +169,15 @@ def _run(args: argparse.Namespace, team: Processes | None) -> int:
             "(or ask for the --teacher's steps)"
         )
     video = {side: getattr(args, side) for side in ("frames", "height", "width")}
-    options = _model_options(args, embeddings, name)
-    prompts = _prompts(args, embeddings)
+    prompts, images = _prompts(args, embeddings)
+    options = _model_options(args, embeddings, name) | ({"from_image": True} if images else {})
     source = open_source(args.source, args.ema, options, _device(args.device, share), video, name)
     if team is not None and team.context is not None:
         source.model.split_tokens(team.context)
+    if source.model.from_image and not images:
+        raise ValueError("--image: not given; this model starts every video from an image")
     encoded = embeddings or source.data
-    jobs = _jobs(args, prompts, source.data)
+    jobs = _jobs(args, prompts, source.data, images)
     transition = models.adapter(name).student_transition(args.source) if known else source.transition
     sampler = _sampler(args, args.sigmas or source.sigmas or known, args.transition or transition)
     folder = SampleFolder(args.out, args.latents)
@@ -182,6 +192,7 @@ def _run(args: argparse.Namespace, team: Processes | None) -> int:
         **{name: digest for name, (_, digest) in content.items()},
         "prompts": {job.name: job.prompt for job in jobs},
         "embeddings": _fingerprints(embeddings, jobs),
+        "images": {} if embeddings else _digests(jobs),
     }
     folder.check(settings)
     made, kept = _fill(folder, settings, share, jobs, source, sampler, encoded, team)
@@ -191,25 +202,34 @@ def _run(args: argparse.Namespace, team: Processes | None) -> int:
     return 0
 
 
-def _prompts(args: argparse.Namespace, embeddings: Embeddings | None) -> Sequence[str] | None:
-    """The prompts that --prompts names; None without it."""
-    from codmd.distill.data.prompt_files import read_prompts
+def _prompts(args: argparse.Namespace, embeddings: Embeddings | None) -> tuple[Sequence[str] | None, Sequence[str]]:
+    """The prompts that --prompts names, None without it, and the image of each, where there are any."""
+    from codmd.distill.data.prompt_files import read_pairs
 
     if embeddings is not None:
-        return embeddings.prompts
-    return read_prompts(args.prompts) if args.prompts else None
+        return embeddings.prompts, embeddings.images
+    if not args.prompts:
+        return None, []
+    prompts, paths = read_pairs(args.prompts)
+    if args.image and paths:
+        raise ValueError(f"--image: {args.prompts} names an image for every prompt; expected one of the two")
+    return prompts, [str(args.image)] * len(prompts) if args.image else [str(path) for path in paths]
 
 
-def _jobs(args: argparse.Namespace, prompts: Sequence[str] | None, data: Textures | None) -> list[PromptJob]:
+def _jobs(
+    args: argparse.Namespace, prompts: Sequence[str] | None, data: Textures | None, images: Sequence[str] = ()
+) -> list[PromptJob]:
     """The videos wanted; without prompts those of the run's own captions, which are all that its data knows."""
     from .names import jobs_of, vbench_jobs
 
     wanted = data.prompts if prompts is None and data is not None else prompts
     first = args.seed or 0
+    if args.vbench and images:
+        raise ValueError("--vbench: its videos start from no image; expected prompts alone")
     if args.vbench:
         jobs = vbench_jobs(args.vbench, prompts)
     elif wanted is not None:
-        jobs = jobs_of(wanted, range(first, first + (args.seeds or 1)))
+        jobs = jobs_of(wanted, range(first, first + (args.seeds or 1)), images)
     else:
         raise ValueError(NO_PROMPTS)
     captions = None if data is None else data.prompts
@@ -226,6 +246,7 @@ def _model_options(args: argparse.Namespace, embeddings: Embeddings | None, name
         "config": args.config,
         "text_encoder": args.text_encoder,
         "vae": args.vae,
+        "image_encoder": args.image_encoder,
         "negative_prompt": args.negative_prompt,
         "attention": args.attention,
         "compute": args.compute,
@@ -270,11 +291,13 @@ def _fill(
     wanted: Sequence[PromptJob],
     source: Source,
     sampler: FewStep | Guided,
-    encoded: Encoded | None,
+    encoded: Embeddings | Textures | None,
     team: Processes | None,
 ) -> tuple[int, int]:
     """Samples what this process's share of the wanted videos lacks; the numbers of those made and found complete."""
     from tqdm import tqdm
+
+    from codmd.models.base import move_cond
 
     frames = None if folder.latents else source.video_frames
     jobs = share.of(wanted)
@@ -290,26 +313,45 @@ def _fill(
     with tqdm(total=made * sampler.evaluations, unit="step", desc="sampling", disable=quiet) as bar:
         for job, seeds in missing.items():
             bar.set_postfix_str(job.prompt[:30])
-            cond = conditions[job].to(source.model.device) if seeds else None
+            cond = move_cond(conditions[job], source.model.device) if seeds else None
             folder.sample(job, seeds, source, sampler, cond, bar.update, share.writes)
     return made, sum(len(job.seeds) for job in jobs) - made
 
 
 def _fingerprints(embeddings: Embeddings | None, jobs: Sequence[PromptJob]) -> dict[str, str]:
-    """File name to fingerprint of the embedding that its prompt has; empty for prompts as text."""
-    known = dict(reversed(embeddings.fingerprints())) if embeddings else {}
-    return {job.name: known[job.prompt] for job in jobs if job.prompt in known}
+    """File name to fingerprint of the embedding of its prompt and image; empty for prompts as text."""
+    if embeddings is None:
+        return {}
+    found = [digest for _, digest in embeddings.fingerprints()]
+    numbers = _numbers(embeddings.prompts, embeddings.images)
+    return {job.name: found[numbers[job.prompt, job.image]] for job in jobs if (job.prompt, job.image) in numbers}
+
+
+def _digests(jobs: Sequence[PromptJob]) -> dict[str, str]:
+    """File name to CRC-32 of its image file."""
+    return {job.name: f"{zlib.crc32(Path(job.image).read_bytes()):08x}" for job in jobs if job.image}
+
+
+def _numbers(prompts: Sequence[str], images: Sequence[str]) -> dict[tuple[str, str], int]:
+    """(prompt, image) to the first item that has them."""
+    pairs = zip(prompts, images or [""] * len(prompts), strict=True)
+    return {pair: number for number, pair in reversed(list(enumerate(pairs)))}
 
 
 def _conditions(
-    jobs: Sequence[PromptJob], source: Source, sampler: FewStep | Guided, encoded: Encoded | None
+    jobs: Sequence[PromptJob], source: Source, sampler: FewStep | Guided, encoded: Embeddings | Textures | None
 ) -> dict[PromptJob, Condition]:
-    """Every prompt's condition on the CPU, encoded by itself; then the text encoder's memory is given back."""
+    """Every prompt's condition on the CPU, encoded by itself; then the encoders' memory is given back."""
+    from codmd.models.base import move_cond
+
     if encoded is not None:
-        number = {prompt: i for i, prompt in reversed(list(enumerate(encoded.prompts)))}
-        return {job: encoded.condition([number[job.prompt]]) for job in jobs}
-    conditions = {job: source.model.encode([job.prompt]).cpu() for job in jobs}
+        numbers = _numbers(encoded.prompts, encoded.images)
+        return {job: encoded.condition([numbers[job.prompt, job.image]]) for job in jobs}
+    model = source.model
+    conditions = {
+        job: move_cond(model.encode([job.prompt], [Path(job.image)] if job.image else []), "cpu") for job in jobs
+    }
     if jobs and hasattr(sampler, "guidance"):
-        source.model.null_cond(1)
-    source.model.free_text_encoder()
+        model.null_cond(1)
+    model.free_encoders()
     return conditions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +29,30 @@ class PromptJob:
         prompt: what the model is given.
         name: start of the file names, `{name}-{seed}`.
         seeds: one video each.
+        image: that the videos start from, a path, or as `codmd encode` has noted it; empty without one.
     """
 
     prompt: str
     name: str
     seeds: range
+    image: str = ""
 
 
-def jobs_of(prompts: Sequence[str], seeds: range) -> list[PromptJob]:
-    """One job per different prompt, in the order of their first appearance."""
-    return [PromptJob(prompt, file_name(prompt), seeds) for prompt in dict.fromkeys(prompts)]
+def jobs_of(prompts: Sequence[str], seeds: range, images: Sequence[str] = ()) -> list[PromptJob]:
+    """One job per different prompt, or prompt and image, in the order of their first appearance.
+
+    Raises:
+        ValueError: a prompt has two images of one name, so that two files would be called alike.
+    """
+    pairs = list(dict.fromkeys(zip(prompts, images or [""] * len(prompts), strict=True)))
+    times = Counter(prompt for prompt, _ in pairs)
+    named = [f"{prompt} {Path(image).name}" if times[prompt] > 1 else prompt for prompt, image in pairs]
+    for name, count in Counter(named).items():
+        if count > 1:
+            raise ValueError(f"two images of one prompt are called alike, {name!r}; rename one of them")
+    return [
+        PromptJob(prompt, file_name(name), seeds, image) for name, (prompt, image) in zip(named, pairs, strict=True)
+    ]
 
 
 def file_name(prompt: str) -> str:

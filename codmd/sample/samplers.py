@@ -97,7 +97,7 @@ class Guided:
     ) -> Tensor:
         """Latents [1, F, C, H, W], float32."""
         scale = self.guidance + (self.form == "cond")
-        null = None if scale == 1 else model.null_cond(1)
+        null = None if scale == 1 else model.without_prompt(cond, 1)
         scheduler = self.scheduler()
         scheduler.set_timesteps(self.steps, device=model.device)
         x_t = noise.rows(torch.randn, (1, *model.latent_shape), device=model.device)
@@ -109,4 +109,4 @@ class Guided:
                 velocity = uncond + scale * (velocity - uncond)
             x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
             progress(1)
-        return x_t
+        return model.with_known_frames(x_t, cond)

@@ -85,9 +85,10 @@ class DataSettings:
     """Conditions of the student; the videos of a teacher.
 
     Attributes:
-        kind: "none" (an unconditional model), "prompts" (a text file, encoded as they come), "embeddings" (the
-            folder that `codmd encode` wrote), "latents" (a folder of `codmd sample --latents`) or "textures" (pans and
-            zooms over photographs). The last two are videos, which a teacher, rcm and scm learn from.
+        kind: "none" (an unconditional model), "prompts" (a file of them, with or without images, encoded as they
+            come), "embeddings" (the folder that `codmd encode` wrote), "latents" (a folder of `codmd sample --latents`)
+            or "textures" (pans and zooms over photographs). The last two are videos, which a teacher, rcm and scm learn
+            from.
         path: of the file or folder.
         embeddings: of "latents": what `codmd encode` wrote for their prompts; empty for an unconditional model.
         zoom: of "textures": pixels of a photograph per pixel of a video.

@@ -45,6 +45,9 @@ class Textures:
         captions: photograph and motion of every item.
     """
 
+    images: Sequence[str] = ()
+    """Of first frames: none."""
+
     def __init__(self, latent_shape: Sequence[int], text_dim: int, zoom: float = 4.0, seed: int = 0) -> None:
         self.frames, channels, height, width = latent_shape
         if channels != 3 * DEPTH**2:

@@ -120,7 +120,7 @@ def _check_data(config: RunConfig, model: VideoDenoiser, micro_batch: int, found
         if source is not None:
             cond = source.condition([number % len(source) for number in range(micro_batch)])
             if null is not None:
-                cat_cond((cond, null))
+                cat_cond((cond, model.without_prompt(cond, micro_batch)))
         with fake_tensors():  # of the CPU, because autocast knows no meta device
             state = itertools.chain(model.named_parameters(), model.named_buffers())
             weights = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in state}

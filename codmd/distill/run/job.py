@@ -102,7 +102,7 @@ def check_paths(settings: ModelSettings) -> None:
     Raises:
         ConfigError: naming every such option.
     """
-    paths = {name: getattr(settings.options, name, "") for name in ("weights", "text_encoder", "vae")}
+    paths = {name: getattr(settings.options, name, "") for name in ("weights", "text_encoder", "vae", "image_encoder")}
     named = {name: path for name, path in paths.items() if path not in ("", RANDOM) and not hub.is_repository(path)}
     lost = {name: path for name, path in named.items() if not Path(path).exists()}
     if lost:
@@ -120,6 +120,8 @@ def _distill_job(config: RunConfig, processes: Processes) -> Job:
     recipe = config.distill
     micro_batch, _ = recipe.micro_batches(processes.data_size)
     roles = build_roles(config, processes)
+    if recipe.method != "dmd" and roles.student.known_frames:
+        raise ConfigError(f"distill.method: {recipe.method} has no form for a first frame in place; expected dmd")
     source = open_source(config, roles.teacher)  # which encodes the null condition: one text encoder serves both
     positions, conditions = None, None
     if source is not None:

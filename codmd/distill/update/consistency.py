@@ -57,7 +57,7 @@ def guided_field(teacher: VideoDenoiser, x_t: Tensor, t: Tensor, config: Distill
     """F_T, after guidance: the form is that of the configuration's convention."""
     if config.guidance is None:
         return field(teacher, x_t, t, cond)
-    null = teacher.null_cond(len(x_t))
+    null = teacher.without_prompt(cond, len(x_t))
     if config.batch_guidance:
         both = field(teacher, torch.cat((x_t, x_t)), torch.cat((t, t)), cat_cond((cond, null)))
         real, uncond = both.chunk(2)

@@ -34,4 +34,5 @@ def first_step_loss(
     state = guided_path(teacher, noise, levels, config, cond)
     top = torch.ones(len(noise), device=noise.device)
     velocity = noise - student.predict_x0(noise, top, cond)
-    return (velocity - (noise - state) / (1 - levels[-1])).square().mean()
+    error = velocity - (noise - state) / (1 - levels[-1])
+    return error[:, student.known_frames :].square().mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
@@ -59,6 +59,8 @@ class Scores:
     augment_real: Tensor | None = None
     """With `augment_uncond`, of the decoupled loss: the teacher at the guidance's own level; `real` is unguided."""
     augment_uncond: Tensor | None = None
+    frame_mask: Tensor | None = None
+    """[B, F], True where a frame is generated; None where all are."""
 
     @classmethod
     def cat(cls, scores: Sequence[Scores]) -> Scores:
@@ -96,14 +98,24 @@ def predict_scores(
     sigma = sample_sigma(len(x0), config.shift, phase.sigma_range, randomness, x0.device, drawn=phase.drawn)
     x_t = noised(critic, x0, noise_like(x0, randomness), sigma, phase.end)
     fake = critic.predict_x0(x_t, sigma, cond)
+    mask = generated_frames(critic, x0)
     if config.guidance is None:
-        return Scores(fake, teacher.predict_x0(x_t, sigma, cond))
+        return Scores(fake, teacher.predict_x0(x_t, sigma, cond), frame_mask=mask)
     if not config.decoupled:
-        return Scores(fake, *_with_and_without(teacher, x_t, sigma, config, cond))
+        return Scores(fake, *_with_and_without(teacher, x_t, sigma, config, cond), frame_mask=mask)
     real = teacher.predict_x0(x_t, sigma, cond)
     lower = sample_sigma(len(x0), config.shift, config.sigma_range, randomness, x0.device, student_level)
     augmented = teacher.add_noise(x0, noise_like(x0, randomness), lower)
-    return Scores(fake, real, None, *_with_and_without(teacher, augmented, lower, config, cond))
+    return Scores(fake, real, None, *_with_and_without(teacher, augmented, lower, config, cond), frame_mask=mask)
+
+
+def generated_frames(model: VideoDenoiser, sample: Tensor) -> Tensor | None:
+    """[B, F], True where a frame of `sample` is generated and not given by its condition; None where all are."""
+    if not model.known_frames:
+        return None
+    mask = torch.ones(sample.shape[:2], dtype=torch.bool, device=sample.device)
+    mask[:, : model.known_frames] = False
+    return mask
 
 
 def guided_x0(teacher: VideoDenoiser, x_t: Tensor, sigma: Tensor, config: DistillConfig, cond: Condition) -> Tensor:
@@ -130,7 +142,7 @@ def _with_and_without(
     teacher: VideoDenoiser, x_t: Tensor, sigma: Tensor, config: DistillConfig, cond: Condition
 ) -> tuple[Tensor, Tensor]:
     """The teacher's x0 with and without its condition."""
-    null = teacher.null_cond(len(x_t))
+    null = teacher.without_prompt(cond, len(x_t))
     if config.batch_guidance:
         both = teacher.predict_x0(torch.cat((x_t, x_t)), torch.cat((sigma, sigma)), cat_cond((cond, null)))
         with_cond, without = both.chunk(2)
@@ -147,6 +159,8 @@ def distillation_loss(
 ) -> GeneratorLoss:
     """DMD + lambda * relation of the student's sample [B, F, C, H, W], given the scores.
 
+    Frames that the condition gives are in no norm, no mean and no row of a relation, and get no gradient.
+
     Args:
         relation_weight: lambda; None takes the configuration's.
         group: the processes whose samples are related to each other.
@@ -154,6 +168,9 @@ def distillation_loss(
     Source: arXiv 2606.21982, the total objective.
     """
     weight = config.relation_weight if relation_weight is None else relation_weight
+    convention, mask = conventions.resolve(config.convention), None
+    if scores.frame_mask is not None:
+        convention, mask = replace(convention, norm_over="selected"), scores.frame_mask[:, :, None, None, None]
     terms = ops.codmd_loss(
         sample,
         real=scores.real,
@@ -163,7 +180,9 @@ def distillation_loss(
         augment_uncond=scores.augment_uncond,
         guidance=0.0 if config.guidance is None else config.guidance,
         relation_weight=weight if config.uses_relation else 0.0,
-        convention=config.convention,
+        convention=convention,
+        mask=mask,
+        frame_mask=scores.frame_mask,
         temperature=config.temperature,
         batch_weight=config.batch_weight,
         frame_weight=config.frame_weight,
@@ -183,7 +202,7 @@ def critic_loss(
     randomness: Randomness,
     cond: Condition = None,
 ) -> Tensor:
-    """Flow-matching loss of the critic on detached samples: mean squared error of the velocity.
+    """Flow-matching loss of the critic on detached samples: mean squared error of the velocity of generated frames.
 
     In x0 terms the error of the velocity is (x0 prediction - x0) / sigma, which every parameterisation offers. Samples
     of a phase that ends above level 0 have another target: `phased`.
@@ -192,4 +211,5 @@ def critic_loss(
     sigma = sample_sigma(len(sample), config.shift, phase.sigma_range, randomness, sample.device, drawn=phase.drawn)
     noise = noise_like(sample, randomness)
     x0 = critic.predict_x0(noised(critic, sample, noise, sigma, phase.end), sigma, cond)
-    return velocity_error(x0, sample, noise, sigma, phase.end).square().mean()
+    error = velocity_error(x0, sample, noise, sigma, phase.end)
+    return error[:, critic.known_frames :].square().mean()

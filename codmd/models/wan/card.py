@@ -8,9 +8,11 @@ from typing import Any
 from codmd import hub
 from codmd.models.provenance import Provenance
 
+from .pipeline import FROM_IMAGE, FROM_TEXT
+
 CARD = """---
 library_name: diffusers
-pipeline_tag: text-to-video
+pipeline_tag: {task}
 {base_model}tags: [codmd, dmd, distillation]
 ---
 
@@ -23,15 +25,15 @@ no guidance: without `guidance_scale=1.0` a pipeline evaluates the network twice
 
 ```python
 import codmd, torch
-from diffusers import WanPipeline
-from diffusers.utils import export_to_video
+from diffusers import {pipeline}
+from diffusers.utils import export_to_video{load}
 
 folder, prompt = "...", "a red fox runs over snow"
-pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+pipe = {pipeline}.from_pretrained(folder, torch_dtype=torch.bfloat16)
 pipe.scheduler = codmd.scheduler.FewStepScheduler.from_pretrained(folder, subfolder="few_step_scheduler")
 start = pipe.scheduler.begin(prompt, seed=0, shape={latent_shape})
 video = pipe(
-    prompt, latents=start, guidance_scale=1.0, num_inference_steps={steps},
+    {image}prompt=prompt, latents=start, guidance_scale=1.0, num_inference_steps={steps},
     num_frames={frames}, height={height}, width={width},
 ).frames[0]
 export_to_video(video, "video.mp4", fps={fps})
@@ -52,7 +54,12 @@ nearest to the step list. Its levels are off by up to {stock_error:.1e} (of 1), 
 
 
 def card(
-    provenance: Provenance, latent_shape: Sequence[int], pixels: Sequence[int], fps: int, stock_error: float
+    provenance: Provenance,
+    latent_shape: Sequence[int],
+    pixels: Sequence[int],
+    fps: int,
+    stock_error: float,
+    from_image: bool = False,
 ) -> str:
     """README.md of a student's pipeline.
 
@@ -61,6 +68,7 @@ def card(
         pixels: frames, height and width of a video.
         fps: its frames a second.
         stock_error: the largest error in sigma of the stock scheduler.
+        from_image: whether a video starts from one.
     """
     recipe, teacher = provenance.recipe, provenance.teacher
     text = CARD.format(
@@ -76,6 +84,10 @@ def card(
         width=pixels[2],
         fps=fps,
         stock_error=stock_error,
+        task="image-to-video" if from_image else "text-to-video",
+        pipeline=FROM_IMAGE if from_image else FROM_TEXT,
+        load=", load_image" if from_image else "",
+        image='image=load_image("first.png"), ' if from_image else "",
         recipe=_table([(key, _text(value)) for key, value in recipe.items()]),
         versions=_table(sorted(provenance.versions.items())),
     )

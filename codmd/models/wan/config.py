@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -17,8 +18,8 @@ from codmd.files import read_json
 
 FOLDERS = {"high": "transformer", "low": "transformer_2"}
 """Expert to its subfolder of a pipeline that has two, as Wan2.2-A14B's."""
-SHIPPED = ("1.3b", "14b", "ti2v_5b", "tiny")
-"""Wan2.1-T2V in its two sizes, Wan2.2-TI2V-5B, and a tiny one for tests and examples."""
+SHIPPED = ("1.3b", "14b", "i2v_14b", "ti2v_5b", "tiny")
+"""Wan2.1-T2V in its two sizes, Wan2.1-I2V-14B, Wan2.2-TI2V-5B, and a tiny one for tests and examples."""
 
 
 def read_config(name: str | os.PathLike[str], expert: str = "") -> dict[str, Any]:
@@ -47,6 +48,11 @@ def read_config(name: str | os.PathLike[str], expert: str = "") -> dict[str, Any
     if kind != "WanTransformer3DModel":
         raise ValueError(f"config: {path} describes {kind!r}; expected a WanTransformer3DModel")
     return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Of the latents that the network denoises; its input may have channels of a first frame beside them."""
+    return config["out_channels"] or config["in_channels"]
 
 
 def transformer_folder(path: Path, expert: str = "") -> Path:

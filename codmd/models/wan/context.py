@@ -21,7 +21,9 @@ def token_splits(config: Any, latent_shape: Sequence[int]) -> list[int]:
     return divisors(math.gcd(config.num_attention_heads, tokens))
 
 
-def split_tokens(transformer: Any, latent_shape: Sequence[int], mesh: DeviceMesh) -> None:
+def split_tokens(
+    transformer: Any, latent_shape: Sequence[int], mesh: DeviceMesh, token_timesteps: bool = False
+) -> None:
     """Every process of the mesh's dimension "ulysses" computes its part of the tokens, in place.
 
     This is the one call of diffusers' interface, which is marked experimental.
@@ -29,6 +31,7 @@ def split_tokens(transformer: Any, latent_shape: Sequence[int], mesh: DeviceMesh
     Args:
         latent_shape: (F, C, H, W) of one sample.
         mesh: with the dimensions "ring", of size 1, and "ulysses".
+        token_timesteps: whether every token has a timestep of its own, or every sample.
 
     Raises:
         ValueError: the processes do not divide the heads or the tokens, or the attention backend cannot be split.
@@ -42,8 +45,8 @@ def split_tokens(transformer: Any, latent_shape: Sequence[int], mesh: DeviceMesh
             f"parallel.context: {degree} processes do not divide both the heads and the tokens of a sample; expected "
             f"one of {', '.join(map(str, allowed))}"
         )
-    # One timestep a sample: the plan's split of timesteps by tokens has nothing to do, and would say so.
-    plan = {name: split for name, split in transformer._cp_plan.items() if name}
+    # With one timestep a sample the plan's split of timesteps by tokens has nothing to do, and would say so.
+    plan = {name: split for name, split in transformer._cp_plan.items() if name or token_timesteps}
     parallel = ContextParallelConfig(ulysses_degree=degree, mesh=mesh["ring", "ulysses"])
     # On the CPU diffusers divides by the number of accelerators, 0, to name a device that Ulysses never asks for.
     count = max(1, torch.accelerator.device_count())

@@ -1,8 +1,8 @@
-"""Wan2.1 text-to-video behind the adapter contract, on diffusers' `WanTransformer3DModel`.
+"""Wan behind the adapter contract, on diffusers' `WanTransformer3DModel`.
 
 Latents outside are normalised (zero mean, unit variance per channel) and [B, F, C, H, W]; diffusers' are
 [B, C, F, H, W]. sigma in [0, 1] becomes Wan's timestep 1000 sigma. A condition is [B, L, text_dim], the text
-encoder's output, zero behind the prompt's last token.
+encoder's output, zero behind the prompt's last token; with a first frame it is a mapping, see `image`.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from codmd import hub
 from codmd.atomic import creating_folder
 from codmd.models.base import Condition, VideoDenoiser
-from codmd.models.embeddings import read_embedding
+from codmd.models.embeddings import EMBEDDING, read_embedding
 from codmd.models.provenance import Provenance
 from codmd.models.sharding import ShardPolicy
 from codmd.models.tensor_files import Renamed
 
 from .attention import set_attention, supports_backward
 from .card import card
-from .config import boundary_of, build_transformer, has_experts
+from .config import boundary_of, build_transformer, has_experts, latent_channels
 from .context import split_tokens, token_splits
 from .export import write_adapter_folder, write_diffusers_folder
+from .image import first_frame
+from .image_encoder import WanImageEncoder
 from .options import RANDOM, ZEROS, WanOptions
-from .pipeline import open_base, write_parts
+from .pipeline import FROM_IMAGE, FROM_TEXT, open_base, write_parts
 from .precision import compute_in_float32, float32_modules, store_in_bfloat16
 from .tangents import tangent_attention
-from .text import NEGATIVE_PROMPT, TOKENS, WanPromptEncoder
+from .text import NEGATIVE_PROMPT, WanPromptEncoder
 from .vae import FRAMES_PER_SECOND, WanVideoDecoder, strides
 from .weights import open_wan
 
-TIMESTEPS = 1000.0
 PREFIX = "transformer."
 """Of every weight's name in `state_dict`."""
 
@@ -51,8 +52,6 @@ class WanDenoiser(VideoDenoiser):
     """
 
     loaded_by = "WanTransformer3DModel.from_pretrained"
-    pipeline_loaded_by = "WanPipeline.from_pretrained"
-    adapter_loaded_by = "WanPipeline.load_lora_weights"
     student_steps = "a student of Wan2.1 1.3B has 1,0.9,0.757,0.522 and one of 14B 1,0.937,0.833,0.624"
     negative_prompt = NEGATIVE_PROMPT
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -65,8 +64,12 @@ class WanDenoiser(VideoDenoiser):
         compute_in_float32(self.transformer)
         set_attention(self.transformer, options.attention)
         patch = self.transformer.config.patch_size
-        self.latent_shape = (options.frames, self.transformer.config.in_channels, options.height, options.width)
+        self.latent_shape = (options.frames, latent_channels(self.transformer.config), options.height, options.width)
+        self.first_frame = first_frame(self.transformer.config, options.from_image)
+        self.from_image, self.known_frames = self.first_frame.given, self.first_frame.known_frames
         self.frames_per_second = FRAMES_PER_SECOND.get(self.latent_shape[1], self.frames_per_second)
+        pipeline = FROM_IMAGE if self.from_image else FROM_TEXT
+        self.pipeline_loaded_by, self.adapter_loaded_by = f"{pipeline}.from_pretrained", f"{pipeline}.load_lora_weights"
         for name, multiple in zip(("frames", "height", "width"), patch, strict=True):
             if getattr(options, name) % multiple:
                 raise ValueError(f"{name}: got {getattr(options, name)}; expected a multiple of the patch, {multiple}")
@@ -82,6 +85,7 @@ class WanDenoiser(VideoDenoiser):
             self.adapter_loaded_by = f"{self.adapter_loaded_by} (load_into_transformer_2=True)"
         self._offloaded = False
         self._prompt_encoder: WanPromptEncoder | None = None
+        self._image_encoder: WanImageEncoder | None = None
         self._decoder: WanVideoDecoder | None = None
         self._null: Tensor | None = None
 
@@ -110,8 +114,9 @@ class WanDenoiser(VideoDenoiser):
 
     @classmethod
     def pipeline_options(cls, source: Path) -> dict[str, str]:
-        """The text encoder and the VAE of a pipeline's folder or repository."""
-        return {name: str(source) for name in ("text_encoder", "vae") if name in hub.components(source)}
+        """Text encoder, VAE and image encoder of a pipeline's folder or repository."""
+        parts = hub.components(source)
+        return {name: str(source) for name in ("text_encoder", "vae", "image_encoder") if name in parts}
 
     @classmethod
     def student_sigmas(cls, source: Path) -> tuple[float, ...]:
@@ -143,29 +148,45 @@ class WanDenoiser(VideoDenoiser):
         Args:
             x_t: [B, F, C, H, W], any float dtype; any size that the patches divide.
             sigma: [B], float32.
-            cond: [B, L, text_dim].
+            cond: [B, L, text_dim], or a mapping of `image` where the network is given a first frame.
         """
         if x_t.dim() != 5 or x_t.shape[2] != self.latent_shape[1]:
             raise ValueError(f"x_t: shape {tuple(x_t.shape)}; expected (B, F, {self.latent_shape[1]}, H, W)")
-        text_dim = self.transformer.config.text_dim
-        if cond is None:
-            raise ValueError("cond: got None; expected embeddings from encode() or null_cond()")
-        if cond.dim() != 3 or len(cond) != len(x_t) or cond.shape[2] != text_dim:
-            raise ValueError(f"cond: shape {tuple(cond.shape)}; expected ({len(x_t)}, L, {text_dim})")
-        # float32 text keeps diffusers' time embedding, which takes its dtype from it, in float32.
+        inputs = self.first_frame.inputs(x_t.float(), sigma.float(), cond)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.compute == "bfloat16"):
-            (velocity,) = self.transformer(
-                x_t.float().transpose(1, 2), sigma.float() * TIMESTEPS, cond.float(), return_dict=False
-            )
+            (velocity,) = self.transformer(*inputs, return_dict=False)
         return velocity.float().transpose(1, 2)
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """UMT5 embeddings [B, 512, text_dim] on the model's device, zero behind each prompt's last token."""
+    def with_known_frames(self, latents: Tensor, cond: Condition) -> Tensor:
+        """The first frame of Wan2.2-TI2V-5B where it is given."""
+        return self.first_frame.with_known_frames(latents, cond)
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Condition:
+        """UMT5 embeddings [B, 512, text_dim] on the model's device, zero behind each prompt's last token.
+
+        Args:
+            images: a file a prompt, for a network that is given a first frame: then a mapping of `image`.
+        """
+        text = self._text_encoder(prompts)
+        if not images:
+            return text
+        if self._image_encoder is None:
+            vae = self.load_decoder() if self.options.vae else None
+            self._image_encoder = WanImageEncoder.load(self.options, self.device, vae)
+        return {EMBEDDING: text, **self._image_encoder(images)}
+
+    @property
+    def _text_encoder(self) -> WanPromptEncoder:
         if self._prompt_encoder is None:
             if not self.options.text_encoder:
                 raise ValueError("text_encoder: not given; prompts as text need its folder (or use codmd encode)")
             self._prompt_encoder = WanPromptEncoder.load(self.options.text_encoder, self.device)
-        return self._prompt_encoder(prompts)
+        return self._prompt_encoder
+
+    @classmethod
+    def image_encoder(cls, options: WanOptions, device: torch.device | str) -> WanImageEncoder:
+        """The VAE and, for Wan2.1-I2V, CLIP."""
+        return WanImageEncoder.load(options, device)
 
     def null_cond(self, batch: int) -> Tensor:
         """The embedding of the unconditional branch, [batch, L, text_dim], read or encoded once."""
@@ -175,7 +196,7 @@ class WanDenoiser(VideoDenoiser):
             elif self.options.null_embedding:
                 self._null = read_embedding(self.options.null_embedding).to(self.device)
             else:
-                self._null = self.encode([self.options.negative_prompt])
+                self._null = self._text_encoder([self.options.negative_prompt])
         return self._null.expand(batch, -1, -1)
 
     @property
@@ -184,9 +205,15 @@ class WanDenoiser(VideoDenoiser):
         time, _ = strides(self.options.vae, self.latent_shape[1])
         return time * (self.latent_shape[0] - 1) + 1
 
-    def empty_cond(self, batch: int) -> Tensor:
-        """[batch, 512, text_dim], its numbers undefined."""
-        return torch.empty(batch, TOKENS, self.transformer.config.text_dim)
+    def without_prompt(self, cond: Condition, batch: int) -> Condition:
+        """The negative prompt beside the same first frame, as diffusers' pipelines guide."""
+        null = self.null_cond(batch)
+        return {**cond, EMBEDDING: null} if isinstance(cond, Mapping) else null
+
+    def empty_cond(self, batch: int) -> Condition:
+        """[batch, 512, text_dim] and, of a network that is given a first frame, that; its numbers undefined."""
+        frames, _, height, width = self.latent_shape
+        return self.first_frame.empty(batch, frames, height, width)
 
     @property
     def repeated_blocks(self) -> nn.ModuleList:
@@ -246,7 +273,7 @@ class WanDenoiser(VideoDenoiser):
 
     def split_tokens(self, mesh: DeviceMesh) -> None:
         """Ulysses over the dimension "ulysses" of `mesh`, in place."""
-        split_tokens(self.transformer, self.latent_shape, mesh)
+        split_tokens(self.transformer, self.latent_shape, mesh, self.first_frame.token_timesteps)
 
     def save_state(
         self,
@@ -268,7 +295,7 @@ class WanDenoiser(VideoDenoiser):
         dtype: torch.dtype | None,
         progress: Callable[[int], Any],
     ) -> None:
-        """Writes a folder that `WanPipeline.from_pretrained` samples in the student's steps, with its model card."""
+        """Writes a folder that diffusers' pipeline samples in the student's steps, with its model card."""
         with creating_folder(path) as folder:
             self.write_parts(folder, base, provenance, progress)
             self.save_state(folder / "transformer", state, dtype, progress)
@@ -281,15 +308,15 @@ class WanDenoiser(VideoDenoiser):
         Raises:
             FileNotFoundError, ValueError: the base lacks something.
         """
-        opened = open_base(base)
+        opened = open_base(base, self.from_image)
         frames, channels, height, width = self.latent_shape
-        time, space = strides(opened[0], channels)
+        time, space = strides(opened.folder, channels)
         pixels = (time * (frames - 1) + 1, space * height, space * width)
         index, error = write_parts(
             folder, opened, provenance.recipe["sigmas"], provenance.recipe.get("transition", "renoise"), progress
         )
         (folder / "README.md").write_text(
-            card(provenance, self.latent_shape, pixels, self.frames_per_second, error), "utf-8"
+            card(provenance, self.latent_shape, pixels, self.frames_per_second, error, self.from_image), "utf-8"
         )
         return index
 
@@ -310,9 +337,9 @@ class WanDenoiser(VideoDenoiser):
         self.transformer.to_empty(device="cpu" if self._offloaded else device)
         self._restore_rope(device)
 
-    def free_text_encoder(self) -> None:
-        """Gives back the text encoder's memory; the next `encode` loads it again."""
-        self._prompt_encoder = None
+    def free_encoders(self) -> None:
+        """Gives back the memory of text encoder and image encoder; the next `encode` loads them again."""
+        self._prompt_encoder = self._image_encoder = None
 
     def _restore_rope(self, device: torch.device | str) -> None:
         """Computes the rotary tables, which no weight file has; they live on the device even when weights do not."""

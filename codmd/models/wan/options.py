@@ -12,7 +12,8 @@ from codmd.models.fingerprint import fingerprint
 from codmd.models.options import ModelOptions
 from codmd.models.tensor_files import INDEX_SUFFIX, folder_fingerprint
 
-from .config import SHIPPED, has_experts, read_config
+from .config import SHIPPED, has_experts, latent_channels, read_config
+from .image import IMAGE_PARTS, first_frame
 from .text import NEGATIVE_PROMPT
 from .vae import strides, vae_folder
 from .weights import fitting_config
@@ -30,8 +31,8 @@ class WanOptions(ModelOptions):
             .pt), or "random".
         entry: of a file that holds several networks, the one to read; "" takes the generator.
         expert: of a pipeline that has two, "high" or "low"; "" takes both. `distill.expert` sets it for training.
-        config: "1.3b", "14b", "ti2v_5b", "tiny", or a JSON file; "" takes the diffusers folder's own, or for a single
-            file the shipped configuration that it fits.
+        config: "1.3b", "14b", "i2v_14b", "ti2v_5b", "tiny", or a JSON file; "" takes the diffusers folder's own, or
+            for a single file the shipped configuration that it fits.
         frames, height, width: of the latents; 21 x 60 x 104 is 81 frames of 480 x 832.
         compute: dtype of the matrix products and of attention.
         storage: dtype of the weights; "bfloat16" is for networks that are not trained.
@@ -42,7 +43,10 @@ class WanOptions(ModelOptions):
         null_embedding: the folder that `codmd encode` wrote (or a file with one embedding), or "zeros"; ""
             encodes `negative_prompt`.
         negative_prompt: the text of the unconditional branch.
-        vae: folder or repository of an AutoencoderKLWan, or of a pipeline that has one, for decoding.
+        vae: folder or repository of an AutoencoderKLWan, or of a pipeline that has one, for decoding and first frames.
+        image_encoder: folder or repository with `image_encoder` and `image_processor`, for first frames of Wan2.1-I2V.
+        from_image: start every video from an image: Wan2.2-TI2V-5B, which can do without. Wan2.1-I2V and Wan2.2-I2V
+            always do.
     """
 
     default_video = MappingProxyType({"frames": 81, "height": 480, "width": 832})
@@ -63,6 +67,8 @@ class WanOptions(ModelOptions):
     null_embedding: str = ""
     negative_prompt: str = NEGATIVE_PROMPT
     vae: str = ""
+    image_encoder: str = ""
+    from_image: bool = False
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -103,7 +109,7 @@ class WanOptions(ModelOptions):
         if (frames, height, width) == (None, None, None):
             return self
         network = self.network()
-        time, space = strides(self.vae, network["in_channels"])
+        time, space = strides(self.vae, latent_channels(network))
         sizes: dict[str, Any] = {}
         if frames is not None:
             if (frames - 1) % time:
@@ -117,7 +123,7 @@ class WanOptions(ModelOptions):
         return replace(self, **sizes)
 
     def content(self, prompts: bool, guided: bool, pixels: bool) -> dict[str, tuple[str, str]]:
-        """The embedding of the unconditional branch, the text encoder, the VAE."""
+        """The embedding of the unconditional branch, text encoder, VAE and image encoder."""
         found = {}
         if guided and self.null_embedding not in ("", ZEROS):
             embedding = read_embedding(self.null_embedding)
@@ -125,8 +131,12 @@ class WanOptions(ModelOptions):
         if self.text_encoder and (prompts or (guided and not self.null_embedding)):
             folder = hub.local(self.text_encoder, "text_encoder", "tokenizer") / "text_encoder"
             found["text_encoder"] = (self.text_encoder, folder_fingerprint(folder))
-        if self.vae and pixels:
+        images = prompts and first_frame(self.network(), self.from_image).given
+        if self.vae and (pixels or images):
             found["vae"] = (self.vae, folder_fingerprint(vae_folder(self.vae)))
+        if self.image_encoder and images:
+            folder = hub.local(self.image_encoder, *IMAGE_PARTS) / IMAGE_PARTS[0]
+            found["image_encoder"] = (self.image_encoder, folder_fingerprint(folder))
         return found
 
     def record(self, guided: bool) -> dict[str, Any]:
