@@ -18,7 +18,7 @@ COMMANDS = {
     "compare": "codmd.compare.command",
     "demo": "codmd.demo.command",
     "doctor": "codmd.doctor",
-    "encode": "codmd.encode",
+    "encode": "codmd.encode.command",
     "guidance": "codmd.guidance",
     "inspect": "codmd.inspect.command",
     "sample": "codmd.sample.command",

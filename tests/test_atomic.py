@@ -11,7 +11,7 @@ from train_cases import ALONE
 from codmd.atomic import HOST, creating_folder, replacing, replacing_folder
 from codmd.distill.config.typed import ConfigError
 from codmd.distill.run.lock import only_run
-from codmd.encode import encode
+from codmd.encode.prompts import encode_prompts
 
 FOLDERS = [creating_folder, replacing_folder]
 GONE = 99_999_999
@@ -118,5 +118,5 @@ def test_the_folder_that_encode_goes_on_with_is_no_link(tmp_path):
     (tmp_path / "victim").mkdir()
     (tmp_path / ".out.partial").symlink_to(tmp_path / "victim")
     with pytest.raises(OSError, match=r"\.out\.partial: is a link; remove it"):
-        encode(None, ["a prompt"], "", tmp_path / "out", 1, 1)
+        encode_prompts(None, ["a prompt"], "", tmp_path / "out", 1, 1)
     assert not any((tmp_path / "victim").iterdir())

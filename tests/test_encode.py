@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from tiny_wan import PROMPTS, TEXT_DIM
 
-from codmd import encode as command
 from codmd import models
 from codmd.cli import main
 from codmd.distill.data.prompts import Embeddings
+from codmd.encode import folder as folder_module
 from codmd.models.wan.text import NEGATIVE_PROMPT, WanPromptEncoder
 
 
@@ -148,7 +148,7 @@ def test_bad_input_is_named_and_nothing_is_written(pipeline, prompts, tmp_path, 
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_encoded(pipeline, prompts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     encode(pipeline, prompts, tmp_path / "out", status=1)
     assert "needs 0.0 GB more and has 0.0 GB free" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from workers import run_processes
 
 from codmd import models
 from codmd.distill.update.tangent import velocity_jvp
+from codmd.models.lora import LoraOptions, LoraRoles
 from codmd.models.sharding import ShardPolicy
 
 BOUND = 1e-6
@@ -63,6 +64,19 @@ def test_wan_gives_velocity_and_tangent_of_the_transform(exact):
     assert_agrees(model, exact)
     x_t, sigma, _, _, cond = inputs(model)
     model(x_t, sigma, cond).square().mean().backward()  # an ordinary step afterwards
+
+
+def test_an_adapter_s_student_has_a_tangent(exact):
+    base = network()
+    roles = LoraRoles(base, LoraOptions(rank=2))
+    roles.initialise()
+    with torch.no_grad():
+        for factor in roles.student.trainable_parameters():
+            factor.normal_(std=0.1)
+    true = expected(roles.student)
+    assert relative_error(true[1], exact[1]) > 0.01
+    for found, value in zip(velocity_jvp(roles.student, *inputs(base)), true, strict=True):
+        assert relative_error(found, value) < BOUND
 
 
 def test_the_tangent_agrees_with_central_differences():

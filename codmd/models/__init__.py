@@ -34,7 +34,7 @@ def adapter(name: str) -> type[VideoDenoiser]:
     return getattr(importlib.import_module(module), adapter)
 
 
-def options_class(name: str) -> type:
+def options_class(name: str) -> type[Any]:
     """The frozen dataclass of an adapter's options: the `model:` section of a configuration, without `name`.
 
     Raises:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,32 @@ from .sharding import ShardPolicy, copy_weights
 
 Condition = Any
 """What `encode` returns: a tensor or a mapping of tensors, batch first; None for an unconditional model."""
+
+
+class VideoEncoder(Protocol):
+    """From videos to the latents that a model is trained on.
+
+    Attributes:
+        frames_per_second: of the videos.
+        dtype: of the latents, and of the encoder's weights.
+        fingerprint: of these weights.
+    """
+
+    frames_per_second: int
+    dtype: torch.dtype
+    fingerprint: str
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(F, C, H, W) of a video's latents.
+
+        Raises:
+            ValueError: naming a number that no latents have.
+        """
+        ...
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] of pixels [B, T, 3, height, width] in [0, 1]."""
+        ...
 
 
 def per_sample(sigma: Tensor, like: Tensor) -> Tensor:
@@ -143,6 +169,15 @@ class VideoDenoiser(nn.Module, ABC):
             FileNotFoundError, ValueError: it cannot be read, or the model has none.
         """
         raise ValueError(f"{cls.__name__} is unconditional: it has no text encoder")
+
+    @classmethod
+    def video_encoder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> VideoEncoder:
+        """The encoder of videos in a folder.
+
+        Raises:
+            FileNotFoundError, ValueError: it cannot be read, or the model has none.
+        """
+        raise ValueError(f"{cls.__name__} has no encoder: its latents are not images")
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ class ExpertPair(VideoDenoiser):
         self.high, self.low = high, low
         self.boundary: float = boundary
         self.latent_shape, self.frames_per_second = high.latent_shape, high.frames_per_second
+        self.from_image, self.known_frames = high.from_image, high.known_frames
 
     @property
     def device(self) -> torch.device:
@@ -57,8 +59,8 @@ class ExpertPair(VideoDenoiser):
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return self.low.add_noise(x0, noise, sigma)
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        return self.low.encode(prompts)
+    def encode(self, prompts: Sequence[str], images: Sequence[Path] = ()) -> Condition:
+        return self.low.encode(prompts, images)
 
     def null_cond(self, batch: int) -> Condition:
         return self.low.null_cond(batch)
@@ -66,8 +68,8 @@ class ExpertPair(VideoDenoiser):
     def empty_cond(self, batch: int) -> Condition:
         return self.low.empty_cond(batch)
 
-    def free_text_encoder(self) -> None:
-        self.low.free_text_encoder()
+    def free_encoders(self) -> None:
+        self.low.free_encoders()
 
     @property
     def video_frames(self) -> int:

@@ -209,6 +209,9 @@ class RoleView(VideoDenoiser):
     def decode(self, latents: Tensor) -> Tensor:
         return self.roles.base.decode(latents)
 
+    def tangents(self) -> AbstractContextManager[None]:
+        return self.roles.base.tangents()
+
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """The factors of this role's adapter."""
         return self.adapter.parameters()

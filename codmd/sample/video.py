@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from codmd.atomic import replacing
-from codmd.distill.data.latents import LATENTS
+from codmd.distill.data.latents import LATENTS, SAMPLE
 from codmd.models.tensor_files import save_tensors
 
 
@@ -58,7 +58,7 @@ def video_is_complete(path: Path, frames: int) -> bool:
 def write_latents(path: Path, latents: Tensor, prompt: str, seed: int) -> None:
     """Writes normalised latents [F, C, H, W] as safetensors, all or nothing; the metadata's "sample" is JSON."""
     sample = json.dumps({"prompt": prompt, "seed": seed}, ensure_ascii=False)
-    save_tensors(path, {LATENTS: latents}, {"sample": sample})
+    save_tensors(path, {LATENTS: latents}, {SAMPLE: sample})
 
 
 def latents_are_complete(path: Path, shape: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Latents as `codmd sample --latents` writes them, beside the embeddings of their prompts."""
+"""Latents as `codmd sample --latents` and `codmd encode --vae` write them, beside the embeddings of their prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from codmd.models.base import Condition
 from .prompts import Embeddings
 
 LATENTS = "latents"
-"""The tensor in a file of latents, and the folder of such files that `codmd sample` writes."""
+"""The tensor in a file of latents, and the folder of such files that `codmd sample` and `codmd encode` write."""
+SAMPLE = "sample"
+"""The entry of its metadata: JSON, with the prompt."""
 
 
 class Latents:
@@ -27,7 +29,7 @@ class Latents:
     The headers of all files are read at once, with progress on a terminal; latents as they are needed.
 
     Args:
-        folder: of the files, or the one that `codmd sample --latents` wrote, with the folder `latents` inside.
+        folder: of the files, or one with the folder `latents` inside, as the commands write it.
         latent_shape: (F, C, H, W), of every file.
         embeddings: of the prompts, looked up by their text; None for an unconditional model.
 
@@ -45,7 +47,8 @@ class Latents:
         self.files = sorted((inner if inner.is_dir() else folder).glob("*.safetensors")) if folder.is_dir() else []
         if not self.files:
             raise ConfigError(
-                f"data.path: {folder} has no safetensors files; expected a folder of codmd sample --latents"
+                f"data.path: {folder} has no safetensors files; expected a folder of codmd sample --latents, or of "
+                "codmd encode --vae"
             )
         shape = tuple(latent_shape)
         bar = tqdm(self.files, desc="latents", unit="file", leave=False, disable=not sys.stderr.isatty())
@@ -82,9 +85,11 @@ def _prompt_of(path: Path, shape: tuple[int, ...]) -> str:
     try:
         with safe_open(path, framework="pt") as file:
             found = tuple(file.get_slice(LATENTS).get_shape())
-            prompt = json.loads((file.metadata() or {})["sample"])["prompt"]
+            prompt = json.loads((file.metadata() or {})[SAMPLE])["prompt"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"data.path: {path} holds no latents of codmd sample --latents: {error!r}") from error
+        raise ConfigError(
+            f"data.path: {path} holds no latents of codmd sample --latents or codmd encode --vae: {error!r}"
+        ) from error
     if found != shape:
         raise ConfigError(f"data.path: {path} has latents of shape {found}; the model's are {shape}")
     return str(prompt)

@@ -16,7 +16,7 @@ from codmd.models.images import read_image
 
 from .config import latent_channels
 from .image import IMAGE_EMBEDDING, IMAGE_LATENTS, IMAGE_PARTS, GivenFirstFrame, first_frame
-from .vae import WanVideoDecoder, strides
+from .vae import WanVAE, strides
 
 if TYPE_CHECKING:
     from .options import WanOptions
@@ -102,7 +102,7 @@ class WanImageEncoder:
 
     def __init__(
         self,
-        vae: WanVideoDecoder,
+        vae: WanVAE,
         clip: ClipEmbedding | None,
         pixels: tuple[int, int, int],
         latent_shape: tuple[int, int, int, int],
@@ -113,9 +113,7 @@ class WanImageEncoder:
             self.shapes[IMAGE_EMBEDDING] = clip.shape
 
     @classmethod
-    def load(
-        cls, options: WanOptions, device: torch.device | str, vae: WanVideoDecoder | None = None
-    ) -> WanImageEncoder:
+    def load(cls, options: WanOptions, device: torch.device | str, vae: WanVAE | None = None) -> WanImageEncoder:
         """What the options' network takes, at their size.
 
         Args:
@@ -131,7 +129,7 @@ class WanImageEncoder:
         if vae is None:
             if not options.vae:
                 raise ValueError("vae: not given; a first frame needs the folder of an AutoencoderKLWan")
-            vae = WanVideoDecoder.load(options.vae, device)
+            vae = WanVAE.load(options.vae, device)
         clip = None
         if config.get("image_dim"):
             if not options.image_encoder:
@@ -165,8 +163,6 @@ class WanImageEncoder:
 
         frames, height, width = self.pixels
         first = VideoProcessor().preprocess(image, height, width, resize_mode="crop")
-        device = next(self.vae.vae.parameters()).device
-        video = torch.zeros(1, 3, frames, height, width, device=device)
-        video[:, :, 0] = first.to(device)
-        z = self.vae.vae.encode(video).latent_dist.mode()
-        return ((z - self.vae.mean.to(device)) / self.vae.std.to(device)).transpose(1, 2)
+        video = torch.zeros(1, frames, 3, height, width)
+        video[:, 0] = first
+        return self.vae.encode_centred(video)

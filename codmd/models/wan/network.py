@@ -38,7 +38,7 @@ from .pipeline import FROM_IMAGE, FROM_TEXT, open_base, write_parts
 from .precision import compute_in_float32, float32_modules, store_in_bfloat16
 from .tangents import tangent_attention
 from .text import NEGATIVE_PROMPT, WanPromptEncoder
-from .vae import FRAMES_PER_SECOND, WanVideoDecoder, strides
+from .vae import FRAMES_PER_SECOND, WanVAE, WanVideoEncoder, strides
 from .weights import open_wan
 
 PREFIX = "transformer."
@@ -86,7 +86,7 @@ class WanDenoiser(VideoDenoiser):
         self._offloaded = False
         self._prompt_encoder: WanPromptEncoder | None = None
         self._image_encoder: WanImageEncoder | None = None
-        self._decoder: WanVideoDecoder | None = None
+        self._vae: WanVAE | None = None
         self._null: Tensor | None = None
 
     @classmethod
@@ -137,6 +137,11 @@ class WanDenoiser(VideoDenoiser):
         """UMT5, as diffusers' pipelines keep it."""
         return WanPromptEncoder.load(folder, device, dtype)
 
+    @classmethod
+    def video_encoder(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> WanVideoEncoder:
+        """The encoder of an `AutoencoderKLWan`, or of a pipeline's."""
+        return WanVideoEncoder(folder, device, dtype)
+
     @property
     def device(self) -> torch.device:
         """Where latents, sigma and conditions belong."""
@@ -171,7 +176,7 @@ class WanDenoiser(VideoDenoiser):
         if not images:
             return text
         if self._image_encoder is None:
-            vae = self.load_decoder() if self.options.vae else None
+            vae = self._load_vae() if self.options.vae else None
             self._image_encoder = WanImageEncoder.load(self.options, self.device, vae)
         return {EMBEDDING: text, **self._image_encoder(images)}
 
@@ -220,17 +225,20 @@ class WanDenoiser(VideoDenoiser):
         """The transformer's blocks."""
         return self.transformer.blocks
 
-    def load_decoder(self) -> WanVideoDecoder:
+    def load_decoder(self) -> Callable[[Tensor], Tensor]:
         """The VAE, read once; for whoever wants its errors early.
 
         Raises:
             FileNotFoundError, ValueError: there is none, or it cannot be read.
         """
-        if self._decoder is None:
-            if not self.options.vae:
-                raise ValueError("vae: not given; decoding needs the folder of an AutoencoderKLWan")
-            self._decoder = WanVideoDecoder.load(self.options.vae, self.device)
-        return self._decoder
+        if not self.options.vae:
+            raise ValueError("vae: not given; decoding needs the folder of an AutoencoderKLWan")
+        return self._load_vae().decode
+
+    def _load_vae(self) -> WanVAE:
+        if self._vae is None:
+            self._vae = WanVAE.load(self.options.vae, self.device)
+        return self._vae
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters that require a gradient.

@@ -1,4 +1,4 @@
-"""Pixels from Wan's normalised latents, through diffusers' `AutoencoderKLWan`."""
+"""Pixels from Wan's normalised latents and latents from pixels, through diffusers' `AutoencoderKLWan`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from codmd import hub
 from codmd.files import read_json
+from codmd.models.fingerprint import fingerprint
 
 STRIDES = {16: (4, 8), 48: (4, 16)}
 """Latent channels of the published VAEs, Wan2.1's and that of Wan2.2-TI2V-5B, to frames and pixels per latent cell."""
@@ -23,7 +24,7 @@ def strides(folder: str | os.PathLike[str], channels: int) -> tuple[int, int]:
     """(frames, pixels in height and width) per latent cell.
 
     Args:
-        folder: of the VAE, as `WanVideoDecoder.load` takes it; "" for the published one with that many channels.
+        folder: of the VAE, as `WanVAE.load` takes it; "" for the published one with that many channels.
         channels: of the network's latents.
 
     Raises:
@@ -54,8 +55,8 @@ def vae_folder(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-class WanVideoDecoder:
-    """`AutoencoderKLWan.decode` of z = latents * std + mean, per channel.
+class WanVAE:
+    """`AutoencoderKLWan` of z = latents * std + mean, per channel.
 
     Args:
         vae: with `latents_mean` and `latents_std` in its configuration.
@@ -68,8 +69,10 @@ class WanVideoDecoder:
         self.std = torch.tensor(vae.config.latents_std).view(shape)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], device: torch.device | str) -> WanVideoDecoder:
-        """Reads a folder with the VAE's config.json, or a pipeline's folder with `vae` in it; float32.
+    def load(
+        cls, folder: str | os.PathLike[str], device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> WanVAE:
+        """Reads a folder with the VAE's config.json, or a pipeline's folder with `vae` in it.
 
         Raises:
             FileNotFoundError: there is no VAE.
@@ -83,7 +86,7 @@ class WanVideoDecoder:
         logging.set_verbosity_error()  # a missing weight is an error below, not a warning
         try:
             vae, info = AutoencoderKLWan.from_pretrained(
-                path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+                path, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"vae: {path} cannot be read: {error}") from error
@@ -94,7 +97,7 @@ class WanVideoDecoder:
         return cls(vae.to(device))
 
     @torch.no_grad()
-    def __call__(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, T, 3, height, width], float32 in [0, 1]; T = 4 (F - 1) + 1."""
         channels = self.mean.shape[1]
         if latents.dim() != 5 or latents.shape[2] != channels:
@@ -104,3 +107,44 @@ class WanVideoDecoder:
         z = z * self.std.to(device) + self.mean.to(device)
         pixels = self.vae.decode(z, return_dict=False)[0]
         return (pixels.clamp(-1, 1) * 0.5 + 0.5).transpose(1, 2)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] of pixels [B, T, 3, height, width] in [0, 1]: the mode, float32."""
+        return self.encode_centred(2 * pixels - 1)
+
+    @torch.no_grad()
+    def encode_centred(self, pixels: Tensor) -> Tensor:
+        """The same of pixels in [-1, 1]."""
+        weight = next(self.vae.parameters())
+        z = self.vae.encode(pixels.to(weight.device, weight.dtype).transpose(1, 2), return_dict=False)[0].mode().float()
+        return ((z - self.mean.to(weight.device)) / self.std.to(weight.device)).transpose(1, 2)
+
+
+class WanVideoEncoder:
+    """The `VideoEncoder` of a Wan VAE's folder; see there."""
+
+    def __init__(self, folder: Path, device: torch.device | str, dtype: torch.dtype) -> None:
+        self._vae = WanVAE.load(folder, device, dtype)
+        self._channels = self._vae.mean.shape[1]
+        self._strides = strides(folder, self._channels)
+        self.frames_per_second = FRAMES_PER_SECOND.get(self._channels, 16)
+        self.dtype = dtype
+        self.fingerprint = fingerprint(self._vae.vae.state_dict())
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(F, C, H, W) of the latents of a video.
+
+        Raises:
+            ValueError: naming a number that the VAE has no cells for.
+        """
+        time, space = self._strides
+        if (frames - 1) % time:
+            raise ValueError(f"frames: got {frames}; expected a multiple of {time}, plus 1")
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels % space:
+                raise ValueError(f"{name}: got {pixels}; expected a multiple of {space}")
+        return (frames - 1) // time + 1, self._channels, height // space, width // space
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] in `dtype`."""
+        return self._vae.encode(pixels).to(self.dtype)

@@ -1,0 +1,1 @@
+"""Encoding once what training reads many times: prompts to embeddings, videos to latents."""
