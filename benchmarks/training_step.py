@@ -65,9 +65,7 @@ def measure(options: argparse.Namespace, device: torch.device, folder: Path) -> 
     found["rounds"] = run_rounds(distiller, both, start + options.budget)
     losses = {schedule.name: loss_seconds(distiller, schedule) for schedule in both}
     found |= summarize(distiller.meter.laps, losses, 2 * found["rounds"])
-    found["average_forwards"] = Forwards.of(both[0].config).equivalent(
-        found["gradient_checkpointing"], both[0].config.batch_guidance
-    )
+    found["average_forwards"] = Forwards.of(both[0].config).equivalent(found["gradient_checkpointing"])
     del distiller, roles
     network.free_memory(device)
     deadline = time.monotonic() + ATTENTION_S

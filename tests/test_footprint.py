@@ -39,6 +39,14 @@ def test_activations_on_fake_tensors_are_those_of_real_ones(tmp_path, checkpoint
     assert predicted.inference == pytest.approx(inference, rel=0.02)
 
 
+def test_a_tangent_costs_memory_like_a_forward_and_lora_has_one_too(tmp_path):
+    settings = wan(tmp_path, 4)
+    plain, jvp = footprint(settings, 2, 2), footprint(settings, 2, 2, LoraOptions(rank=4), tangent="jvp")
+    assert plain.tangent == 0
+    assert plain.inference < jvp.tangent < 3 * plain.inference
+    assert footprint(settings, 2, 2, tangent="difference").tangent > 0
+
+
 def test_checkpointing_keeps_less_and_more_samples_keep_more(tmp_path):
     whole, saved = (footprint(wan(tmp_path, 8, gradient_checkpointing=c), 1, 1) for c in (False, True))
     assert saved.kept < 0.2 * whole.kept

@@ -1,14 +1,18 @@
 """The plan of a run against counts, real memory and closed forms."""
 
-from dataclasses import replace
+import itertools
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from plan_cases import run_config, wan
 from safetensors.torch import save_file
+from torch.autograd import forward_ad
 
 from codmd import cli
+from codmd.distill.config.consistency import ConsistencyConfig
 from codmd.distill.config.recipe import DistillConfig
 from codmd.distill.config.run_config import read_config
 from codmd.distill.config.sections import DataSettings, ModelSettings
@@ -19,8 +23,12 @@ from codmd.distill.plan.layouts import HEADROOM, Forwards, Layout, Sizes, contex
 from codmd.distill.plan.page import PLACEHOLDERS, TITLE, describe, page
 from codmd.distill.run.job import assemble
 from codmd.distill.run.parallel import Processes
+from codmd.distill.update import trainer as trainer_module
+from codmd.distill.update.methods import consistency_trainer
+from codmd.distill.update.trainer import Distiller
 from codmd.models import build, options_class
 from codmd.models.lora import LoraOptions, RoleView
+from codmd.models.toy import ToyConfig, ToyDenoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,18 +36,99 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def weights_only(monkeypatch):
     """Plans without activations, whose measurement takes seconds."""
-    monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0, 0, 0))
+    monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0, 0, 0, 0))
 
 
 def test_a_cycle_costs_the_published_number_of_forwards():
     recipe = DistillConfig(sigmas=(1.0, 0.9, 0.757, 0.522), guidance=3.5, critic_updates=5)
-    assert Forwards.of(recipe).equivalent(recompute=True, batched_guidance=True) == 38.5
+    assert Forwards.of(recipe).equivalent(recompute=True) == 38.5
     apart = replace(recipe, batch_guidance=False)
-    assert Forwards.of(apart).equivalent(recompute=True, batched_guidance=False) == 38.5
+    assert Forwards.of(apart).equivalent(recompute=True) == 38.5
     fresh = replace(recipe, share_rollout=False)
-    assert Forwards.of(fresh).equivalent(recompute=True, batched_guidance=True) == 41
+    assert Forwards.of(fresh).equivalent(recompute=True) == 41
     window = replace(recipe, relation_accumulate=True)
     assert Forwards.of(window, accumulate=4).student == Forwards.of(recipe).student + 1
+
+
+class Tallying(ToyDenoiser):
+    """Counts its forwards by what they carry: a gradient, a tangent, or twice the micro-batch."""
+
+    def __init__(self):
+        super().__init__(ToyConfig(4, 3, 8, 1))
+        self.seen = Counter()
+
+    def forward(self, x_t, sigma, cond=None):
+        with_tangent = forward_ad.unpack_dual(x_t).tangent is not None
+        kind = "trained" if torch.is_grad_enabled() else "tangents" if with_tangent else "doubled"
+        self.seen[kind if kind != "doubled" or len(x_t) == 4 else "plain"] += 1
+        return super().forward(x_t, sigma)
+
+    def null_cond(self, batch):
+        return torch.zeros(batch, 1)
+
+
+RCM = DistillConfig(method="rcm", consistency=ConsistencyConfig(warmup=0), convention="rcm", share_rollout=False)
+SCM = replace(RCM, method="scm", relation_weight=0.0)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        DistillConfig(),
+        DistillConfig(sigmas=(1.0,), share_rollout=False, guidance=2.0, batch_guidance=False),
+        DistillConfig(guidance=2.0, decoupled=True),
+        DistillConfig(guidance=2.0, decoupled=True, batch_guidance=False),
+        DistillConfig(guidance=2.0, diversity_weight=0.05, diversity_steps=(2, 6)),
+        replace(RCM, guidance=5.0, critic_updates=4),
+        replace(RCM, share_rollout=True, consistency=ConsistencyConfig(warmup=0, tangent="difference")),
+        replace(SCM, guidance=5.0, batch_guidance=False),
+        replace(SCM, consistency=ConsistencyConfig(warmup=0, tangent="difference")),
+    ],
+    ids=["dmd", "one step", "decoupled", "decoupled apart", "diversity", "rcm", "rcm difference", "scm",
+         "scm difference"],
+)  # fmt: skip
+def test_forwards_are_those_that_the_networks_of_a_run_see(recipe, monkeypatch):
+    teacher, student, critic = networks = [Tallying() for _ in range(3)]
+    teacher.requires_grad_(False)
+    steps = itertools.count()
+    monkeypatch.setattr(trainer_module, "draw_exit_step", lambda count, _generator: next(steps) % count)
+    recipe = replace(recipe, batch_size=2)
+    cond, videos = torch.ones(2, 1), torch.randn(2, *teacher.latent_shape)
+    if recipe.method == "dmd":
+        trainer = Distiller(*networks, recipe, conditions=itertools.repeat(cond))
+    else:
+        stream = itertools.repeat((videos, cond))
+        trainer = consistency_trainer(*networks, recipe, 0, None, stream, itertools.repeat(cond))
+    cycles = 12  # every exit step, and every length of a rollout, equally often
+    for _ in range(cycles):
+        trainer.cycle()
+    seen = {
+        "student": student.seen["plain"], "student_trained": student.seen["trained"],
+        "tangents": student.seen["tangents"], "teacher": teacher.seen["plain"],
+        "teacher_doubled": teacher.seen["doubled"], "critic": critic.seen["plain"],
+        "critic_trained": critic.seen["trained"],
+    }  # fmt: skip
+    assert sum(seen.values()) == sum(sum(network.seen.values()) for network in networks)
+    assert {name: count / cycles for name, count in seen.items()} == pytest.approx(asdict(Forwards.of(recipe)))
+
+
+@pytest.mark.usefixtures("weights_only")
+def test_a_plan_knows_the_networks_and_the_tangent_of_its_method(tmp_path):
+    config, one = run_config(wan(tmp_path, 2), data=DataSettings("textures")), Layout("full", 1, 1)
+    without = replace(config.distill, relation_weight=0.0)
+    rcm, scm = (replace(config, distill=replace(without, method=method)) for method in ("rcm", "scm"))
+    sizes = {c.distill.method: Sizes.of(c, 1) for c in (config, rcm, scm)}
+    parameters = sizes["dmd"].whole.parameters
+    assert plan(rcm, one, sizes["rcm"]).trained == plan(config, one, sizes["dmd"]).trained
+    assert plan(scm, one, sizes["scm"]).trained == parameters * (4 + 8 + 4 + 4), "no critic"
+    large = replace(sizes["rcm"], whole=replace(sizes["rcm"].whole, tangent=1000, training=10))
+    assert plan(rcm, one, large).activations == 1000
+    shards = Layout("full", 32, 32)
+    gathers = 1.5 + 5 * 2.5 + 1 + 2 + 1 + 2 * (2 + 5)  # student, tangent, teacher, critic, with gradient twice
+    assert plan(rcm, shards, sizes["rcm"]).received == pytest.approx(31 / 32 * parameters * (2 * gathers + 4 * 7))
+    table = describe(rcm, (8,))
+    assert f"{1.5 + 5 * 2.5 + 2.6 + 4 + 1 + 3 * 7:g} network forwards" in table
+    assert "context" not in table
 
 
 def held(config, monkeypatch):

@@ -8,10 +8,10 @@ and one number a row, as flash kernels do.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from codmd import models
 from codmd.distill.config.sections import ModelSettings
+from codmd.distill.update.trigflow import field_difference, field_jvp
 from codmd.models.base import Condition, VideoDenoiser
 from codmd.models.lora import ADAPTERS, LoraOptions, LoraRoles
 from codmd.private import fake_tensors, one_of
@@ -45,6 +46,7 @@ class Footprint:
             and their gradients.
         kept: bytes that the forward pass leaves for the backward pass.
         inference: bytes alive at the worst moment of a forward pass without gradient.
+        tangent: bytes alive at the worst moment of the derivative of a consistency term; 0 without one.
         exchanged_training, exchanged_inference: bytes that one process receives in those passes from those that it
             shares a sample with; of inference, for a micro-batch.
     """
@@ -57,12 +59,18 @@ class Footprint:
     training: int
     kept: int
     inference: int
+    tangent: int
     exchanged_training: int
     exchanged_inference: int
 
 
 def footprint(
-    settings: ModelSettings, batch: int, inference_batch: int, lora: LoraOptions | None = None, context: int = 1
+    settings: ModelSettings,
+    batch: int,
+    inference_batch: int,
+    lora: LoraOptions | None = None,
+    context: int = 1,
+    tangent: Literal["jvp", "difference"] | None = None,
 ) -> Footprint:
     """Measures one network.
 
@@ -71,6 +79,7 @@ def footprint(
         inference_batch: samples of the teacher's forward pass.
         lora: freeze the network and train adapters over it.
         context: processes that share every sample.
+        tangent: how the derivative of a consistency term is found; None without one.
     """
     options = _unfilled(settings)
     with torch.device("meta"):
@@ -83,7 +92,7 @@ def footprint(
         whole, trained = _count(network.parameters()), _trained(network) // roles
     depths = [min(depth, len(blocks)) for depth in DEPTHS]
     with _joined(context) as mesh:
-        peaks = [_peaks(settings.name, options, depth, batch, inference_batch, lora, mesh) for depth in depths]
+        peaks = [_peaks(settings.name, options, depth, batch, inference_batch, lora, mesh, tangent) for depth in depths]
     extended = (_extend(values, depths, len(blocks)) for values in zip(*peaks, strict=True))
     largest, trained_block = (max(counts) for counts in zip(*blocks, strict=True))
     outside_blocks = whole - sum(count for count, _ in blocks)
@@ -135,8 +144,9 @@ def _peaks(
     inference_batch: int,
     lora: LoraOptions | None,
     mesh: DeviceMesh | None,
-) -> tuple[int, int, int, int, int]:
-    """The last five of `Footprint`, of a network cut to `depth` blocks."""
+    tangent: Literal["jvp", "difference"] | None,
+) -> tuple[int, int, int, int, int, int]:
+    """The last six of `Footprint`, of a network cut to `depth` blocks."""
     with torch.device("meta"):
         network: VideoDenoiser = models.build(name, **options)
         del network.repeated_blocks[depth:]
@@ -160,7 +170,14 @@ def _peaks(
             critic(*micro_batch)
             exchanged_inference = live.exchanged - exchanged
             teacher(*guided)
-        return training, kept, live.peak - start, exchanged, exchanged_inference
+        inference = live.peak - start
+        start = live.restart()
+        if tangent is not None:
+            x_t, t, cond = micro_batch[0].double(), micro_batch[1].double(), micro_batch[2]
+            derivative = field_jvp if tangent == "jvp" else field_difference
+            with layer_norms_in_parts():
+                derivative(student, x_t, t, torch.empty_like(x_t), torch.empty_like(t), cond)
+        return training, kept, inference, live.peak - start, exchanged, exchanged_inference
 
 
 @contextmanager
@@ -246,6 +263,29 @@ def flash_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = original
+
+
+@contextmanager
+def layer_norms_in_parts() -> Iterator[None]:
+    """Scales and shifts after `layer_norm`, whose own forward mode with weights fails on fake tensors (torch 2.13)."""
+    original = F.layer_norm
+
+    def norm(
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        out = original(input, normalized_shape, None, None, eps)
+        out = out if weight is None else out * weight
+        return out if bias is None else out + bias
+
+    F.layer_norm = norm
+    try:
+        yield
+    finally:
+        F.layer_norm = original
 
 
 class _Attention(torch.autograd.Function):

@@ -27,6 +27,12 @@ MASTER, GRADIENT, MOMENTS, AVERAGE = 4, 4, 8, 4
 """Bytes a parameter: float32 weights, gradients, Adam's two moments, running average."""
 
 
+TRAINED = {"dmd": ("student", "critic"), "rcm": ("student", "critic"), "scm": ("student",)}
+"""Networks that a method trains."""
+TANGENT = 2.6
+"""Forwards that a pass with a tangent costs: linear layers twice, attention thrice (Wan 1.3B 2.7, 14B 2.5)."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to lay a run over GPUs.
@@ -69,9 +75,10 @@ class Sizes:
         """Measures the networks of a configuration on one of `context` GPUs that share every sample."""
         teacher_batch = micro_batch * (2 if batches_guidance(config.distill) else 1)
         frozen = _frozen(config)
+        tangent = None if config.distill.method == "dmd" else config.distill.consistency.tangent
         return cls(
-            footprint(config.model, micro_batch, teacher_batch, context=context),
-            footprint(frozen, micro_batch, teacher_batch, _adapters(config), context),
+            footprint(config.model, micro_batch, teacher_batch, context=context, tangent=tangent),
+            footprint(frozen, micro_batch, teacher_batch, _adapters(config), context, tangent),
             stored_bytes(frozen),
             int(config.distill.expert == "low"),
         )
@@ -118,29 +125,59 @@ class Forwards:
 
     Attributes:
         student, teacher, critic: without gradient.
+        teacher_doubled: likewise, of twice the micro-batch, with and without condition.
         student_trained, critic_trained: with gradient.
+        tangents: of the student, without gradient, which carry a tangent.
     """
 
     student: float
     student_trained: float
     teacher: float
+    teacher_doubled: float
     critic: float
     critic_trained: float
+    tangents: float
 
     @classmethod
     def of(cls, config: DistillConfig, accumulate: int = 1) -> Forwards:
-        """Counts from the recipe; the exit step is uniform, so a rollout to it has (n - 1) / 2 earlier steps."""
-        phase = config.phase
-        rollout = phase.first + (phase.stop - phase.first - 1) / 2
-        fresh = config.critic_updates - config.share_rollout
-        window = config.relation_accumulate and accumulate > 1 and config.uses_relation and config.batch_weight > 0
-        guided = config.guidance is not None and not config.batch_guidance
-        return cls(rollout + window + fresh * (rollout + 1), 1, 1 + guided, 1, config.critic_updates)
+        """Counts from the recipe, of rcm once its warm-up has ended.
 
-    def equivalent(self, recompute: bool, batched_guidance: bool) -> float:
-        """In evaluations of one sample: a backward pass counts 2, recomputation 1."""
-        trained = (3 + recompute) * (self.student_trained + self.critic_trained)
-        return self.student + self.teacher * (1 + batched_guidance) + self.critic + trained
+        The exit step is uniform over the last n - m of an expert's n steps (m = 1 with first-step diversity), so a
+        rollout to it has (n - 1 + m) / 2 of them before; those of rcm take 1 to n steps in turn.
+        """
+        dmd, consistent = int(config.method != "scm"), int(config.method != "dmd")
+        diverse = int(config.diversity_weight > 0)
+        phase = config.phase
+        earlier = phase.first + (phase.stop - phase.first - 1 + diverse) / 2
+        fresh = config.critic_updates - (config.share_rollout and not consistent)
+        window = config.relation_accumulate and accumulate > 1 and config.uses_relation and config.batch_weight > 0
+        by_jvp = int(consistent and config.consistency.tangent == "jvp")
+        guided = dmd + consistent + diverse * config.diversity_steps[0]
+        apart = 1 if config.guidance is None else 0 if config.batch_guidance else 2
+        return cls(
+            student=dmd * (earlier + window + fresh * (earlier + 1)) + 2 * (consistent - by_jvp),
+            student_trained=dmd + consistent + diverse,
+            teacher=guided * apart + config.decoupled,
+            teacher_doubled=guided * (apart == 0),
+            critic=dmd,
+            critic_trained=dmd * config.critic_updates,
+            tangents=by_jvp,
+        )
+
+    @property
+    def without_gradient(self) -> float:
+        """Passes of any network and size."""
+        return self.student + self.teacher + self.teacher_doubled + self.critic + self.tangents
+
+    @property
+    def with_gradient(self) -> float:
+        """Passes of student and critic."""
+        return self.student_trained + self.critic_trained
+
+    def equivalent(self, recompute: bool, tangent: float = TANGENT) -> float:
+        """In evaluations of one sample: a backward pass counts 2, recomputation 1, a pass with a tangent `tangent`."""
+        single = self.student + self.teacher + self.critic
+        return single + 2 * self.teacher_doubled + tangent * self.tangents + (3 + recompute) * self.with_gradient
 
 
 def layouts(config: RunConfig, gpus: Sequence[int] = GPUS) -> list[Layout]:
@@ -170,7 +207,8 @@ def plan(config: RunConfig, layout: Layout, sizes: Sizes) -> Plan:
     recipe, size = config.distill, sizes.adapted if layout.lora else sizes.whole
     _, accumulate = micro_batches(recipe, layout.gpus // layout.context)
     # Gradients of student and critic never exist at the same time.
-    kept = 2 * (MASTER + MOMENTS) + GRADIENT + (AVERAGE if recipe.averages else 0)
+    trained = len(TRAINED[recipe.method])
+    kept = trained * (MASTER + MOMENTS) + GRADIENT + (AVERAGE if recipe.averages else 0)
     frozen = sizes.frozen * (1 + sizes.resting) / layout.shards
     return Plan(
         layout,
@@ -178,7 +216,7 @@ def plan(config: RunConfig, layout: Layout, sizes: Sizes) -> Plan:
         size.trained * kept / layout.shards,
         0.0 if layout.offload_teacher else frozen,
         _gathered(config, layout, size, sizes.resting),
-        max(size.training, size.kept + size.inference),
+        max(size.training, size.kept + size.inference, size.tangent),
         frozen if layout.offload_teacher else 0.0,
         _received(config, layout, size, accumulate),
     )
@@ -189,7 +227,7 @@ def _gathered(config: RunConfig, layout: Layout, size: Footprint, resting: int) 
     width = _width(config)
     if layout.shards == 1:
         return float(width * _cast(config, layout, size)) if width < MASTER else 0.0
-    networks = (1 if layout.lora else 3) + resting
+    networks = (1 if layout.lora else 1 + len(TRAINED[config.distill.method])) + resting
     # The block at work and the next; what stands outside the blocks stays gathered in every network.
     weights = 2 * size.largest_block + networks * size.outside_blocks
     if not config.parallel.reshard:
@@ -212,11 +250,11 @@ def _received(config: RunConfig, layout: Layout, size: Footprint, accumulate: in
     shards, copies = layout.shards, layout.gpus // layout.shards
     count = Forwards.of(config.distill, accumulate)
     share = (shards - 1) / shards
-    trained = count.student_trained + count.critic_trained
-    gathers = count.student + count.teacher + count.critic + (2 if config.parallel.reshard else 1) * trained
+    trained = count.with_gradient
+    gathers = count.without_gradient + (2 if config.parallel.reshard else 1) * trained
     gathered = gathers * size.parameters * _width(config) * share
     reduced = trained * size.trained * GRADIENT * (share + 2 * (copies - 1) / copies / shards)
-    evaluated = count.student + count.critic + count.teacher * (2 if batches_guidance(config.distill) else 1)
+    evaluated = count.student + count.teacher + count.critic + 2 * count.teacher_doubled
     exchanged = evaluated * size.exchanged_inference + trained * size.exchanged_training
     return accumulate * (gathered + reduced + exchanged)
 

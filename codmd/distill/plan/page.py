@@ -17,7 +17,6 @@ from .layouts import (
     Layout,
     Plan,
     Sizes,
-    batches_guidance,
     context_layouts,
     layouts,
     micro_batches,
@@ -40,10 +39,10 @@ Memory and communication of a distillation, estimated from the packaged configur
 
 | column | GB a GPU |
 |---|---|
-| trained | float32 weights and Adam moments of student and critic, one gradient and the running average, sharded; with LoRA those of the two adapters |
+| trained | float32 weights and Adam moments of student and critic (scm has none), one gradient and the running average, sharded; with LoRA those of the two adapters |
 | frozen | the teacher, or the base that the adapters share, in the dtypes of `teacher_model`: bfloat16 for matrix products, float32 for norms, modulation and time embedding |
 | gathered | weights that FSDP has whole in bfloat16: two blocks and what stands outside the blocks; one block's gradient before its reduction in float32. On one GPU, autocast's bfloat16 copies of a trained network |
-| activations | the most that is alive beside weights, for one micro-batch, measured on fake tensors (shapes and lifetimes) at two depths and extended to all blocks. LoRA: the base with its adapters |
+| activations | the most that is alive beside weights, for one micro-batch, measured on fake tensors (shapes and lifetimes) at two depths and extended to all blocks. LoRA: the base with its adapters. With `distill.method: rcm` or `scm`, the pass with a tangent, too |
 | fits | the smallest of an H100 (80 GB) and an H200 (141 GB) with 7 % to spare, for the CUDA context, NCCL's buffers and fragmentation |
 | host GB | pinned memory for an offloaded teacher |
 | GB moved a cycle | received by a GPU in one student update and its critic updates: all-gathers in bfloat16, reductions in float32, tokens in the dtype of the products. Over the bandwidth between GPUs it bounds the time that does not hide behind arithmetic |
@@ -70,7 +69,7 @@ def describe(config: RunConfig, gpus: Sequence[int] = GPUS) -> str:
             sizes[micro, layout.context] = Sizes.of(config, micro, layout.context)
         return plan(config, layout, sizes[micro, layout.context])
 
-    splits = token_splits(config.model)
+    splits = token_splits(config.model) if recipe.method == "dmd" else []  # Ulysses carries no tangent
     for layout in layouts(config, gpus):
         plans.append(planned(layout))
         for shared in context_layouts(layout, splits):  # only as many GPUs a sample as it takes
@@ -79,7 +78,7 @@ def describe(config: RunConfig, gpus: Sequence[int] = GPUS) -> str:
             if (better := planned(shared)).capacity < plans[-1].capacity:
                 plans.append(better)
     recompute = bool(getattr(config.model.options, "gradient_checkpointing", False))
-    evaluations = Forwards.of(recipe).equivalent(recompute, batches_guidance(recipe))
+    evaluations = Forwards.of(recipe).equivalent(recompute)
     at_a_time = recipe.micro_batch or "a GPU's whole share"
     lines = [
         f"{next(iter(sizes.values())).whole.parameters / 1e9:.3f} billion parameters a network; latents of "
