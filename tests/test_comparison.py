@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import Counting
+from safetensors.torch import save_file
 
 from benchmarks.comparison import __main__ as command
 from benchmarks.comparison import page, textures, toy
@@ -16,8 +16,6 @@ from benchmarks.comparison.study import difference, differences
 from benchmarks.comparison.toy import COLUMNS
 from codmd.demo.arc import ArcVideo
 from codmd.demo.pool import run_jobs
-from codmd.distill.config.recipe import DistillConfig
-from codmd.distill.update.trainer import Distiller
 from codmd.models.toy import ToyDenoiser
 
 
@@ -31,39 +29,12 @@ def one_torch_thread():
 
 def outcome(arm, seed, **values):
     metrics = {measure: 1.0 if column.best is None else column.best for measure, column in COLUMNS.items()}
-    return {"arm": arm, "seed": seed, "updates": 8, "metrics": {**metrics, **values}, "curve": [], "scenes": [0],
+    return {"arm": arm, "seed": seed, "updates": 8, "metrics": {**metrics, **values}, "curve": [metrics, metrics],
+            "scenes": [0],
             "paths": [[[0.0, 0.0]] * 8]}  # fmt: skip
 
 
 # Equal cost
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        DistillConfig(),
-        DistillConfig(guidance=2.0, decoupled=True),
-        DistillConfig(guidance=2.0, diversity_weight=0.05, diversity_steps=(2, 6)),
-        DistillConfig(sigmas=(1.0,), share_rollout=False),
-    ],
-    ids=["dmd", "decoupled", "diversity", "one step"],
-)
-def test_forwards_per_update_are_those_that_networks_see(config, monkeypatch):
-    from codmd.distill.update import trainer
-
-    networks = [Counting(2) for _ in range(3)]
-    networks[0].requires_grad_(False)
-    draws = iter(range(10**6))
-    monkeypatch.setattr(trainer, "draw_exit_step", lambda steps, _generator: next(draws) % steps)
-    config = replace(config, batch_size=2)
-    distiller = Distiller(*networks, config, conditions=iter(torch.ones(2, 1) for _ in range(10**6)))
-    cycles = 12  # every exit step equally often
-    for _ in range(cycles):
-        distiller.cycle()
-    recomputed = sum(network.cost for network in networks)
-    # Counting takes a pass with gradient for four, with the recomputation of checkpointed blocks; here it is three.
-    with_gradient = 1 + config.critic_updates + int(config.diversity_weight > 0)
-    assert recomputed / cycles - with_gradient == pytest.approx(forwards_per_update(config), rel=0.01)
 
 
 def test_arms_of_dearer_updates_make_fewer():
@@ -152,11 +123,54 @@ def test_the_command_writes_what_is_finished_and_says_what_is_not(tmp_path, caps
     assert f"**5 of 6 runs are finished; `python -m benchmarks.comparison {' '.join(line)}` continues the" in text
     record = json.loads((out / "comparison.json").read_text())
     assert record["differences"]["codmd"]["video_energy"]["pairs"] == 1
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     document = (out / "comparison.html").read_text()
+    assert "<strong>CoDMD, frames</strong> against DMD, 1 seed" in document
     assert document.count("<svg") == 3
     assert "http" not in document.replace("http://www.w3.org", "")
     with pytest.raises(SystemExit, match="give another --work"):
         command.main([*line, "--updates", "16"])
+    elsewhere = [*line, "--known", str(out / "comparison.json")]
+    elsewhere[elsewhere.index(str(work))] = str(again := tmp_path / "again")
+    again.mkdir()
+    tiny(again)
+    command.main(elsewhere)
+    assert len(list(again.glob("*-[12].json"))) == 5
+    record = json.loads((out / "comparison.json").read_text())
+    assert record["settings"]["runs"] == 6
+    assert (out / "comparison.html").read_text().count("<svg") == 3, "clips of the first seed are in the JSON"
+    torch.nn.init.ones_(model := ToyDenoiser().output[1].weight)
+    save_file({"output.1.weight": model}, again / "teacher.safetensors")
+    with pytest.raises(SystemExit, match=r"--known .* was made with"):
+        command.main(elsewhere)
+
+
+def test_the_json_has_no_nan():
+    assert command.numbers({"a": [float("nan"), 1.0], "b": "nan"}) == {"a": [None, 1.0], "b": "nan"}
+
+
+def test_rcm_learns_from_the_teacher_s_videos_and_continues(tmp_path, monkeypatch):
+    short = replace(ARMS["rcm_codmd"].changes["consistency"], warmup=2)
+    arm = replace(ARMS["rcm_codmd"], changes={**ARMS["rcm_codmd"].changes, "consistency": short, "critic_updates": 1})
+    monkeypatch.setitem(ARMS, "rcm_codmd", arm)
+    monkeypatch.setattr(toy, "BASE", replace(toy.BASE, batch_size=4, critic_updates=1))
+    monkeypatch.setattr(toy, "VIDEOS", 8)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    task = tiny(tmp_path / "whole", "rcm_codmd")
+    whole = toy.run(task, lambda count: None)
+    assert whole["curve"][-1]["update"] == task.total > 4
+    part = tiny(tmp_path / "parts", "rcm_codmd")
+    seen = []
+
+    def cut(count):
+        seen.append(count)
+        if sum(seen) == task.total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        toy.run(part, cut)
+    assert toy.run(part, lambda count: None) == whole
 
 
 def test_a_worker_runs_what_it_is_given(tmp_path):

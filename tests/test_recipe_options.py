@@ -189,6 +189,20 @@ def test_the_recipe_s_motion_features_reach_the_frame_term_alone(kind):
     assert float(level.relation_frame.detach()) != pytest.approx(float(loss.relation_frame.detach()), rel=1e-3)
 
 
+def test_both_features_are_the_mean_of_the_two_frame_terms():
+    x, fake, real = (noise(4, seed) for seed in range(3))
+    x.requires_grad_()
+    parts = {
+        kind: distillation_loss(x, Scores(fake, real), DistillConfig(relation_features=kind, frame_weight=0.7))
+        for kind in ("level", "difference", "both")
+    }
+    for term in ("relation", "relation_frame", "relation_batch", "total"):
+        level, difference, both = (getattr(parts[kind], term) for kind in ("level", "difference", "both"))
+        torch.testing.assert_close(both, (level + difference) / 2)
+    gradients = [torch.autograd.grad(parts[kind].total, x)[0] for kind in ("level", "difference", "both")]
+    torch.testing.assert_close(gradients[2], (gradients[0] + gradients[1]) / 2)
+
+
 @pytest.mark.parametrize("sigmas", [(1.0,), (1.0, 0.5)])
 def test_students_of_one_and_two_steps_reach_the_teacher(sigmas):
     config = DistillConfig(

@@ -52,7 +52,7 @@ WRONG = {
     "distill.temperature": ("0", "got 0.0; expected a finite number above 0"),
     "distill.batch_weight": ("-1", "got -1.0; expected a finite number >= 0"),
     "distill.frame_weight": ("-1", "got -1.0; expected a finite number >= 0"),
-    "distill.relation_features": ("motion", "got 'motion'; expected one of level, difference, centred"),
+    "distill.relation_features": ("motion", "got 'motion'; expected one of level, difference, centred, both"),
     "distill.decoupled": ("true", "without guidance there is nothing to decouple"),
     "distill.critic_mixing": ("1", "expected a number in [0, 1)"),
     "distill.diversity_weight": ("-1", "got -1.0; expected a finite number >= 0"),

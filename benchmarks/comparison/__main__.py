@@ -1,11 +1,13 @@
 """What the relation term and the options of the loop do, with seeds and spread.
 
     python -m benchmarks.comparison --size toy | textures [--seeds N ...] [--updates N] [--samples N] [--arms NAME ...]
-                                    [--jobs N] [--work DIR] [--out DIR] [--minutes M] [KEY=VALUE ...]
+                                    [--jobs N] [--work DIR] [--known JSON] [--out DIR] [--minutes M] [KEY=VALUE ...]
 
 Arms (benchmarks/comparison/arms.py) at equal network forwards, one CPU thread a run, seed by seed. What is finished in
 `--work` stays, what is not is continued at its last quarter; a command that is interrupted, or ends after `--minutes`
-with status 75, is started again. Pages and JSON come from whatever is finished, at the end, on Ctrl-C and on SIGTERM.
+with status 75, is started again. On another machine `--known docs/results/comparison.json` takes over the runs of that
+file, if the teacher comes out the same there. Pages and JSON come from whatever is finished, at the end, on Ctrl-C and
+on SIGTERM.
 Toy: arc video, five seeds; a run takes about half a minute of CPU time, all of them 45 minutes. Textures: a tiny Wan on
 moving photographs, three seeds; a run takes about 8 minutes (estimated), all of them hours. KEY=VALUE changes the
 configuration of the textures.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from codmd import __version__
@@ -40,6 +44,7 @@ from codmd.distill.config.run_config import read_config
 
 from . import page, textures, toy
 from .arms import ARMS, UNTRAINED, arms_of, forwards_per_update
+from .figures import training_curves
 from .study import differences
 
 UNFINISHED = 75
@@ -113,6 +118,8 @@ def prepare(args: argparse.Namespace) -> None:
         options = Options((), 0, 0, toy.BASE, TeacherConfig(steps=args.teacher_steps), 1, True, False)
         teacher, _, _ = obtain_teacher(options)
         teacher.save(args.work / "teacher.safetensors")
+    if args.known:
+        take_over(args)
 
 
 def write(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
@@ -129,21 +136,59 @@ def write(args: argparse.Namespace, tasks: Sequence[Task]) -> None:
             "samples": args.samples,
             "forwards": dmd * args.updates,
             "runs": len(tasks),
+            "teacher": teacher_of(args),
         },
         "differences": differences(outcomes, size.columns),
         "outcomes": outcomes,
     }
     args.out.mkdir(parents=True, exist_ok=True)
+    picture = training_curves(outcomes, size.columns)
     kept = [{name: value for name, value in o.items() if name not in ("scenes", "paths", "clips")} for o in outcomes]
+    for entry, outcome in zip(kept, outcomes, strict=True):
+        if "paths" in outcome and outcome["seed"] == min(args.seeds):  # a few kilobytes, which `--known` shows again
+            entry["paths"] = outcome["paths"][: page.CLIPS]
     texts = {
-        "json": json.dumps({**record, "outcomes": kept}, indent=1) + "\n",
+        "json": json.dumps(numbers({**record, "outcomes": kept}), indent=1, allow_nan=False) + "\n",
         "md": page.report(record, size.columns, size.subject),
-        "html": page.document(record, size.columns, size.subject),
+        "html": page.document(record, size.columns, size.subject, picture),
     }
-    for kind, text in texts.items():
+    for kind, content in {"png": picture, **{kind: text.encode() for kind, text in texts.items()}}.items():
         with replacing(args.out / f"{size.subject.name}.{kind}") as path:
-            path.write_text(text, "utf-8")
+            path.write_bytes(content)
     print(f"{len(outcomes)} of {len(tasks)} runs are finished: {args.out / size.subject.name}.md and .html")
+
+
+def numbers(value: Any) -> Any:
+    """The same with None in the place of every NaN, which JSON has not."""
+    if isinstance(value, dict):
+        return {name: numbers(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [numbers(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def take_over(args: argparse.Namespace) -> None:
+    """Outcomes of a JSON that this command wrote, for runs that `--work` does not have.
+
+    Raises:
+        SystemExit: it was made with other settings, or from another teacher.
+    """
+    record = json.loads(args.known.read_text("utf-8"))
+    before, now = (
+        {name: known.get(name) for name in ("updates", "samples")} for known in (record["settings"], vars(args))
+    )
+    if before != now or not math.isclose(record["settings"]["teacher"], teacher_of(args), rel_tol=1e-4):
+        raise SystemExit(f"error: --known {args.known} was made with {before}, or from another teacher, not {now}")
+    for outcome in record["outcomes"]:
+        path = args.work / f"{outcome['arm']}-{outcome['seed']}.json"
+        if not path.exists():
+            toy.write_outcome(path, outcome)
+
+
+def teacher_of(args: argparse.Namespace) -> float:
+    """Norm of the teacher's weights, of which machines differ in the last digits alone."""
+    files = sorted((args.work / "teacher" / "model").glob("*.safetensors")) or [args.work / "teacher.safetensors"]
+    return math.hypot(*(float(weight.double().norm()) for file in files for weight in load_file(file).values()))
 
 
 def run_textures(tasks: Sequence[textures.Run], jobs: int, bar: tqdm) -> None:
@@ -174,6 +219,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=integer_in(1, 1024), default=available_cores(), help="runs at a time")
     parser.add_argument("--minutes", type=above(0), help="after which the command ends, to be started again")
     parser.add_argument("--work", type=Path, help="of the runs (runs/comparison-SIZE)")
+    parser.add_argument("--known", type=Path, help="a JSON of this command, whose runs are taken over")
     parser.add_argument("--out", type=Path, help="of the pages (runs/comparison-SIZE/report)")
     args = parser.parse_intermixed_args(argv)
     size = SIZES[args.size]

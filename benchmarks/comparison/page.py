@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,11 @@ class Subject:
     absent: str
 
 
+CURVES = (
+    "Means over seeds, at every quarter of the training. Dashed: without the relation term; grey: the teacher of fifty "
+    "steps; dotted: the best value, where that is not 0."
+)
+SPACE = "\N{NO-BREAK SPACE}"
 CLIPS = 6
 SIZE = 96
 ENOUGH = 5
@@ -107,7 +113,8 @@ def report(record: dict[str, Any], columns: Columns, subject: Subject) -> str:
     unfinished = settings["runs"] - len(outcomes)
     state = (
         f"**{len(outcomes)} of {settings['runs']} runs are finished; `{settings['command']}` continues the rest.** "
-        "What follows is what finished."
+        f"Where no run is kept, `--known docs/results/{subject.name}.json` takes over those of that file. What follows "
+        "is what finished."
         if unfinished
         else "All runs are finished."
     )
@@ -133,6 +140,7 @@ def report(record: dict[str, Any], columns: Columns, subject: Subject) -> str:
         "is better. For measures with a best value: of the distances from it.",
         markdown(*changes(outcomes, columns, "main")),
         "## Quality over training",
+        f"![every measure against the updates]({subject.name}.png)\n\n{CURVES}",
         *(f"{columns[m].title}:\n\n{markdown(*curves(outcomes, m))}" for m in ("relation_energy", "video_energy")),
     ]
     for group in ("λ", "τ", "steps"):
@@ -147,20 +155,23 @@ def report(record: dict[str, Any], columns: Columns, subject: Subject) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def document(record: dict[str, Any], columns: Columns, subject: Subject) -> str:
-    """The page in HTML, with moving clips of every arm."""
+def document(record: dict[str, Any], columns: Columns, subject: Subject, curve_picture: bytes) -> str:
+    """The page in HTML, with moving clips of every arm and the PNG of `figures.training_curves`."""
     outcomes = record["outcomes"]
     body = [
         f"<h1>{subject.title}</h1>",
         f'<p class="note">{html.escape(record["settings"]["command"])}: '
         f"{len(outcomes)} of {record['settings']['runs']} runs</p>",
-        *(f"<p>{html.escape(sentence.replace('**', ''))}</p>" for sentence in verdicts(outcomes, columns)),
+        *(f"<p>{_bold(html.escape(s))}</p>" for s in verdicts(outcomes, columns)),
         f"<h2>Clips</h2><p>Videos of the first seed, from the same noise{subject.clips}.</p>",
         clips(outcomes),
         "<h2>Mean ± standard deviation over seeds</h2>", page.table(*levels(outcomes, columns, "main")),
         "<h2>Paired differences</h2>", page.table(*changes(outcomes, columns, "main")),
+        "<h2>Quality over training</h2>", page.figure(curve_picture, CURVES),
     ]  # fmt: skip
     for group in ("λ", "τ", "steps"):
+        if not any(group_of(o["arm"]) == group for o in outcomes):
+            continue
         body += [f"<h2>Sensitivity to {group}</h2>", page.table(*levels(outcomes, columns, group)),
                  page.table(*changes(outcomes, columns, group))]  # fmt: skip
     return page.page(subject.title, "\n".join(body))
@@ -171,7 +182,9 @@ def clips(outcomes: Outcomes) -> str:
     radius, rows = ArcVideo().config.radius, []
     for arm, found in by_arm(outcomes).items():
         first = found[min(found)]
-        shown = [_clip(path, radius) for path in first.get("paths", ())] or [_gif(gif) for gif in first["clips"]]
+        shown = [_clip(path, radius) for path in first.get("paths", ())] or list(map(_gif, first.get("clips", ())))
+        if not shown:
+            continue  # of a run that was taken over
         cells = "".join(f"<td>{clip}</td>" for clip in shown[:CLIPS])
         rows.append(f"<tr><td>{html.escape(title_of(arm))}</td>{cells}</tr>")
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
@@ -199,21 +212,25 @@ def _clip(path: Sequence[Sequence[float]], radius: float) -> str:
     middle, ring = SIZE / 2, round(SIZE / 2 / 1.6, 1)
     return (
         f'<svg width="{SIZE}" height="{SIZE}" role="img" aria-label="path of a point over eight frames">'
-        f'<circle cx="{middle}" cy="{middle}" r="{ring}" fill="none" stroke="#dadce0"/>'
+        f'<circle cx="{middle}" cy="{middle}" r="{ring}" fill="none" style="stroke:var(--line)"/>'
         f'<polyline points="{line}" fill="none" stroke="#9ab6d9"/>'
         f'<circle r="4" fill="#d1495b" cx="{points[0][0]}" cy="{points[0][1]}">{moves}</circle></svg>'
     )
 
 
+def _bold(text: str) -> str:
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+
+
 def _spread(values: Sequence[float]) -> str:
     mean, deviation = spread(values)
     text = f"{round(mean, 3) + 0.0:.3f}"
-    return text if math.isnan(deviation) else f"{text} ± {deviation:.3f}"
+    return text if math.isnan(deviation) else f"{text}{SPACE}±{SPACE}{deviation:.3f}"
 
 
 def _change(pair: dict[str, Any]) -> str:
     relative = "" if math.isnan(pair["relative"]) else f"{pair['relative']:+.0%} "
-    interval = "" if math.isnan(pair["low"]) else f"[{pair['low']:+.3f}, {pair['high']:+.3f}] "
+    interval = "" if math.isnan(pair["low"]) else f"[{pair['low']:+.3f},{SPACE}{pair['high']:+.3f}] "
     return f"{relative}{interval}{pair['better']}/{pair['pairs']}"
 
 

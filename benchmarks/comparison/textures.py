@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,7 @@ def _gif(video: Tensor) -> str:
 
 
 def _value(value: Any) -> str:
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+    return json.dumps(asdict(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value)
 
 
 assert KEPT >= CLIPS

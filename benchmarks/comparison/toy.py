@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from codmd.demo.experiment import TEACHER_STEPS
 from codmd.demo.summary import Column
 from codmd.demo.teacher import TeacherConfig
 from codmd.distill.config.recipe import DistillConfig
+from codmd.distill.update.methods import RegularisedDistiller, Videos
 from codmd.distill.update.rollout import sample_euler, sample_few_step
 from codmd.distill.update.schedule import sampling_sigmas
 from codmd.distill.update.trainer import Distiller
@@ -48,6 +50,8 @@ COLUMNS = {
 BASE = DistillConfig()
 KEPT = 24
 """Videos whose paths an outcome keeps for the page."""
+VIDEOS = 2000
+"""Of the teacher, which rCM learns from, as its authors do."""
 PARTS = 4
 """Points of the quality over training, evenly spaced; after each a run can be continued."""
 
@@ -136,20 +140,41 @@ def _train(
 ) -> tuple[ToyDenoiser, list[dict[str, float]]]:
     """The student, and its measures at `PARTS` points of the training; begins where the state file ends."""
     student, critic = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-    distiller = Distiller(teacher, student, critic, ARMS[task.arm].recipe(BASE), task.seed)
+    recipe = ARMS[task.arm].recipe(BASE)
+    distiller = (
+        Distiller(teacher, student, critic, recipe, task.seed)
+        if recipe.method == "dmd"
+        else RegularisedDistiller(teacher, student, critic, recipe, task.seed, None, iter(()))
+    )
     curve: list[dict[str, float]] = []
     if task.state_path.exists():
         curve = restore(distiller, task.state_path)
         progress(distiller.update)
+    if isinstance(distiller, RegularisedDistiller):
+        distiller.videos = _videos(task, teacher, recipe.batch_size, distiller.update)
     stops = [math.ceil(task.total * part / PARTS) for part in range(1, PARTS + 1)]
     while distiller.update < task.total:
         log = distiller.cycle(measure_gradients=distiller.update + 1 in stops)
         progress(1)
         if distiller.update in stops:
-            ratio = {} if log.relation_to_dmd is None else {"relation_to_dmd": float(log.relation_to_dmd)}
+            ratio = {name: float(v) for name, v in log.scalars().items() if name == "relation_to_dmd"}
             curve.append({"update": distiller.update, **measured(sampled(task, student), real), **ratio})
             store(distiller, curve, task.state_path)
     return student, curve
+
+
+def _videos(task: Run, teacher: ToyDenoiser, batch: int, update: int) -> Videos:
+    """Batches of the teacher's own videos from an update on; sampled once for all runs."""
+    path = task.work / "teacher_videos.safetensors"
+    if not path.exists():
+        noise = torch.randn(VIDEOS, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+        videos = sample_euler(teacher, noise, sampling_sigmas(TEACHER_STEPS, BASE.shift))
+        with replacing(path) as partial:
+            save_file({"videos": videos}, partial)
+    videos = load_file(path)["videos"]
+    for number in itertools.count(update):
+        generator = torch.Generator().manual_seed(task.seed * 65_537 + number)
+        yield videos[torch.randint(VIDEOS, (batch,), generator=generator)], None
 
 
 def sampled(task: Run, student: ToyDenoiser) -> Tensor:

@@ -55,7 +55,8 @@ class DistillConfig:
         relation_warmup: student updates over which `relation_weight` rises linearly from 0; 0 is constant.
         temperature: tau of the relation term.
         batch_weight, frame_weight: weights of the relation between samples and between frames.
-        relation_features: of the relation between frames: "level", "difference" or "centred", see `codmd.ops`.
+        relation_features: of the relation between frames: "level", "difference" or "centred", see
+            `codmd.ops`; "both" is half of each of the first two.
         decoupled: guidance at a noise level of its own, below the student's; one more teacher forward a sample.
         critic_mixing: the critic's weights move by this share towards the student's after each of its updates.
         diversity_weight: of the loss that keeps the student's first step on the teacher's path; above 0, distribution
@@ -92,7 +93,7 @@ class DistillConfig:
     temperature: float = 0.1
     batch_weight: float = 1.0
     frame_weight: float = 1.0
-    relation_features: Literal["level", "difference", "centred"] = "level"
+    relation_features: Literal["level", "difference", "centred", "both"] = "level"
     decoupled: bool = False
     critic_mixing: float = 0.0
     diversity_weight: float = 0.0
@@ -125,7 +126,7 @@ class DistillConfig:
             raise ValueError("ema_width: got one beside ema_decay; expected one of the two")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance: got {self.guidance}; expected a finite number, or none")
-        check_one_of("relation_features", self.relation_features, reference.FEATURES)
+        check_one_of("relation_features", self.relation_features, (*reference.FEATURES, "both"))
         check_decays("critic_mixing", (self.critic_mixing,))
         taken, of = self.diversity_steps
         if not 0 < taken < of:

@@ -171,6 +171,7 @@ def distillation_loss(
     convention, mask = conventions.resolve(config.convention), None
     if scores.frame_mask is not None:
         convention, mask = replace(convention, norm_over="selected"), scores.frame_mask[:, :, None, None, None]
+    both = config.relation_features == "both"
     terms = ops.codmd_loss(
         sample,
         real=scores.real,
@@ -185,14 +186,21 @@ def distillation_loss(
         frame_mask=scores.frame_mask,
         temperature=config.temperature,
         batch_weight=config.batch_weight,
-        frame_weight=config.frame_weight,
+        frame_weight=config.frame_weight / 2 if both else config.frame_weight,
         layout="bfchw",
         group=group,
         return_terms=True,
-        relation_features=config.relation_features,
+        relation_features="level" if both else config.relation_features,
     )
-    relation = config.batch_weight * terms.batch + config.frame_weight * terms.frame
-    return GeneratorLoss(terms.total, terms.dmd, relation, terms.batch, terms.frame, weight)
+    total, frame = terms.total, terms.frame
+    if both and config.uses_relation:
+        motion = ops.relation_loss(
+            sample, scores.guided(config), scores.fake, temperature=config.temperature, batch_weight=0.0,
+            relation_features="difference",
+        )  # fmt: skip
+        total, frame = total + weight * config.frame_weight / 2 * motion, (frame + motion) / 2
+    relation = config.batch_weight * terms.batch + config.frame_weight * frame
+    return GeneratorLoss(total, terms.dmd, relation, terms.batch, frame, weight)
 
 
 def critic_loss(
