@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         from .pool import JobFailed
         from .report import write_report
         from .study import Options, run_study
-        from .summary import console_summary
+        from .summary import TOO_SHORT, console_summary
         from .teacher import TeacherConfig
 
     sizes = QUICK if args.quick else FULL
@@ -99,6 +99,6 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     print(f"\n{console_summary(study.summary)}")
     if args.quick:
-        print("A --quick run shows that everything works; it is too short to judge the term by.")
+        print(TOO_SHORT)
     print(f"Report: {args.out / 'report.html'}")
     return 0

@@ -149,7 +149,7 @@ def curves(outcomes: Outcomes) -> Figure:
 
 def speeds(outcomes: Outcomes, summary: Summary) -> Figure:
     """Distribution of speed: data in grey, every arm as a line, all seeds together; the last bin holds the rest."""
-    figure, axis = plt.subplots(figsize=(6.2, 3.0), layout="constrained")
+    figure, axis = plt.subplots(figsize=(12.5, 3.4), layout="constrained")
     top = 1.4 * max(s for o in outcomes.of("data") for s in o.speeds)
     pooled = {arm: [min(s, top) for o in outcomes.of(arm) for s in o.speeds] for arm in ("data", *SHOWN)}
     bins = [top * i / 80 for i in range(81)]

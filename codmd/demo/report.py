@@ -15,7 +15,7 @@ from codmd import page
 
 from . import figures
 from .study import Study
-from .summary import COLUMNS, Summary, difference_table, table, verdict
+from .summary import COLUMNS, TOO_SHORT, Summary, difference_table, table, verdict
 
 CAPTIONS = {
     "demo": "Top: sample videos drawn as paths in the plane of their scene; every frame should lie on the grey circle "
@@ -83,9 +83,9 @@ def render(folder: Path, summary: Summary, settings: dict[str, Any]) -> str:
     few = summary.student_steps
     body = f"""\
 <h1>Distilling a {summary.evaluations["teacher"]}-step teacher into {few} step{"s" if few > 1 else ""}</h1>
-<p class="verdict">{html.escape(verdict(summary))}</p>
+<p class="verdict">{TOO_SHORT if settings["quick"] else html.escape(verdict(summary))}</p>
 {_figure(folder, "demo")}
-{"<p class='note'>A --quick run: too short to judge the term by.</p>" if settings["quick"] else ""}
+{f"<p class='note'>{html.escape(verdict(summary))}</p>" if settings["quick"] else ""}
 <h2>What was measured</h2>
 {page.table(*table(summary), _row_class, meanings)}
 <p class="note">Mean ± standard deviation over seeds {", ".join(map(str, summary.seeds))}. Lower is better, except the

@@ -10,6 +10,9 @@ from codmd.metrics import PairedDifference, paired_difference
 
 from .experiment import ARMS, MEASURES, TEACHER_STEPS, Outcome
 
+TOO_SHORT = "A --quick run shows that everything works; it is too short to judge the term by."
+"""The verdict of a quick run."""
+
 
 @dataclass(frozen=True)
 class Column:

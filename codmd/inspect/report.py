@@ -163,7 +163,7 @@ def _cards(inspection: Inspection, names: dict[Path, str], by_path: dict[Path, P
         width, height = clip.size
         caption = f"{clip.frames} frames of {width}x{height}, {clip.fps:g} per second."
         if pair is not None:
-            caption += f" {'; '.join(pair.findings) or 'As the reference'}."
+            caption += f" Findings: {'; '.join(pair.findings) or 'as the reference'}."
         png = figures.clip_card(clip, pair.reference if pair else None)
         prompt = html.escape(inspection.prompts.get(clip.path, ""))
         parts.append(f"<h3>{html.escape(names[clip.path])}</h3>")
@@ -235,4 +235,4 @@ def _spread(found: dict[str, float | None] | None, column: Column) -> str:
     if found is None:
         return "–"
     std = found["std"]
-    return _cell(found["mean"], column) + ("" if std is None else f" ± {std:.{column.digits}f}")
+    return _cell(found["mean"], column) + ("" if std is None else f" ±\u00a0{std:.{column.digits}f}")
