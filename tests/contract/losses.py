@@ -179,10 +179,13 @@ class Calls(NamedTuple):
             return found
         exact = evaluate(loss.reference, student.double(), upstream, **widened(options))
         usual = evaluate(loss.reference, student, upstream, **options)
-        for value, other, true in zip(found.terms, usual.terms, exact.terms, strict=True):
-            assert relative_error(value, true) <= 2 * relative_error(other, true) + loss.rounding[0], options
+        for term, (value, other, true) in enumerate(zip(found.terms, usual.terms, exact.terms, strict=True)):
+            error, allowed = relative_error(value, true), 2 * relative_error(other, true) + loss.rounding[0]
+            assert error <= allowed, f"term {term}: {float(value):.6g} for {float(true):.6g}"
         error, usual_error = (relative_error(one.gradient, exact.gradient) for one in (found, usual))
-        assert error <= max(factor * usual_error + loss.rounding[1], 2**-7 * truncated), options
+        allowed = max(factor * usual_error + loss.rounding[1], 2**-7 * truncated)
+        by_sample = (found.gradient.double() - exact.gradient).flatten(1).norm(dim=1).tolist()
+        assert error <= allowed, f"gradient: relative error {error:.2g}, allowed {allowed:.2g}; by sample {by_sample}"
         return found
 
 
