@@ -209,8 +209,7 @@ def test_the_student_s_pipeline_of_two_experts_samples_its_euler_steps_in_diffus
     torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("more", [[], ADAPTERS], ids=["whole", "lora"])
-@pytest.mark.parametrize("expert", ["high", "low"])
+@pytest.mark.parametrize(("expert", "more"), [("high", ADAPTERS), ("low", [])], ids=["high-lora", "low-whole"])
 def test_a_resumed_run_of_an_expert_is_the_uninterrupted_one(pipeline, data, tmp_path, expert, more):
     whole = distil(expert, pipeline, data, tmp_path / "whole", *more, updates=3)
     parts = distil(expert, pipeline, data, tmp_path / "parts", *more, updates=1)
@@ -260,8 +259,7 @@ def test_two_processes_train_an_expert_as_one_does(pipeline, data, tmp_path):
 # The plan
 
 
-@pytest.mark.parametrize("more", [[], ADAPTERS], ids=["whole", "lora"])
-@pytest.mark.parametrize("expert", ["high", "low"])
+@pytest.mark.parametrize(("expert", "more"), [("high", []), ("low", []), ("low", ADAPTERS)])
 def test_the_plan_has_the_frozen_networks_of_an_expert_s_run_to_the_byte(pipeline, data, monkeypatch, expert, more):
     monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0, 0, 0))
     config = read_config(

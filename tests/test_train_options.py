@@ -28,6 +28,9 @@ WRONG = {
     "distill.consistency.log_std": ("0", "got 0.0; expected a finite number above 0"),
     "distill.consistency.warmup": ("-1", "got -1; expected at least 0"),
     "distill.consistency.tangent": ("exact", "got 'exact'; expected one of jvp, difference"),
+    "distill.transition": ("heun", "got 'heun'; expected one of renoise, euler"),
+    "distill.expert": ("both", "got 'both'; expected one of high, low"),
+    "distill.boundary": ("1.5", "got 1.5; expected a noise level in (0, 1)"),
     "distill.sigmas": ("[1.0,0.5,0.5]", "expected levels that fall strictly and stay above 0"),
     "distill.shift": ("0", "got 0.0; expected a finite number above 0"),
     "distill.sigma_range": ("[0.5,0.5]", "got (0.5, 0.5)"),
@@ -103,6 +106,7 @@ WRONG_OF_MODEL = {
     "wan": {
         "weights": ("''", "not given; expected a diffusers folder, a weight file"),
         "entry": ("3", "got 3; expected text"),
+        "expert": ("both", "got 'both'; expected one of , high, low"),
         "config": ("''", "not given; random weights need one of 1.3b, 14b, ti2v_5b, tiny"),
         **dict.fromkeys(("frames", "height", "width"), ("0", "got 0; expected a positive number of latent cells")),
         "compute": ("float16", "got 'float16'; expected one of bfloat16, float32"),

@@ -109,6 +109,8 @@ class DistillConfig:
             if self.method != "dmd" and getattr(self, name):
                 raise ValueError(f"{name}: an option of method dmd; method {self.method} does not have it")
         check_one_of("transition", self.transition, get_args(Transition))
+        if not 0 < self.boundary < 1:
+            raise ValueError(f"boundary: got {self.boundary}; expected a noise level in (0, 1)")
         self._check_expert()
         for name in ("batch_size", "micro_batch", "critic_updates", "max_nonfinite"):
             check_count(name, getattr(self, name), 1)

@@ -40,7 +40,7 @@ Memory and communication of a distillation, estimated from the packaged configur
 | column | GB a GPU |
 |---|---|
 | trained | float32 weights and Adam moments of student and critic (scm has none), one gradient and the running average, sharded; with LoRA those of the two adapters |
-| frozen | the teacher, or the base that the adapters share, in the dtypes of `teacher_model`: bfloat16 for matrix products, float32 for norms, modulation and time embedding |
+| frozen | the teacher, or the base that the adapters share, in the dtypes of `teacher_model`: bfloat16 for matrix products, float32 for norms, modulation and time embedding. A low-noise expert (`distill.expert: low`) has the high-noise one beside it |
 | gathered | weights that FSDP has whole in bfloat16: two blocks and what stands outside the blocks; one block's gradient before its reduction in float32. On one GPU, autocast's bfloat16 copies of a trained network |
 | activations | the most that is alive beside weights, for one micro-batch, measured on fake tensors (shapes and lifetimes) at two depths and extended to all blocks. LoRA: the base with its adapters. With `distill.method: rcm` or `scm`, the pass with a tangent, too |
 | fits | the smallest of an H100 (80 GB) and an H200 (141 GB) with 7 % to spare, for the CUDA context, NCCL's buffers and fragmentation |

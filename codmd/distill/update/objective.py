@@ -196,7 +196,7 @@ def distillation_loss(
     if both and config.uses_relation:
         motion = ops.relation_loss(
             sample, scores.guided(config), scores.fake, temperature=config.temperature, batch_weight=0.0,
-            relation_features="difference",
+            frame_mask=scores.frame_mask, relation_features="difference",
         )  # fmt: skip
         total, frame = total + weight * config.frame_weight / 2 * motion, (frame + motion) / 2
     relation = config.batch_weight * terms.batch + config.frame_weight * frame
