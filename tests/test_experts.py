@@ -261,7 +261,7 @@ def test_two_processes_train_an_expert_as_one_does(pipeline, data, tmp_path):
 
 @pytest.mark.parametrize(("expert", "more"), [("high", []), ("low", []), ("low", ADAPTERS)])
 def test_the_plan_has_the_frozen_networks_of_an_expert_s_run_to_the_byte(pipeline, data, monkeypatch, expert, more):
-    monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0, 0, 0))
+    monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0, 0, 0, 0))
     config = read_config(
         "wan_tiny",
         [
@@ -289,7 +289,7 @@ def test_a_cycle_of_an_expert_has_the_rollouts_of_its_own_steps():
 
 
 def test_the_shipped_recipe_has_the_public_students_steps_and_a_plan(monkeypatch):
-    monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0, 0, 0))
+    monkeypatch.setattr(footprints, "_peaks", lambda *_: (0, 0, 0, 0, 0, 0))
     config = read_config("wan2.2_t2v_a14b", PLACEHOLDERS)
     assert config.model.options.expert == "high"
     assert config.distill.sigmas == pytest.approx(sampling_sigmas(4, shift=5.0), abs=5e-5)
