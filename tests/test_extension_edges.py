@@ -107,7 +107,8 @@ def test_one_level_of_a_decoupled_loss_that_float32_cannot_hold_is_not_a_loss_of
     call = objective_call(self_forcing, related=False, decoupled=True)
     far = torch.full_like(call.student, LARGEST)
     second, first = {"augment_real": -far, "augment_uncond": far}, {"real": -far, "fake": far}
-    for change in (second, first, {"augment_real": -far, "student": far}):
+    lost_norm = {"augment_real": -far, "augment_uncond": -0.95 * far, "student": far}
+    for change in (second, first, lost_norm, {"augment_real": -far, "student": far}):
         odd = call._replace(**change)
         found = forward(run, odd)
         assert not found.terms[:2].isfinite().any()
@@ -153,10 +154,12 @@ def test_long_gathered_rows_keep_to_the_same_rule(run):
 @pytest.mark.parametrize("convention", [self_forcing, NAMED["fastvideo"], NAMED["simpletuner"]], ids=range(3))
 def test_a_distance_that_float32_cannot_hold_is_not_a_loss_of_zero(run, convention):
     call = objective_call(convention, related=False, plain=True)
-    call = call._replace(student=torch.full_like(call.student, LARGEST), real=torch.full_like(call.real, -LARGEST))
-    found = forward(run, call)
-    assert not found.terms[:2].isfinite().any()
-    assert not gradient(run, call, found).isfinite().any()
+    far = torch.full_like(call.student, LARGEST)
+    for change in ({"student": far, "real": -far}, {"fake": far, "real": -far}):
+        changed = call._replace(**change)
+        found = forward(run, changed)
+        assert not found.terms[:2].isfinite().any()
+        assert not gradient(run, changed, found).isfinite().any()
 
 
 def test_a_guided_prediction_that_float32_cannot_hold_is_not_a_loss_of_zero(run):
@@ -183,6 +186,14 @@ def test_the_huber_penalty_is_right_for_large_and_small_differences(run, scale):
         assert_right(gradient(run, call, found), grad)
 
 
+def test_the_huber_penalty_shows_an_infinite_prediction(run):
+    call = objective_call(HUBER, related=False, plain=True)
+    call.fake[1, 2, 3] = torch.inf
+    found, exact = forward(run, call), forward(reference, call)
+    written, expected = gradient(run, call, found), gradient(reference, call, exact)
+    torch.testing.assert_close(written, expected, rtol=1e-5, atol=1e-8, equal_nan=True)
+
+
 def test_mixed_magnitudes_add_up(run):
     """A few elements outside of the range in which float32 squares hold, among ordinary ones."""
     call = objective_call(self_forcing, related=False, plain=True, shape=(2, 3, 4, 16, 40))
@@ -195,9 +206,9 @@ def test_mixed_magnitudes_add_up(run):
 
 def test_a_weight_on_the_direction_is_part_of_its_magnitude(run):
     call = objective_call(NAMED["fastgen"], related=False, shape=(2, 2, 3, 4, 5), plain=True)
-    call = call._replace(real=call.student - 1, fake=call.student, sample_weight=torch.tensor([2.0, 4.0]))
+    call = call._replace(real=call.student - 1, fake=call.student, sample_weight=torch.tensor([2.0, -4.0]))
     assert float(forward(run, call).terms[4]) == pytest.approx(3.0, rel=1e-5)
-    loss_weighted = call._replace(convention=NAMED["diffsynth"])
+    loss_weighted = call._replace(convention=NAMED["diffsynth"], sample_weight=torch.tensor([2.0, 4.0]))
     assert float(forward(run, loss_weighted).terms[4]) == pytest.approx(1.0, rel=1e-5)
 
 

@@ -114,6 +114,7 @@ def test_codmd_loss_is_the_sum_of_both_losses(kind):
     torch.testing.assert_close(joint.frame, relation.frame)
     torch.testing.assert_close(joint.batch, relation.batch)
     torch.testing.assert_close(joint.total, ops.dmd_loss(student, real=real, fake=fake) + 0.3 * relation.total)
+    torch.testing.assert_close(relation.total, 0.5 * relation.batch + 2.0 * relation.frame)
     level = ops.relation_loss(student, real, fake, return_terms=True, **options)
     torch.testing.assert_close(relation.batch, level.batch)
     assert abs(relation.frame - level.frame) > 0.1 * level.frame

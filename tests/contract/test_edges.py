@@ -201,7 +201,7 @@ def test_a_loss_that_its_norm_divides_grows_with_all_latents(scale, call):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["fake", "real", "real_uncond"])
-@pytest.mark.parametrize("name", ["self_forcing", "rcm", "fastgen"])
+@pytest.mark.parametrize("name", ["self_forcing", "rcm", "fastgen", "videox_fun_z_image"])
 def test_a_bad_prediction_in_one_sample_does_what_the_policy_says(name, where, bad, call):
     student, arguments = DMD.inputs((2, *SHAPE[1:]), layout=NAMED[name].layout)
     arguments[where][0, 0, 1, 2, 3] = bad

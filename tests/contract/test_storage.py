@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import LAYOUTS
 from dmd_cases import mask_of
-from losses import CODMD, SHAPE, Calls, assert_same, distributional, every_loss, pools, related
+from losses import CODMD, DMD, SHAPE, Calls, assert_same, distributional, every_loss, pools, related
 from torch import Tensor
 
 WIDE = (*SHAPE[:4], 19)
@@ -50,6 +50,14 @@ def test_velocities_masks_and_noise_levels_may_be_strided(view, loss, call):
     sigma = torch.stack([arguments["sigma"], arguments["sigma"] + 1], dim=-1)[..., 0]
     found = call(loss, student, {**moved(arguments, view, arguments.keys() - {"sigma"}), "sigma": sigma})
     assert_same(found, expected, 3e-6, 2**-8)
+
+
+@pytest.mark.parametrize("name", ["noisy", "fake", "real_uncond"])
+def test_one_strided_latent_among_contiguous_ones_is_read_by_its_strides(name, call):
+    student, arguments = DMD.inputs(WIDE, flow=True)
+    arguments = {**arguments, "prediction": "flow", "fake_uncond": None}
+    apart = torch.stack([arguments[name], arguments[name] + 1], dim=-1)[..., 0]
+    assert_same(call(DMD, student, {**arguments, name: apart}), call(DMD, student, arguments), 3e-6, 3e-6)
 
 
 @every_loss
