@@ -140,6 +140,15 @@ def test_the_block_with_the_last_ticket_alone_goes_on():
     assert plain.waited["ATOMG"] == walk.LATENCIES["ATOMG"] - 1
 
 
+@pytest.mark.parametrize("guard, operand, instructions", [(7, 7, 4), (7, 6, 5), (6, 7, 5)])
+def test_an_exit_with_a_predicate_operand_needs_both_predicates(guard, operand, instructions):
+    found = run(
+        f"ISETP.EQ.AND P0, PT, RZ, {hex(7 - guard)}, PT ; 4", f"ISETP.EQ.AND P1, PT, RZ, {hex(7 - operand)}, PT ; 4",
+        "MOV R0, 0x1 ; 4", "@P0 EXIT P1 ; 5", "EXIT ; 5",
+    )  # fmt: skip
+    assert found.instructions == instructions
+
+
 def test_the_helper_of_a_division_is_passed_by_and_else_the_longer_side_is_walked():
     guarded = (
         "FCHK P0, R1, R2 ; 1 set=0", "@!P0 BRA `(.L_0) ; 5 wait=1", "MOV R4, 0x50 ; 4", "CALL.REL.NOINC `(helper) ; 5",

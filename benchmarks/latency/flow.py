@@ -24,7 +24,8 @@ class Flow:
             conditional = instruction.guard is not None or len(instruction.operands) > 1
             return (after, self.code.jump(i)) if conditional else (self.code.jump(i),)
         if instruction.base in ("EXIT", "RET"):
-            return (EXIT,) if instruction.guard is None else (after, EXIT)
+            conditional = instruction.guard is not None or (instruction.base == "EXIT" and instruction.operands)
+            return (after, EXIT) if conditional else (EXIT,)
         return (after,)
 
     def reach(self, start: int, without: int) -> set[int]:

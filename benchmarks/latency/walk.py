@@ -158,14 +158,15 @@ class Kernel:
         """Whether a BRA, EXIT, CALL or RET is taken."""
         taken = issue.guard(state) if issue.guard else True
         instruction = self.code.instructions[issue.index]
-        if issue.base == "BRA":
+        if issue.base in ("BRA", "EXIT"):
             if "DIV" in issue.opcode.split("."):
                 return False  # only a warp whose threads went apart
-            for operand in instruction.operands[:-1]:
+            for operand in instruction.operands[: len(instruction.operands) - (issue.base == "BRA")]:
                 more = truth(operand)(state)
                 if taken is False or more is False:
                     return False
                 taken = more if taken is True else taken
+        if issue.base == "BRA":
             if taken is TICKET and not state.last:
                 return not self.usual(issue.index)
             return self.usual(issue.index) if isinstance(taken, Unknown) else taken
