@@ -129,8 +129,9 @@ of several frames than one program holds. The 14B model has the latents of the 1
 {table}
 
 * Up to 32 frames and 32 samples, the relation is one launch forward: the last block of each sample computes its frame
-  relation, the last sample's the batch relation. Beyond, a second launch spreads the rows of the relation over blocks.
-* `codmd_loss` likewise, total included. With a process group: one launch before the gather and one after it.
+  relation, the last sample's the batch relation. Beyond, two more launches spread the rows of the relation over
+  programs: rows of G, then rows of the gradient, which need a column of G each.
+* `codmd_loss` likewise, total included. With a process group: one launch before the gather and two after it.
 * `pool=None` streams the latents once for the Gram matrices and once for the gradient. One relation kind, be it of
   frames (one sample) or of samples (images), is one launch and one. Frames *and* samples are two launches and one: a
   program takes all samples of its columns, whose time averages it then has in registers. That holds up to 8 samples of

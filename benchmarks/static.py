@@ -91,6 +91,13 @@ def guarded(text: str, ticket: str, store: str, *guards: str) -> tuple[int, int]
     return found, kept
 
 
+NVIDIA_TICKET = r"\batom\.", r"\bst\.global", r"\bbar\.sync"
+AMD_TICKET = (
+    r"(global|buffer)_atomic_add", r"(global|buffer)_store", r"\bs_waitcnt\b.*\bvmcnt\(0\)", r"\bs_barrier\b",
+)  # fmt: skip
+"""What :func:`guarded` looks for in PTX and in AMD's assembly: there a barrier waits for no store by itself."""
+
+
 def _tickets(compiled: Any, machine: tuple[int, int]) -> tuple[int, int]:
     """(tickets, those guarded in Triton's IR and in the machine's code)."""
     written = guarded(compiled.asm["ttir"], r"tt\.atomic_rmw", r"tt\.store", r"\bbarrier\b")
@@ -126,7 +133,7 @@ def _nvidia(launch: Launch, target: str, compiled: Any) -> Report:
         tool = triton.knobs.nvidia.cuobjdump.path
         usage = subprocess.run([tool, "-res-usage", binary.name], capture_output=True, text=True, check=True)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
-    tickets, kept = _tickets(compiled, guarded(ptx, r"\batom\.", r"\bst\.global", r"\bbar\.sync"))
+    tickets, kept = _tickets(compiled, guarded(ptx, *NVIDIA_TICKET))
     return Report(
         launch.name, target, numbers["REG"], numbers["STACK"], numbers["LOCAL"], compiled.metadata.shared,
         len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)), len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
@@ -143,9 +150,7 @@ def _amd(launch: Launch, target: str, compiled: Any) -> Report:
         assert found is not None, key
         return int(found.group(1))
 
-    waits = r"\bs_waitcnt\b.*\bvmcnt\(0\)", r"\bs_barrier\b"
-    machine = guarded(assembly, r"(global|buffer)_atomic_add", r"(global|buffer)_store", *waits)
-    tickets, kept = _tickets(compiled, machine)
+    tickets, kept = _tickets(compiled, guarded(assembly, *AMD_TICKET))
     return Report(
         launch.name, target, number("vgpr_count"), number("vgpr_spill_count"), number("private_segment_fixed_size"),
         compiled.metadata.shared,

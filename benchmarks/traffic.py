@@ -74,8 +74,12 @@ def _pool(v: dict[str, Any], grid: int) -> Traffic:
 
 def _rows(v: dict[str, Any], grid: int) -> Traffic:
     # Its share of the workspace is counted by the launch that made it, or here when it is its own.
-    own = 0 if v["source"] is v["workspace"] else 2 * _size(v["workspace"]) + _size(v["source"])
-    return Traffic(0, own + _size(v["gathered"]) + _size(v["frame_grad"]) + _size(v["batch_grad"]))
+    own = 0 if v["source"] is v["workspace"] else 2 * _size(v["workspace"])
+    return Traffic(0, own + _size(v["gathered"]))
+
+
+def _rows_gradient(v: dict[str, Any], grid: int) -> Traffic:
+    return Traffic(0, _size(v["frame_grad"]) + _size(v["batch_grad"]))
 
 
 def _gram(v: dict[str, Any], grid: int) -> Traffic:
@@ -144,6 +148,7 @@ def _gradient(v: dict[str, Any], grid: int) -> Traffic:
 _KERNELS: dict[str, Callable[[dict[str, Any], int], Traffic]] = {
     "pool_kernel": _pool,
     "relation_rows_kernel": _rows,
+    "rows_gradient_kernel": _rows_gradient,
     "gram_kernel": _gram,
     "moments_kernel": _moments,
     "decoupled_kernel": _decoupled,

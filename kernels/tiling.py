@@ -152,8 +152,9 @@ def pieces_of_a_program(frames: int, pieces: int, processors: int, most: int) ->
     """
 
     def cost(each: int) -> int:
+        """One program, then the others: either one after another, or as fast as memory brings their pieces."""
         waves = cdiv(frames * cdiv(pieces, each), processors * RESIDENT)
-        return waves * (each + START)
+        return each + START + max((waves - 1) * (each + START), frames * pieces // processors)
 
     even = {min(cdiv(pieces, programs), most) for programs in range(1, min(pieces, processors * WAVES) + 1)}
     return min(even, key=lambda each: (cost(each), -each))

@@ -68,7 +68,7 @@ def test_every_configuration_keeps_to_its_budgets(compiled):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"registers": 300}, "300 registers, at most 184 allowed"),
+        ({"registers": 300}, "300 registers, at most 128 allowed"),
         ({"spilled": 8}, "8 spilled bytes, at most 0 allowed"),
         ({"local": 16}, "16 bytes of local memory, at most 0 allowed"),
         ({"shared": 50_000}, "50000 bytes of shared memory, at most 49152 allowed"),
@@ -90,6 +90,20 @@ def test_latents_of_sixteen_bits_are_multiplied_by_tensor_cores_and_no_others(ev
     found = {(report.dtype, report.products > 0) for _, report in every_target[target] if report.dtype}
     assert found <= {("bfloat16", True), ("float16", True), ("float32", False)}
     assert {dtype for dtype, _ in found} >= {"bfloat16", "float32"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "kept"),
+    [
+        (("global_store_dword", "s_waitcnt vmcnt(0)", "s_barrier", "global_atomic_add"), 1),
+        (("s_waitcnt vmcnt(0)", "global_store_dword", "s_barrier", "global_atomic_add"), 0),
+        (("global_store_dword", "s_waitcnt lgkmcnt(0)", "s_barrier", "global_atomic_add"), 0),
+        (("global_store_dword", "s_barrier", "s_waitcnt vmcnt(0)", "global_atomic_add"), 0),
+        (("s_waitcnt vmcnt(0)", "s_barrier", "buffer_store_dword", "buffer_atomic_add"), 0),
+    ],
+)
+def test_on_amd_every_wave_waits_for_its_stores_before_the_barrier_of_a_ticket(lines, kept):
+    assert static.guarded("\n".join(lines), *static.AMD_TICKET) == (1, kept)
 
 
 def test_a_chain_of_products_that_does_not_start_at_zero_is_counted():
@@ -133,17 +147,17 @@ def test_one_launch_forward_and_one_backward_up_to_32_frames_and_samples():
     assert names == ["pool_kernel", "gradient_kernel"]
     for shape in SHAPES.values():
         names = [launch.name for launch in static_cases.relation_launches(shape)]
-        assert len(names) <= 3
+        assert len(names) <= 4
         assert names[-1] == "gradient_kernel"
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (1024, 1, 4, 8, 8), (2, 1024, 4, 8, 8)], ids=str)
-def test_codmd_takes_at_most_two_launches_forward_and_one_backward(shape):
+def test_codmd_takes_at_most_three_launches_forward_and_one_backward(shape):
     names = [launch.name for launch in static_cases.codmd_launches(shape)]
-    second = ["relation_rows_kernel"] * (max(shape[:2]) > 32)
-    assert names == ["moments_kernel", *second, "gradient_kernel"]
+    rows = ["relation_rows_kernel", "rows_gradient_kernel"]
+    assert names == ["moments_kernel", *(rows if max(shape[:2]) > 32 else []), "gradient_kernel"]
     names = [launch.name for launch in static_cases.codmd_gathered_launches((1, *shape[1:]), 16)]
-    assert names == ["moments_kernel", "relation_rows_kernel"]
+    assert names == ["moments_kernel", *rows]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -218,6 +232,6 @@ def test_scratch_stays_below_one_percent_of_a_latent():
     for name, shape in SHAPES.items():
         launches = static_cases.relation_launches(shape)
         scratch = sum(launch.values["workspace"].numel() * 4 for launch in launches if launch.name == "pool_kernel")
-        # Row blocks of a relation of hundreds of frames keep their shares apart, so that they add up in one order.
-        share = 0.025 if shape[1] > 100 else 0.01
+        # Programs of hundreds of frames keep their rows of S and G.
+        share = 0.013 if shape[1] > 100 else 0.01
         assert scratch <= share * 2 * torch.Size(shape).numel(), name

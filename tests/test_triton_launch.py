@@ -331,6 +331,11 @@ def test_the_largest_sizes_are_taken_and_the_next_refused(taken, refused, pool, 
         limits.check(refused, pool, batch, frame)
 
 
+@pytest.mark.parametrize(("frames", "pieces", "each"), [(21, 32, 3), (168, 32, 4), (240, 32, 4), (2, 7, 1)])
+def test_programs_fill_the_multiprocessors_and_are_short_where_memory_is_what_takes_the_time(frames, pieces, each):
+    assert tiling.pieces_of_a_program(frames, pieces, 132, pieces) == each
+
+
 def test_a_term_that_is_not_wanted_refuses_nothing():
     assert limits.refusal((2000, 3, 1, 1, 1), (1, 1), False, True) == ""
     assert limits.refusal((3, 2000, 1, 1, 1), (1, 1), True, False) == ""
@@ -375,6 +380,14 @@ def test_masked_loads_say_what_stands_outside():
     found = list(_calls("load"))
     assert len(found) > 50
     assert [place for place, keywords in found if "mask" in keywords and "other" not in keywords] == []
+
+
+def test_what_temperature_magnifies_is_divided_with_one_rounding():
+    """S, S/τ and the softmax; a plain division is off by two units on a GPU, and exact under the interpreter."""
+    divergence = (KERNELS / "divergence.py").read_text()
+    assert set(re.findall(r"tl\.div_rn\((.+?)\)", divergence)) == {"similarity, temperature", "weight, mass"}
+    for file in ("pooled/algebra.py", "pooled/rows.py"):
+        assert re.search(r"similarity = tl\.div_rn\(similarity, i_norms\[0\] \* ", (KERNELS / file).read_text())
 
 
 def test_every_dot_is_ieee_float32():

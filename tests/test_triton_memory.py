@@ -87,6 +87,7 @@ if INTERPRETED:
 
         def atomic_rmw(self, operation, addresses, values, mask, order):
             assert not self.fresh, f"{self.launched[-1]} takes a ticket, and no barrier follows its stores"
+            self.touched(addresses, mask, values.dtype.itemsize)
             self.clock += 1
             behind = self.behind.setdefault(int(addresses.item()), {})
             behind |= self.seen | {self.number: self.clock}
@@ -112,7 +113,8 @@ if INTERPRETED:
         return Watch(monkeypatch)
 
     POOLED, WHOLE = ["pool_kernel", "gradient_kernel"], ["gram_kernel", "apply_kernel"]
-    ROWS = ["pool_kernel", "relation_rows_kernel", "gradient_kernel"]
+    RELATION = ["relation_rows_kernel", "rows_gradient_kernel"]
+    ROWS = ["pool_kernel", *RELATION, "gradient_kernel"]
     TOGETHER = ["gram_batch_kernel", "relations_kernel", "apply_batch_kernel"]
 
     @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ if INTERPRETED:
         call = relation_call([v.detach() for v in latents((3, 2, 1, 2, 3))], (2, 3))
         pending = backend.features(call)
         backend.gathered(call, pending, torch.cat([pending.rows, pending.rows]), 3, 1.0)
-        assert watch.launched[1:] == (WHOLE if long else ["relation_rows_kernel"])
+        assert watch.launched[1:] == (WHOLE if long else RELATION)
 
     @pytest.mark.parametrize(
         ("shape", "pool", "convention"),
@@ -168,8 +170,7 @@ if INTERPRETED:
         ops.codmd_loss(
             student, **arguments, guidance=3.5, mask=mask, frame_mask=frames, backend="triton", **options
         ).backward()
-        rows = ["relation_rows_kernel"] * (shape[1] > 32)
-        assert watch.launched == ["moments_kernel", *rows, "gradient_kernel"]
+        assert watch.launched == ["moments_kernel", *(RELATION if shape[1] > 32 else []), "gradient_kernel"]
 
     @triton.jit
     def careless_kernel(out, counter, BARRIER: tl.constexpr, TICKET: tl.constexpr):

@@ -209,6 +209,11 @@ if INTERPRETED:
         student, real, fake = latents((1, 3, 2, 4, 6))
         assert_as_accurate_as_pytorch(strided(kind, student), real, strided(kind, fake), pool=pool)
 
+    @pytest.mark.parametrize("seed", range(4))
+    def test_a_small_temperature_leaves_strided_latents_their_digits(seed):
+        inputs = [strided("every second column", v) for v in latents((1, 3, 2, 4, 6), seed=seed)]
+        assert_as_accurate_as_pytorch(*inputs, temperature=0.01)
+
     @pytest.mark.parametrize(("padding", "pool"), [(3, "mean"), (2, "mean"), (2, None)])
     def test_padded_lines_narrow_the_vectors(padding, pool):
         """Lines of 6 elements, 9 apart: every other axis steps in fours; or 8 apart, where only their ends do not."""

@@ -22,7 +22,7 @@ from ..blocks import (
     takes_last_of_any,
 )
 from ..pooled.algebra import relation_in_one_block
-from ..pooled.pool import finish_sample, piece_of, store_regions, three_sums, tile_of
+from ..pooled.pool import average_of, finish_sample, piece_of, store_piece, three_sums, tile_of
 from .algebra import LEAST_SIZE, MOMENTS, SCALE, add_segments, finish_loss, pseudo_huber_root, store_norms
 from .scores import difference, guided_real, load, selection
 
@@ -105,7 +105,7 @@ def moments_kernel(
     SCOPE: tl.constexpr, BLOCK: tl.constexpr, FIRST_ALONE: tl.constexpr, GUARD: tl.constexpr, NAN: tl.constexpr,
     HUBER: tl.constexpr, SUM: tl.constexpr, LOSS_DIVIDED: tl.constexpr, WEIGHT_SQUARED: tl.constexpr,
     RELATION: tl.constexpr, FRAMES: tl.constexpr, BATCH: tl.constexpr, AVERAGES: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·F·programs of a frame]. Strides of b, f, c, h are in units of VEC elements, but for the mask's."""
@@ -120,9 +120,7 @@ def moments_kernel(
     row = 3 * features + 1
     table = workspace + b * frames * row
     losses = workspace + losses_at
-    averages = workspace + averages_at
-    if pooled is not None:
-        averages = pooled
+    averages, averages_along = average_of(pooled, workspace + averages_at, b, samples, features, COLUMNS)
     pieces = table
     if SPLITS > 1:
         pieces = workspace + pieces_at + b * SPLITS * frames * row
@@ -194,16 +192,10 @@ def moments_kernel(
                 sum_r += r
                 sum_d += kept_apart(r, d, False)
         if RELATION:
-            at = pieces + (split * frames + f) * row + (channel * GRID_H + gy) * GRID_W
-            if FLAT:
-                found, which = three_sums(sum_x, sum_r, sum_d)
-                share = 1.0 / ((bottom - top) * width).to(tl.float32)
-                tl.store(at + which * features, found * share, mask=which < 3)
-            else:
-                store_regions(
-                    at, features, tl.sum(sum_x, 0), tl.sum(sum_r, 0), tl.sum(sum_d, 0), left, width, top, bottom,
-                    GRID_W, TILE_W,
-                )  # fmt: skip
+            store_piece(
+                pieces, split, f, frames, features, channel, gy, sum_x, sum_r, sum_d, left, width, top, bottom,
+                GRID_H, GRID_W, FLAT, TILE_W, COLUMNS,
+            )  # fmt: skip
 
     stride = samples.to(tl.int64) * frames * programs
     moment = workspace + moments_at + pid
@@ -221,8 +213,8 @@ def moments_kernel(
         )  # fmt: skip
         if RELATION:
             finish_sample(
-                pieces, table, averages + b * row, frame_mask, sample, frames, features, mask_b, mask_f,
-                SPLITS, BLOCK_F, AVERAGES,
+                pieces, table, averages, averages_along, frame_mask, sample, frames, features, mask_b, mask_f,
+                SPLITS, BLOCK_F, AVERAGES, COLUMNS,
             )  # fmt: skip
         if FRAMES:
             tl.debug_barrier()
@@ -238,8 +230,8 @@ def moments_kernel(
                 frame_term = ordered_sum(losses, samples, 16) / samples
             if BATCH:
                 batch_term = relation_in_one_block(
-                    averages, samples, features, number(numbers, TEMPERATURE, temperature), batch_grad, 1.0,
-                    BLOCK_N, BLOCK_K,
+                    workspace + averages_at, samples, features, number(numbers, TEMPERATURE, temperature),
+                    batch_grad, 1.0, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
             if second is None:
                 dmd_loss, mean_g = finish_loss(

@@ -1,7 +1,7 @@
 """The DMD loss, alone or with the pooled relation, and gradients: allocations and launches.
 
-One process: up to 32 frames and samples one launch finds everything, down to the total; beyond, another adds the
-relations. Several processes: the first launch leaves the rows to gather, the last computes what is left, frame
+One process: up to 32 frames and samples one launch finds everything, down to the total; beyond, two more add the
+relations. Several processes: the first launch leaves the rows to gather, the last two compute what is left, frame
 relations beyond 32 frames included. A decoupled loss takes one launch more after the first, which reads the predictions
 again for the value. A gradient is one launch. What sizes, strides and options decide is in :mod:`.plans`, so that a
 call allocates, launches and returns.
@@ -73,16 +73,13 @@ def _first(call: Objective, gather: bool, separate: bool) -> tuple[Kept, Tensor 
 
 
 def with_relations(call: Objective, kept: Kept) -> Found:
-    """The second launch of one process, where its relations need one."""
+    """The launches after the first of one process, where its relations need them."""
     plan, workspace, found = kept
     rows = plan.rows
     if rows is not None:
-        student = call.student
-        stream = current_stream(student)
         rows.launch(
-            stream, workspace, None, None, found.terms, found.frame_grad, found.batch_grad, workspace,
-            counters(student, stream, rows.counters), *number_arguments(call.numbers), 1.0, *plan.rows_at, 0,
-            rows.batch,
+            current_stream(call.student), workspace, None, None, found.terms, found.frame_grad, found.batch_grad,
+            workspace, number_arguments(call.numbers), 1.0, plan.rows_at, 0, rows.batch,
         )  # fmt: skip
     return found
 
@@ -110,10 +107,9 @@ def gathered(call: Objective, pending: Pending, rows: Tensor, first: int, scale:
     second = PLANS.get(key) or PLANS.of(key, lambda: RowsPlan(samples, frames, vectors, features, True))
     batch_grad = torch.empty((count, features), dtype=torch.float32, device=device)
     workspace = torch.empty(second.room, dtype=torch.float32, device=device)
-    stream = current_stream(rows)
     second.launch(
-        stream, source, rows, None, found.terms, found.frame_grad, batch_grad, workspace,
-        counters(rows, stream, second.counters), *number_arguments(call.numbers), scale, 0, 0, first, count,
+        current_stream(rows), source, rows, None, found.terms, found.frame_grad, batch_grad, workspace,
+        number_arguments(call.numbers), scale, (0, 0), first, count,
     )  # fmt: skip
     return found._replace(batch_grad=batch_grad)
 

@@ -150,7 +150,7 @@ class MomentsPlan:
         found = self.norm_shape, samples, self.frame_grad_shape, self.batch_grad_shape, workspace.size
         self.pieces = [*(padded(_size(shape).numel()) for shape in found), TERMS]
         self.room = sum(self.pieces)
-        self.counters = samples + 2
+        self.counters = samples + 1
         huber = rule.penalty == "huber"
         here = not parallel
         self.launch = Launcher(
@@ -159,7 +159,7 @@ class MomentsPlan:
             (
                 *pool, *tile.constants, *_scope(rule), rule.guard, rule.nan, huber, rule.reduction == "sum",
                 rule.norm_divides == "loss", rule.weight_on == "direction", call.related, has_frames and here,
-                has_batch and here, has_batch or gather,
+                has_batch and here, has_batch or gather, parallel,
                 one_tile(frames) if has_frames and here else next_power_of_2(frames), one_tile(samples), FEATURES,
                 next_power_of_2(segments),
                 max(1, min(next_power_of_2(samples), SUMS_TILE // next_power_of_2(segments))),

@@ -67,6 +67,12 @@ def feature_norms(base, i, valid, features, BLOCK_K: tl.constexpr):
         rr += tl.sum(r * r, 1, keep_dims=True)
         ff += tl.sum(f * f, 1, keep_dims=True)
         dd += tl.sum(d * (f + r), 1, keep_dims=True)
+    return norms_of(xx, rr, ff, dd)
+
+
+@triton.jit
+def norms_of(xx, rr, ff, dd):
+    """The result of :func:`feature_norms` from Σx², Σr², Σf² and Σd·(f + r)."""
     x_norm, r_norm = norm_of(xx), norm_of(rr)
     f_norm = unless_lost(norm_of(ff), r_norm, LEAST_OF_FEATURES)
     n_x, n_r, n_f = at_least_floor(x_norm), at_least_floor(r_norm), at_least_floor(f_norm)
@@ -78,11 +84,18 @@ def feature_norms(base, i, valid, features, BLOCK_K: tl.constexpr):
 @triton.jit
 def unit_triple(base, i, valid, norms, features, first, BLOCK_K: tl.constexpr):
     """x as it is, r̂ and e, [I, BLOCK_K]."""
-    _, by_r, change, by_f, _, free = norms
     x, r, d = triple_of(base, i, valid, features, first, BLOCK_K)
+    r, e = scores_of(r, d, norms)
+    return x, r, e
+
+
+@triton.jit
+def scores_of(r, d, norms):
+    """r̂ and e of features r and d."""
+    _, by_r, change, by_f, _, free = norms
     d = (d + tl.where(free, 0.0, 1.0) * r) * by_f
     r = r * by_r
-    return x, r, d - r * change
+    return r, d - r * change
 
 
 @triton.jit

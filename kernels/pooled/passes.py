@@ -1,7 +1,7 @@
 """The relation of pooled features: allocations and launches.
 
 What sizes, strides and options decide is in :mod:`.plans`, so that a call allocates, launches and returns. One launch
-for up to 32 frames and samples, two beyond. The gradient is that of :mod:`..dmd.passes`.
+for up to 32 frames and samples, three beyond. The gradient is that of :mod:`..dmd.passes`.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _run(call: Relation, gather: bool) -> tuple[Found, Tensor | None]:
     )
     if plan.rows is not None:
         plan.rows.launch(
-            stream, workspace, None, None, terms, frame_grad, batch_grad, workspace, tickets, *scalars, 1.0,
-            *plan.rows_at, 0, plan.rows.batch,
+            stream, workspace, None, None, terms, frame_grad, batch_grad, workspace, scalars, 1.0,
+            plan.rows_at, 0, plan.rows.batch,
         )  # fmt: skip
     return Found(terms, None, None, frame_grad, batch_grad), rows
 
@@ -78,9 +78,8 @@ def batch_relation(
     terms = torch.empty(3, dtype=torch.float32, device=device)
     grad = torch.empty((count, features), dtype=torch.float32, device=device)
     workspace = torch.empty(plan.room, dtype=torch.float32, device=device)
-    stream = current_stream(rows)
     plan.launch(
-        stream, rows, None, frame_term, terms, grad, grad, workspace, counters(rows, stream, plan.counters),
-        *number_arguments(numbers), scale, 0, 0, first, count,
+        current_stream(rows), rows, rows, frame_term, terms, grad, grad, workspace, number_arguments(numbers), scale,
+        (0, 0), first, count,
     )  # fmt: skip
     return terms, grad

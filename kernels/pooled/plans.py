@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from codmd.ops.contract import Grid
@@ -11,7 +13,7 @@ from ..launch import Launcher
 from ..plans import Workspace, pair_of_strides
 from ..tiling import Geometry, cdiv, next_power_of_2, pieces_of_a_program, tile_planes
 from .pool import pool_kernel
-from .rows import relation_rows_kernel
+from .rows import relation_rows_kernel, rows_gradient_kernel
 
 ONE_TILE = 32
 """Vectors of a relation that the last block computes alone; above, row blocks run in parallel."""
@@ -19,8 +21,8 @@ ONE_TILE = 32
 FEATURES = 16
 """Features of a step of the products."""
 
-ROWS, COLUMNS = 16, 64
-"""Of a tile of S, where row blocks run in parallel."""
+COLUMNS = 256
+"""Of H that a row of the gradient takes at once, where rows run in parallel."""
 
 TILE_BYTES = 8192
 """Bytes of one tensor in a tile of 8 warps, or 4 wavefronts: two 16-byte vectors a thread."""
@@ -35,12 +37,12 @@ def one_tile(vectors: int) -> int:
 
 
 def in_parallel(frames: int, samples: int) -> bool:
-    """Whether the relations of so many vectors (0: none is computed) take row blocks of a launch of their own."""
+    """Whether the relations of so many vectors (0: none is computed) take launches of their own, :mod:`.rows`."""
     return max(frames, samples) > ONE_TILE
 
 
 class RowsPlan:
-    """Launch of :func:`relation_rows_kernel` for ``samples`` frame relations and one batch relation.
+    """Launches of :mod:`.rows` for ``samples`` frame relations and one batch relation; ``room`` is their workspace.
 
     Args:
         samples: frame relations, 0 for none.
@@ -52,32 +54,60 @@ class RowsPlan:
 
     def __init__(self, samples: int, frames: int, batch: int, features: int, dmd: bool = False) -> None:
         every = max(16, next_power_of_2(max(frames if samples else 0, batch)))
-        frame_blocks, batch_blocks = cdiv(frames, ROWS), cdiv(batch, ROWS)
+        # Up to 16 numbers of S, and as many of Δ, a lane.
+        rows, warps, wavefronts = (2, 4, 2) if every <= 256 else (4, 8, 8)
+        frame_blocks, batch_blocks = cdiv(frames, rows), cdiv(batch, rows)
+        programs = samples * frame_blocks + batch_blocks
 
-        def room(count: int, blocks: int) -> Workspace:
-            share = count * cdiv(features, FEATURES) * FEATURES
-            square = count * count * (every > COLUMNS)
-            return Workspace(
-                losses=blocks, direct=share, transposed=blocks * share, similarity=square, difference=square,
-            )  # fmt: skip
+        def room(count: int) -> int:
+            return count + 2 * count * count
 
-        of_frame, of_batch = room(frames, frame_blocks), room(batch, batch_blocks)
-        both = Workspace(frames=samples * of_frame.size, batch=of_batch.size, totals=samples + 1)
-        names = "direct", "transposed", "similarity", "difference"
-        self.room = both.size
+        shares = Workspace(losses=programs, rooms=samples * room(frames) + room(batch))
+        self.room = shares.size
         self.relations = samples, frames
         self.batch = batch
-        self.counters = samples + 2
-        self.launch = Launcher(
+        shared, room_of_frames = (samples, frames, features, frame_blocks), room(frames)
+        self._rows = Launcher(
             relation_rows_kernel,
-            samples * frame_blocks + batch_blocks,
-            (samples > 0, batch > 0, dmd, ROWS, every, COLUMNS, FEATURES, min(every, 128)),
-            warps=8,
-            registers=255,
-            fixed=(
-                samples, frames, features, frame_blocks, batch_blocks, batch, *both.at("batch", "totals"),
-                of_frame.size, *of_frame.at(*names), *of_batch.at(*names),
-            ),
+            programs,
+            (rows, every),
+            warps=warps,
+            wavefronts=wavefronts,
+            fixed=(*shared, batch, *shares.at("rooms"), room_of_frames),
+        )
+        self._gradient = Launcher(
+            rows_gradient_kernel,
+            (samples * frames + batch) * cdiv(features, FEATURES) + 1,
+            (samples > 0, batch > 0, dmd, every, min(every, COLUMNS), FEATURES),
+            warps=4,
+            wavefronts=2,
+            fixed=(*shared, batch, batch_blocks, *shares.at("rooms"), room_of_frames),
+        )
+
+    def launch(
+        self,
+        stream: int,
+        source: Tensor,
+        gathered: Tensor | None,
+        frame_term: Tensor | None,
+        terms: Tensor,
+        frame_grad: Tensor,
+        batch_grad: Tensor,
+        workspace: Tensor,
+        scalars: tuple[Any, ...],
+        grad_scale: float,
+        at: tuple[int, ...],
+        first_row: int,
+        rows: int,
+    ) -> None:
+        """Rows of G, then ``rows`` rows from ``first_row`` on of the batch gradient, all of the frames', and terms.
+
+        ``at`` is where averages and shares are, in the source and in the workspace.
+        """
+        self._rows(stream, source, gathered, workspace, *scalars[:2], *at)
+        self._gradient(
+            stream, source, gathered, frame_term, terms, frame_grad, batch_grad, workspace, *scalars, grad_scale,
+            *at, first_row, rows,
         )  # fmt: skip
 
 
@@ -121,7 +151,7 @@ class ForwardPlan:
         self.frame_grad_shape = (samples, frames, features) if has_frames else 0
         self.batch_grad_shape = (samples, features) if has_batch else 0
         self.rows_shape = samples, row
-        self.counters = samples + 2
+        self.counters = samples + 1
         self.launch = Launcher(
             pool_kernel,
             samples * frames * cdiv(pieces_of_frame, per),
@@ -134,7 +164,7 @@ class ForwardPlan:
                 has_frames and not parallel,
                 has_batch and not parallel,
                 has_batch or gather,
-                not parallel,
+                parallel,
             ),
             warps=8,
             wavefronts=4,

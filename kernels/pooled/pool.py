@@ -6,6 +6,7 @@ added up.
 The block that completes a sample adds the pieces in a fixed order, writes the sample's feature table
 ``[F, 3K + 1]`` (see :mod:`.algebra`) and its row ``[3K + 1]`` of time averages, and computes the frame
 term; the block that completes the last sample computes the batch term and the total. Feature k = (c, gy, gx).
+Where other launches compute the terms, tables and averages lie feature by feature, as :mod:`.rows` reads them.
 """
 
 import triton
@@ -111,8 +112,28 @@ def three_sums(a, b, c):
 
 
 @triton.jit
-def store_regions(at, features, x, r, d, left, width, top, bottom, GRID_W: tl.constexpr, TILE_W: tl.constexpr):
-    """Add the columns of each of GRID_W regions, divide by the region's area, store at ``at + gx``."""
+def store_piece(
+    pieces, split, frame, frames, features, channel, gy, x, r, d, left, width, top, bottom,
+    GRID_H: tl.constexpr, GRID_W: tl.constexpr, FLAT: tl.constexpr, TILE_W: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store the means of a piece from its sums [H, W] in ``pieces`` [SPLITS, F, 3K + 1], or [SPLITS, 3K + 1, F]."""
+    row = 3 * features + 1
+    along = frames if COLUMNS else 1
+    at = pieces + split * frames * row + frame * (1 if COLUMNS else row) + (channel * GRID_H + gy) * GRID_W * along
+    features *= along
+    if FLAT:
+        sums, which = three_sums(x, r, d)
+        share = 1.0 / ((bottom - top) * width).to(tl.float32)
+        tl.store(at + which * features, sums * share, mask=which < 3)
+    else:
+        store_regions(
+            at, along, features, tl.sum(x, 0), tl.sum(r, 0), tl.sum(d, 0), left, width, top, bottom, GRID_W, TILE_W
+        )
+
+
+@triton.jit
+def store_regions(at, along, features, x, r, d, left, width, top, bottom, GRID_W: tl.constexpr, TILE_W: tl.constexpr):
+    """Add the columns of each of GRID_W regions, divide by the region's area, store at ``at + gx * along``."""
     REGIONS: tl.constexpr = triton.next_power_of_2(GRID_W)
     ROOM: tl.constexpr = 2048 // TILE_W
     GROUP: tl.constexpr = REGIONS if REGIONS < ROOM else ROOM
@@ -123,7 +144,7 @@ def store_regions(at, features, x, r, d, left, width, top, bottom, GRID_W: tl.co
         area = ((gx + 1) * width // GRID_W - gx * width // GRID_W) * (bottom - top)
         chosen = region[None, :] == gx[:, None]
         share = 1.0 / tl.maximum(area, 1).to(tl.float32)
-        out = at + gx
+        out = at + gx * along
         kept = gx < GRID_W
         tl.store(out, tl.sum(tl.where(chosen, x[None, :], 0.0), 1) * share, mask=kept)
         tl.store(out + features, tl.sum(tl.where(chosen, r[None, :], 0.0), 1) * share, mask=kept)
@@ -131,25 +152,41 @@ def store_regions(at, features, x, r, d, left, width, top, bottom, GRID_W: tl.co
 
 
 @triton.jit
+def average_of(pooled, averages, sample, samples, features, COLUMNS: tl.constexpr):
+    """Where the time averages of a sample go, and how far apart they lie: to ``pooled``, if that is there."""
+    row = 3 * features + 1
+    if pooled is not None:
+        return pooled + sample * row, 1
+    elif COLUMNS:
+        return averages + sample, samples
+    else:
+        return averages + sample * row, 1
+
+
+@triton.jit
 def finish_sample(
-    pieces, table, pooled, frame_mask, sample, frames, features, mask_b, mask_f,
-    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, AVERAGES: tl.constexpr,
+    pieces, table, pooled, pooled_along, frame_mask, sample, frames, features, mask_b, mask_f,
+    SPLITS: tl.constexpr, BLOCK_F: tl.constexpr, AVERAGES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Complete one sample's table [F, 3K + 1] from its pieces [SPLITS, F, 3K + 1]; and its time averages [3K + 1]."""
+    """Complete one sample's table [F, 3K + 1] from its pieces [SPLITS, F, 3K + 1]; and its time averages [3K + 1].
+
+    They lie ``pooled_along`` apart. Table and pieces are transposed if COLUMNS.
+    """
     frame = tl.arange(0, BLOCK_F)[:, None]
     valid = frame_validity(frame_mask, sample, frame, frames, mask_b, mask_f)
     weight = valid.to(tl.float32)
     columns = 3 * features
-    line = frame * (columns + 1)
-    tl.store(table + line + columns, weight, mask=frame < frames)
+    along = frames if COLUMNS else 1
+    line = frame * (1 if COLUMNS else columns + 1)
+    tl.store(table + line + columns * along, weight, mask=frame < frames)
     if AVERAGES:
         count = tl.sum(tl.sum(weight, 1), 0)
-        tl.store(pooled + columns, count)
+        tl.store(pooled + columns * pooled_along, count)
     if SPLITS > 1 or frame_mask is not None or AVERAGES:
         BLOCK_R: tl.constexpr = 2048 // BLOCK_F
         for first in range(0, columns, BLOCK_R):
             k = first + tl.arange(0, BLOCK_R)[None, :]
-            at = line + k
+            at = line + k * along
             value = tl.load(pieces + at, mask=valid & (k < columns), other=0.0)
             for split in tl.range(1, SPLITS, loop_unroll_factor=UNROLL):
                 more = pieces + split * frames * (columns + 1) + at
@@ -159,7 +196,7 @@ def finish_sample(
                 tl.store(table + at, value, mask=(frame < frames) & (k < columns))
             if AVERAGES:
                 average = tl.sum(value, 0, keep_dims=True) / tl.maximum(count, 1.0)
-                tl.store(pooled + k, average, mask=k < columns)
+                tl.store(pooled + k * pooled_along, average, mask=k < columns)
 
 
 @triton.jit(
@@ -178,7 +215,7 @@ def pool_kernel(
     batch_grad,  # [B, K]
     pooled,  # [B, 3K + 1], or None: kept in the workspace
     workspace,  # tables [B, F, 3K + 1], losses [B], averages [B, 3K + 1] if AVERAGES, pieces [B, SPLITS, F, 3K + 1] if
-    # SPLITS > 1; see ForwardPlan
+    # SPLITS > 1; tables, averages, pieces feature by feature if COLUMNS; see ForwardPlan
     counters,  # [B + 1], zero before and after
     numbers,  # [6] or None: the values that follow
     temperature, batch_weight, frame_weight, relation_weight, real_scale, fake_scale,
@@ -187,7 +224,7 @@ def pool_kernel(
     GRID_H: tl.constexpr, GRID_W: tl.constexpr, SPLITS: tl.constexpr, COLUMN_TILES: tl.constexpr,
     FLAT: tl.constexpr, VEC: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-    FRAMES: tl.constexpr, BATCH: tl.constexpr, AVERAGES: tl.constexpr, TERMS: tl.constexpr,
+    FRAMES: tl.constexpr, BATCH: tl.constexpr, AVERAGES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid [B·F·programs of a frame]. Strides of b, f, c, h are in units of VEC elements."""
     pid = tl.program_id(0)
@@ -203,10 +240,7 @@ def pool_kernel(
     row = 3 * features + 1
     table = workspace + b * frames * row
     losses = workspace + losses_at
-    if pooled is None:
-        averages = workspace + averages_at
-    else:
-        averages = pooled
+    averages, averages_along = average_of(pooled, workspace + averages_at, b, samples, features, COLUMNS)
     pieces = table
     if SPLITS > 1:
         pieces = workspace + pieces_at + b * SPLITS * frames * row
@@ -237,21 +271,15 @@ def pool_kernel(
                 x_frame, r_frame, f_frame, piece + 1, last_piece, height, width,
                 GRID_H, SPLITS, COLUMN_TILES, FLAT, VEC, TILE_H, TILE_W,
             )  # fmt: skip
-            at = pieces + (split * frames + f) * row + (channel * GRID_H + gy) * GRID_W
-            if FLAT:
-                sums, which = three_sums(sum_x, sum_r, sum_d)
-                share = 1.0 / ((bottom - top) * width).to(tl.float32)
-                tl.store(at + which * features, sums * share, mask=which < 3)
-            else:
-                store_regions(
-                    at, features, tl.sum(sum_x, 0), tl.sum(sum_r, 0), tl.sum(sum_d, 0), left, width, top, bottom,
-                    GRID_W, TILE_W,
-                )  # fmt: skip
+            store_piece(
+                pieces, split, f, frames, features, channel, gy, sum_x, sum_r, sum_d, left, width, top, bottom,
+                GRID_H, GRID_W, FLAT, TILE_W, COLUMNS,
+            )  # fmt: skip
 
     if takes_last(counters + sample, per_sample):
         finish_sample(
-            pieces, table, averages + b * row, frame_mask, sample, frames, features, mask_b, mask_f,
-            SPLITS, BLOCK_F, AVERAGES,
+            pieces, table, averages, averages_along, frame_mask, sample, frames, features, mask_b, mask_f,
+            SPLITS, BLOCK_F, AVERAGES, COLUMNS,
         )  # fmt: skip
         tl.debug_barrier()
         if FRAMES:
@@ -260,7 +288,7 @@ def pool_kernel(
                 frame_grad + b * frames * features, 1.0 / samples, BLOCK_F, BLOCK_K,
             )  # fmt: skip
             tl.store(losses + sample, loss)
-        if TERMS:  # noqa: SIM102 (decided at compile time, the next at run time)
+        if not COLUMNS:  # noqa: SIM102 (decided at compile time, the next at run time)
             if takes_last_of_any(counters + samples, samples):
                 frame_term = 0.0
                 batch_term = 0.0
@@ -268,7 +296,7 @@ def pool_kernel(
                     frame_term = ordered_sum(losses, samples, BLOCK_B) / samples
                 if BATCH:
                     batch_term = relation_in_one_block(
-                        averages, samples, features, number(numbers, TEMPERATURE, temperature), batch_grad, 1.0,
-                        BLOCK_B, BLOCK_K,
+                        workspace + averages_at, samples, features, number(numbers, TEMPERATURE, temperature),
+                        batch_grad, 1.0, BLOCK_B, BLOCK_K,
                     )  # fmt: skip
                 store_terms(terms, batch_term, frame_term, numbers, batch_weight, frame_weight)
