@@ -55,7 +55,7 @@ class PainterDenoiser(ToyDenoiser):
         assert cond.shape == (len(x_t), Encoder.tokens, Encoder.width)
         return super().forward(x_t, sigma)
 
-    def encode(self, prompts):
+    def encode(self, prompts, images=()):
         return Encoder()(prompts)
 
     def empty_cond(self, batch):

@@ -75,7 +75,7 @@ def test_a_prompt_file_that_cannot_be_meant_is_refused(tmp_path, content, messag
 
 def test_prompts_reach_the_model_in_the_order_of_the_positions(tmp_path):
     class Model:
-        def encode(self, prompts):
+        def encode(self, prompts, images=()):
             return torch.tensor([[float(len(prompt))] for prompt in prompts])
 
     path = tmp_path / "prompts.txt"
@@ -107,7 +107,7 @@ def test_shards_that_cannot_be_used_are_refused(tmp_path):
         Embeddings(tmp_path)
     write_shard(tmp_path / "0.safetensors", 2)
     write_shard(tmp_path / "1.safetensors", 2, width=4)
-    with pytest.raises(ConfigError, match=r"mixes embeddings of shapes \[\(2, 3\), \(2, 4\)\]"):
+    with pytest.raises(ConfigError, match=r"mixes embeddings of shapes embedding \(2, 3\) and embedding \(2, 4\)"):
         Embeddings(tmp_path)
     write_shard(tmp_path / "1.safetensors", 2, prompts=["one"])
     with pytest.raises(ConfigError, match=r"1.safetensors has 1 prompts for 2 embeddings"):

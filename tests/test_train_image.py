@@ -16,6 +16,7 @@ from codmd import cli, models
 from codmd.distill.config.run_config import read_config
 from codmd.distill.data.prompts import Embeddings
 from codmd.distill.plan.footprint import footprint
+from codmd.distill.plan.page import describe
 from codmd.distill.run.checkpoint import read_student
 from codmd.models.embeddings import EMBEDDING
 from codmd.models.wan.image import IMAGE_EMBEDDING, IMAGE_LATENTS
@@ -242,6 +243,12 @@ def test_a_plan_counts_a_timestep_for_every_token(pipelines):
         return footprint(config.model, 1, 1).kept
 
     assert kept() - kept("model.from_image=false") > 6 * 4 * tokens * width
+
+
+def test_a_plan_is_of_the_latents_that_are_generated(pipelines):
+    network = tiny_wan.write_i2v_config(pipelines["clip"].parent, clip=True)
+    options = run_options("x", "random", encoded("x"))[1:]
+    assert "latents of 2 x 16 x 4 x 4" in describe(read_config("wan_tiny", [*options, f"model.config={network}"]), (1,))
 
 
 def test_an_embedding_of_the_image_is_part_of_the_condition(shards):
