@@ -20,8 +20,8 @@ TIMES = (math.atan(80), 1.5, 1.4, 1.0)
 """Of rCM's four steps."""
 GIVEN = ["model.weights=w", "data.path=p", "model.null_embedding=n"]
 PACKAGED_NAMES = [
-    "textures_tiny", "toy", "wan2.2_t2v_a14b", "wan2.2_ti2v_5b", "wan_1.3b", "wan_1.3b_rcm", "wan_14b", "wan_14b_rcm",
-    "wan_tiny",
+    "textures_tiny", "toy", "wan2.1_i2v_14b_480p", "wan2.2_t2v_a14b", "wan2.2_ti2v_5b", "wan2.2_ti2v_5b_image",
+    "wan_1.3b", "wan_1.3b_rcm", "wan_14b", "wan_14b_rcm", "wan_tiny",
 ]  # fmt: skip
 
 

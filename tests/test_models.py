@@ -26,18 +26,30 @@ def test_every_test_that_the_table_names_exists():
     assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []
 
 
-def test_the_shipped_configuration_has_the_size_of_its_name():
-    config = network_config("ti2v_5b")
+@pytest.mark.parametrize(("name", "width", "billions"), [("ti2v_5b", 3072, 5.0), ("i2v_14b", 5120, 16.4)])
+def test_the_shipped_configurations_have_the_size_of_their_names(name, width, billions):
+    config = network_config(name)
     shapes = parameter_shapes(config)
-    assert config["num_attention_heads"] * config["attention_head_dim"] == 3072
-    assert sum(shape.numel() for shape in shapes.values()) == pytest.approx(5.0e9, rel=0.01)
+    assert config["num_attention_heads"] * config["attention_head_dim"] == width
+    assert sum(shape.numel() for shape in shapes.values()) == pytest.approx(billions * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "video"),
+    [
+        ("wan2.2_ti2v_5b", (121, 704, 1280)),
+        ("wan2.2_ti2v_5b_image", (121, 704, 1280)),
+        ("wan2.1_i2v_14b_480p", (81, 480, 832)),
+    ],
+)
+def test_the_shipped_recipes_are_for_videos_of_that_size(name, video):
+    options = read_config(name, PLACEHOLDERS).model.options
+    assert options.for_video(*video) == options
+    assert options.from_image == name.endswith("image")
 
 
 def test_the_shipped_recipe_has_a_plan():
-    config = read_config("wan2.2_ti2v_5b", PLACEHOLDERS)
-    options = config.model.options
-    assert options.for_video(121, 704, 1280) == options
-    text = describe(config, (64,))
+    text = describe(read_config("wan2.2_ti2v_5b", PLACEHOLDERS), (64,))
     assert "5.000 billion parameters" in text
     assert "latents of 31 x 48 x 44 x 80" in text
 
