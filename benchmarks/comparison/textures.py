@@ -52,6 +52,12 @@ COLUMNS = {
 }
 
 
+@lru_cache
+def recipe_of(changes: tuple[str, ...]) -> DistillConfig:
+    """What arms change; read once, as the progress of every run asks for it."""
+    return read_config("textures_tiny", changes).distill
+
+
 @dataclass(frozen=True)
 class Run:
     """One arm at one seed; `arm` may be one that is not trained."""
@@ -66,8 +72,12 @@ class Run:
 
     @property
     def total(self) -> int:
-        base = read_config("textures_tiny", self.changes).distill
-        return updates_of(ARMS[self.arm], base, self.updates) if self.arm in ARMS else 0
+        return updates_of(ARMS[self.arm], recipe_of(self.changes), self.updates) if self.arm in ARMS else 0
+
+    @property
+    def folder(self) -> Path:
+        """Of its training."""
+        return (self.work / f"{self.arm}-{self.seed}").resolve()
 
     @property
     def outcome_path(self) -> Path:
@@ -82,7 +92,7 @@ class Run:
             recipe["sigmas"] = list(sampling_sigmas(arm.steps, 3.0))
         every = -(-total // PARTS)
         return (
-            *self.changes, f"out={(self.work / f'{self.arm}-{self.seed}').resolve()}", f"seed={self.seed}",
+            *self.changes, f"out={self.folder}", f"seed={self.seed}",
             f"updates={total}", f"model.weights={(self.work / 'teacher' / 'model').resolve()}",
             f"checkpoint.every={every}", f"checkpoint.keep_last={PARTS}", *QUIET,
             *(f"distill.{name}={_value(value)}" for name, value in recipe.items()),
@@ -94,12 +104,12 @@ class Run:
 
     def made(self) -> int:
         """Updates in its log, for the progress."""
-        path = self.config.folder / "log.jsonl"
+        path = self.folder / "log.jsonl"
         return max((entry["update"] for entry in read_log(path)), default=0) if path.exists() else 0
 
     def trained(self) -> bool:
         try:
-            read_meta(self.config.folder / "checkpoints" / f"step_{self.total:08d}")
+            read_meta(self.folder / "checkpoints" / f"step_{self.total:08d}")
         except CheckpointError:
             return False
         return True
@@ -148,7 +158,7 @@ def measure(task: Run) -> dict[str, Any]:
     study = study_of(task.work, task.seed, task.samples, task.changes)
     curve = []
     if task.arm in ARMS:
-        for step in sorted((task.config.folder / "checkpoints").glob("step_*")):
+        for step in sorted((task.folder / "checkpoints").glob("step_*")):
             curve.append({"update": int(step.name[5:]), **study.measured(study.student(step))})
         videos = study.student(step)
     else:
