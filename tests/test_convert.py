@@ -193,7 +193,7 @@ def test_bad_sources_are_refused_and_leave_nothing(tmp_path, capsys):
     assert "does not fit the configuration" in message
     assert "shipped configuration 'tiny'" in message
     message = refused(capsys, tmp_path, "--codmd", tmp_path / "tiny.safetensors", out, "--config", "15b")
-    assert "15b is no file; expected one of 1.3b, 14b, ti2v_5b, tiny" in message
+    assert "15b is no file; expected one of 1.3b, 14b, i2v_14b, ti2v_5b, tiny" in message
     (tmp_path / "nothing").mkdir()
     assert "nothing" in refused(capsys, tmp_path, tmp_path / "nothing", out)
 

@@ -106,8 +106,8 @@ WRONG_OF_MODEL = {
     "wan": {
         "weights": ("''", "not given; expected a diffusers folder, a weight file"),
         "entry": ("3", "got 3; expected text"),
-        "expert": ("both", "got 'both'; expected one of , high, low"),
-        "config": ("''", "not given; random weights need one of 1.3b, 14b, ti2v_5b, tiny"),
+        "expert": ("both", "got 'both'; expected one of '', high, low"),
+        "config": ("''", "not given; random weights need one of 1.3b, 14b, i2v_14b, ti2v_5b, tiny"),
         **dict.fromkeys(("frames", "height", "width"), ("0", "got 0; expected a positive number of latent cells")),
         "compute": ("float16", "got 'float16'; expected one of bfloat16, float32"),
         "storage": ("int8", "got 'int8'; expected one of float32, bfloat16"),
@@ -118,6 +118,8 @@ WRONG_OF_MODEL = {
         "null_embedding": ("3", "got 3; expected text"),
         "negative_prompt": ("3", "got 3; expected text"),
         "vae": ("3", "got 3; expected text"),
+        "image_encoder": ("3", "got 3; expected text"),
+        "from_image": ("3", "got 3; expected true or false"),
     },
 }
 

@@ -332,7 +332,7 @@ def test_a_null_condition_of_zeros_means_the_same_at_every_length():
     [
         ({"weights": ""}, "weights: not given"),
         ({"config": ""}, "config: not given; random weights need"),
-        ({"config": "2b"}, r"config: 2b is no file; expected one of 1.3b, 14b, ti2v_5b, tiny"),
+        ({"config": "2b"}, r"config: 2b is no file; expected one of 1.3b, 14b, i2v_14b, ti2v_5b, tiny"),
         ({"frames": 0}, "frames: got 0"),
         ({"width": 5}, "width: got 5; expected a multiple of the patch, 2"),
         ({"compute": "float16"}, "compute: got 'float16'"),
@@ -364,7 +364,7 @@ def test_an_unknown_model_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match="'wann'; did you mean 'wan'"):
         models.build("wann")
     assert models.options_class("wan") is WanOptions
-    assert set(SHIPPED) == {"1.3b", "14b", "ti2v_5b", "tiny"}
+    assert set(SHIPPED) == {"1.3b", "14b", "i2v_14b", "ti2v_5b", "tiny"}
 
 
 def test_wrong_inputs_are_refused_by_name():

@@ -108,7 +108,9 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         allowed = get_args(kind)
         if value not in allowed:
-            raise ConfigError(f"{where}: got {value!r}; expected one of {', '.join(map(str, allowed))}")
+            raise ConfigError(
+                f"{where}: got {value!r}; expected one of {', '.join(str(a) or repr(a) for a in allowed)}"
+            )
         return value
     if origin is tuple:
         return _tuple(get_args(kind), value, where)
