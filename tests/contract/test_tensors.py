@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -78,6 +79,11 @@ def every_tensor(loss: Loss) -> tuple[Tensor, dict[str, Any]]:
     return student, arguments
 
 
+def level(kind_name: str) -> AbstractContextManager:
+    """Under a dual level every tensor is looked at; outside, the few attributes that tell a plain one."""
+    return forward_ad.dual_level() if kind_name == "dual" else nullcontext()
+
+
 def right_or_refused(number: int, backend: str, kind_name: str) -> None:
     torch.set_num_threads(1)
     loss, call, kind = LOSSES[number], Calls(backend), KINDS[kind_name]
@@ -87,7 +93,7 @@ def right_or_refused(number: int, backend: str, kind_name: str) -> None:
     for name in [n for n, v in tensors.items() if v.is_floating_point() or kind_name in MASKS]:
         others = {n: v for n, v in arguments.items() if n != name}
         refusal = ""
-        with forward_ad.dual_level():
+        with level(kind_name):
             try:
                 found = call_with(call, loss, student, others, name, kind.make(tensors[name]))
             except TypeError as error:
@@ -139,7 +145,7 @@ def others_right_or_refused(kind_name: str) -> None:
     for function, arguments in other_operators():
         for name in [name for name, value in arguments.items() if isinstance(value, Tensor)]:
             refusal = ""
-            with forward_ad.dual_level():
+            with level(kind_name):
                 try:
                     found = function(**{**arguments, name: kind.make(arguments[name])})
                 except TypeError as error:
