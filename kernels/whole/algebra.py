@@ -26,13 +26,14 @@ from ..divergence import divergence_rows
 
 
 @triton.jit
-def add_pieces(total, pieces, first, last, size, step, BLOCK: tl.constexpr):
-    """total[:size] = Σ pieces[p·step : p·step + size] for first ≤ p < last, in order."""
+def add_pieces(total, pieces, first, last, size, step, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """total[:size] = Σ pieces[p·step : p·step + size] for first ≤ p < last, at most MOST of them, in order."""
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         value = tl.zeros([BLOCK], tl.float32)
-        for piece in tl.range(first, last, loop_unroll_factor=4):
-            value += tl.load(pieces + tl.cast(piece, tl.int64) * step + at, mask=at < size, other=0.0)
+        for piece in tl.static_range(MOST):
+            own = pieces + tl.cast(first + piece, tl.int64) * step
+            value += tl.load(own + at, mask=tl.where(at < size, first + piece, last) < last, other=0.0)
         tl.store(total + at, value, mask=at < size)
 
 
@@ -71,6 +72,19 @@ def too_small(grams, j, j_valid, count):
 
 
 @triton.jit
+def load_square(grams, count, BLOCK: tl.constexpr):
+    """A matrix [BLOCK, BLOCK] from its packed upper triangle; 0 outside.
+
+    Columns of a thread are eight apart, so that a sum over a row takes three shuffles.
+    """
+    i = tl.arange(0, BLOCK)[None, :, None]
+    j = tl.arange(0, BLOCK // 8)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
+    at = triangle(tl.minimum(i, j), tl.maximum(i, j), count)
+    value = tl.load(grams + at, mask=(i < count) & (j < count), other=0.0)
+    return tl.reshape(tl.permute(value, (1, 0, 2)), [BLOCK, BLOCK])
+
+
+@triton.jit
 def gram_rows(
     grams, i, j, i_valid, j_valid, j_norms, n, count, temperature, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):  # fmt: skip
@@ -78,11 +92,16 @@ def gram_rows(
     half = count * (count + 1) // 2
     j_x, j_a, j_b, j_k, _j_x_free, j_f_kept, j_free = j_norms
     i_x, i_a, i_b, i_k, x_free, i_f_kept, i_free = gram_norms(grams, i, count)
-    at = triangle(tl.minimum(i, j), tl.maximum(i, j), count)
-    inside = (i < count) & (j < count)
-    x = tl.load(grams + at, mask=inside, other=0.0)
-    r = tl.load(grams + half + at, mask=inside, other=0.0)
-    t = tl.load(grams + 2 * half + at, mask=inside, other=0.0)
+    if BLOCK_I == BLOCK_J:
+        x = load_square(grams, count, BLOCK_J)
+        r = load_square(grams + half, count, BLOCK_J)
+        t = load_square(grams + 2 * half, count, BLOCK_J)
+    else:
+        at = triangle(tl.minimum(i, j), tl.maximum(i, j), count)
+        inside = (i < count) & (j < count)
+        x = tl.load(grams + at, mask=inside, other=0.0)
+        r = tl.load(grams + half + at, mask=inside, other=0.0)
+        t = tl.load(grams + 2 * half + at, mask=inside, other=0.0)
     similarity = (x * i_x) * j_x
     r_cosine = r / i_a / j_a
     difference = (t - r_cosine * (i_k * j_a + i_b * j_k)) / i_b / j_b

@@ -9,7 +9,7 @@ adds the group, the last group's block adds the groups, both in order, and compu
 import triton
 import triton.language as tl
 
-from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms, takes_last
+from ..blocks import TEMPERATURE, frame_validity, number, ordered_sum, store_terms, takes_last, takes_last_of_any
 from . import cores, stream
 from .algebra import add_pieces, relation_of_grams, triangle
 
@@ -144,17 +144,17 @@ def gram_kernel(
         ticket = tickets + tl.where(of_student, group, GROUPS_X + group)
         own_sum = sums + tl.where(of_student, 0, GROUPS_X * half) + group * piece_size
         if takes_last(ticket, (last - group * GROUP) * PAIRS):
-            add_pieces(own_sum, pieces, group * GROUP, last, piece_size, piece_size, 1024)
+            add_pieces(own_sum, pieces, group * GROUP, last, piece_size, piece_size, GROUP, 512)
             if takes_last(tickets + GROUPS, GROUPS):
-                add_pieces(grams, sums, 0, GROUPS_X, half, half, 1024)
-                add_pieces(grams + half, sums + GROUPS_X * half, 0, GROUPS_S, scores_size, scores_size, 1024)
+                add_pieces(grams, sums, 0, GROUPS_X, half, half, GROUPS_X, 256)
+                add_pieces(grams + half, sums + GROUPS_X * half, 0, GROUPS_S, scores_size, scores_size, GROUPS_S, 512)
                 tl.debug_barrier()
                 loss = relation_of_grams(
                     grams, frame_mask, sample, frames, mask_b, mask_f, number(numbers, TEMPERATURE, temperature),
                     scratch, matrices + b * frames * frames, 1.0 / samples, BLOCK_J if BLOCK_J <= 32 else 16, BLOCK_J,
                 )  # fmt: skip
                 tl.store(losses + sample, loss)
-                if takes_last(counters + samples * (GROUPS + 1), samples):
+                if takes_last_of_any(counters + samples * (GROUPS + 1), samples):
                     mean = ordered_sum(losses, samples, 16) / samples
                     if BATCH:
                         frame = 0.0

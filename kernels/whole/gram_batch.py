@@ -210,4 +210,4 @@ def gram_batch_kernel(
     ticket = counters + tl.where(of_student, group, GROUPS_X + group)
     own_sum = workspace + tl.where(of_student, 0, GROUPS_X * x_size) + group * size
     if takes_last(ticket, last - group * GROUP):
-        add_pieces(own_sum, pieces, group * GROUP, last, size, size, 1024)
+        add_pieces(own_sum, pieces, group * GROUP, last, size, size, GROUP, 512)

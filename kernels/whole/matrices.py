@@ -18,8 +18,8 @@ def gather_grams(
 ):  # fmt: skip
     """X, R, T, ‖f‖² of a relation of ``count`` vectors, at ``x_at`` and ``s_at`` of the groups' sums."""
     half = count * (count + 1) // 2
-    add_pieces(grams, sums + x_at, 0, GROUPS_X, half, x_size, 1024)
-    add_pieces(grams + half, sums + GROUPS_X * x_size + s_at, 0, GROUPS_S, 2 * half + count, s_size, 1024)
+    add_pieces(grams, sums + x_at, 0, GROUPS_X, half, x_size, GROUPS_X, 256)
+    add_pieces(grams + half, sums + GROUPS_X * x_size + s_at, 0, GROUPS_S, 2 * half + count, s_size, GROUPS_S, 512)
 
 
 @triton.jit(
