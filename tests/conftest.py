@@ -9,7 +9,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every",
         action="store_true",
-        help="contract: every ambient state, every case traced and under the interpreter; static: every configuration",
+        help="contract: every ambient state, every case traced and under the interpreter; static: every configuration; "
+        "and what is marked so",
     )
 
 
@@ -22,7 +23,11 @@ LONGEST = (
 """Files that come first, so that no worker is left alone with one of them at the end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--every"):
+        left_out = {item for item in items if item.get_closest_marker("every")}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 

@@ -31,7 +31,9 @@ def run(tmp_path, *options, path=os.environ["PATH"]):
     return done, tmp_path / "speed.png"
 
 
-@pytest.mark.parametrize("path", [os.environ["PATH"], ""], ids=["compiler", "no compiler"])
+@pytest.mark.parametrize(
+    "path", [pytest.param(os.environ["PATH"], marks=pytest.mark.every), ""], ids=["compiler", "no compiler"]
+)
 def test_pytest_benchmarks_prints_and_draws_the_speed_ups(tmp_path, path):
     done, picture = run(tmp_path, path=path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -286,6 +286,7 @@ def test_the_last_block_is_chosen_between_fences_and_barriers(compiled):
     assert all("membar" in step or "fence" in step for step in (steps[ticket - 1], steps[ticket + 1]))
 
 
+@pytest.mark.every
 def test_turing_is_built_when_asked_for(toolkit, tmp_path):
     """It has no instruction that rounds to bfloat16."""
     if 75 not in toolkit.known:

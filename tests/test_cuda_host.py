@@ -211,7 +211,7 @@ def test_both_terms_in_one_pass_equal_the_two_operators(shape, pool):
     assert relative_error(both[1], apart[1]) < 5e-6
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_kernels_run_clean_under_address_and_undefined_sanitizers(tmp_path):
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     probe = tmp_path / "probe.cpp"

@@ -39,6 +39,7 @@ def test_activations_on_fake_tensors_are_those_of_real_ones(tmp_path, checkpoint
     assert predicted.inference == pytest.approx(inference, rel=0.02)
 
 
+@pytest.mark.every
 def test_a_tangent_costs_memory_like_a_forward_and_lora_has_one_too(tmp_path):
     settings = wan(tmp_path, 4)
     plain, jvp = footprint(settings, 2, 2), footprint(settings, 2, 2, LoraOptions(rank=4), tangent="jvp")

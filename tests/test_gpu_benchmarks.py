@@ -262,6 +262,7 @@ def small(tmp_path):
     return [f"model.config={path}", "teacher.updates=3", "updates=2", "model.frames=3", "log.every=1"]
 
 
+@pytest.mark.every
 def test_stages_train_what_is_missing_and_measure_every_arm_and_seed(tmp_path, small, monkeypatch):
     started = []
     monkeypatch.setattr(convergence, "start", lambda run, *_: started.append(run.name) or Finished(run))
@@ -308,7 +309,7 @@ class Clock:
         time.sleep(0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_a_run_that_is_out_of_time_saves_and_goes_on_where_it_stopped(tmp_path, small, monkeypatch):
     log = tmp_path / "teacher" / "log.jsonl"
     many, _ = convergence.plan(tmp_path, [1], [*small, "teacher.updates=100000"], True)

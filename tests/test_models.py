@@ -48,6 +48,7 @@ def test_the_shipped_recipes_are_for_videos_of_that_size(name, video):
     assert options.from_image == name.endswith("image")
 
 
+@pytest.mark.every
 def test_the_shipped_recipe_has_a_plan():
     text = describe(read_config("wan2.2_ti2v_5b", PLACEHOLDERS), (64,))
     assert "5.000 billion parameters" in text

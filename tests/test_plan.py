@@ -275,6 +275,7 @@ def test_gpus_that_share_samples_exchange_tokens_and_accumulate_more(tmp_path):
     assert context_layouts(replace(alone, offload_teacher=True), [1, 2]) == []
 
 
+@pytest.mark.every
 def test_a_row_with_shared_samples_stands_where_it_makes_a_smaller_card_do(tmp_path, monkeypatch):
     config = run_config(wan(tmp_path, 2))
     needed = {layout.context: plan(config, layout, Sizes.of(config, 1, layout.context)).total * 1e-9
@@ -308,6 +309,6 @@ def test_the_packaged_configurations_have_the_stated_sizes_in_the_committed_page
     assert read_config("wan_14b", PLACEHOLDERS).distill.batch_size == 32
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_the_committed_page_is_what_its_command_writes():
     assert page() == (Path(__file__).parents[1] / "docs" / "scaling.md").read_text("utf-8")

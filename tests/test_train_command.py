@@ -236,7 +236,7 @@ def test_two_commands_train_a_teacher_on_real_pixels_and_distil_it(tmp_path, net
 
 
 def test_a_plan_needs_no_files(capsys):
-    train("--plan", "wan_1.3b", "lora.rank=16")
+    train("--plan", "wan_1.3b", "model.config=tiny", "model.height=8", "model.width=8", "lora.rank=4")
     assert "GB" in capsys.readouterr().out
 
 

@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without ``--every``: not what is marked so, and a sample of what takes a second.
+    """Without ``--every``: a sample of what takes a second.
 
     Under the interpreter that is one case of a claim and loss, and of claims about the operator, which is one for all
     backends, those of every pixel, the one shape that depends on the backend. Traced, it is every case on C++ and a
@@ -51,7 +51,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             or crc32(item.name.encode()) % 3 == 0
         }  # fmt: skip
     left_out = {item for item in on_a_backend if item not in kept}
-    left_out |= {item for item in items if item.get_closest_marker("every")}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 
