@@ -264,7 +264,8 @@ def bodies(compiled, source, kernel):
     """PTX of that kernel's entries for the newest architecture."""
     archs, objects = compiled
     (folder,) = {Path(name).parent for name, _ in objects}
-    text = (folder / f"{source}.compute_{archs[-1]}.ptx").read_text()
+    suffix = f".compute_{archs[-1]}" if len(archs) > 1 else ""
+    text = (folder / f"{source}{suffix}.ptx").read_text()
     entries = re.findall(r"\.entry (\S+?)\((.*?)\n}", text, re.DOTALL)
     return [body for name, body in entries if kernel_of(name) == kernel]
 
