@@ -135,6 +135,7 @@ if INTERPRETED:
         ops.relation_loss(student, real, fake, pool=pool, frame_mask=mask, backend="triton").backward()
         assert watch.launched == names
 
+    @pytest.mark.every
     def test_rows_beyond_one_tile_and_features_beyond_one_step(monkeypatch, watch):
         monkeypatch.setattr("codmd.kernels.pooled.plans.COLUMNS", 16)
         ops.relation_loss(*latents((1, 33, 5, 2, 2)), pool=(2, 2), backend="triton").backward()
